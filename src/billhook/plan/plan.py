@@ -1,0 +1,102 @@
+"""The plan: what to do to a model, as data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.target import Target
+
+SCHEMA_VERSION = 1
+
+AddressField = Annotated[
+    Address,
+    BeforeValidator(lambda v: Address.parse(v) if isinstance(v, str) else v),
+    PlainSerializer(str, return_type=str),
+]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Drop(_Record):
+    """Remove a block, or one sublayer of it: its contribution to the residual stream becomes zero."""
+
+    kind: Literal["drop"] = "drop"
+    unit: AddressField
+
+
+Edit = Drop  # a discriminated union on ``kind`` as soon as there is a second edit
+
+
+class Provenance(_Record):
+    """Where a plan came from. ``model`` and ``calibration`` are fingerprints; empty where a plan was written by hand."""
+
+    model: str = ""
+    calibration: str = ""
+    recipe: str = ""
+    seed: int | None = None
+    versions: dict[str, str] = {}
+
+
+class Plan(_Record):
+    """A declarative, diffable list of edits. The empty plan changes nothing."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    target: Target = Target.ANY
+    budget: str | None = None
+    edits: tuple[Edit, ...] = ()
+    provenance: Provenance = Field(default_factory=Provenance)
+
+    @classmethod
+    def of(cls, units: Iterable[Address | str], target: Target = Target.ANY) -> Self:
+        """A plan that drops the given units, in order of address."""
+        addresses = {Address.parse(u) if isinstance(u, str) else u for u in units}
+        return cls(target=target, edits=tuple(Drop(unit=a) for a in sorted(addresses)))
+
+    @property
+    def drops(self) -> frozenset[Address]:
+        return frozenset(edit.unit for edit in self.edits)
+
+    def dumps(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def loads(cls, text: str, name: str = "plan") -> Self:
+        """Parse a plan; raises InputError with the first thing that is wrong."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{name} is not JSON: {error}") from error
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the top level"
+            raise InputError(f"{name} is not a valid plan: {place}: {first['msg']}") from error
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a plan file, or the plan inside a ``billhook.json``."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "billhook.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"plan file {path} cannot be read: {error}") from error
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+        if isinstance(content, dict) and "plan" in content:
+            text = json.dumps(content["plan"])
+        return cls.loads(text, name=str(path))
