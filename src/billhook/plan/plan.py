@@ -38,7 +38,7 @@ Edit = Drop  # a discriminated union on ``kind`` as soon as there is a second ed
 
 
 class Provenance(_Record):
-    """Where a plan came from. ``model`` and ``calibration`` are fingerprints; empty where a plan was written by hand."""
+    """Where a plan came from. ``model`` and ``calibration`` are fingerprints; empty where written by hand."""
 
     model: str = ""
     calibration: str = ""

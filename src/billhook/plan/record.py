@@ -1,0 +1,137 @@
+"""What a run leaves behind: the content of ``billhook.json``, of ``--json`` and of the report. Pure data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from billhook.plan.outline import Outline
+from billhook.plan.plan import Plan
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Interval(_Record):
+    """A figure with its spread: a 95% confidence interval, or the quartiles of repeated timings."""
+
+    value: float
+    low: float
+    high: float
+
+
+class TextEvidence(_Record):
+    """Dense and compressed on the same windows of one text the method never saw.
+
+    ``protocol`` says in words how perplexity was taken (unit, context, stride, BOS). ``perplexity_ratio`` is the paired
+    ratio compressed / dense. ``kl`` is the mean divergence from the dense model in nats per token, ``top1`` the
+    share of tokens where both models would pick the same next token.
+    """
+
+    name: str
+    domain: Literal["calibration", "other"]
+    windows: int
+    tokens: int
+    protocol: str
+    perplexity_dense: Interval
+    perplexity_compressed: Interval
+    perplexity_ratio: Interval
+    kl: Interval
+    top1: Interval
+
+
+class Generation(_Record):
+    """The greedy continuations of one prompt, side by side."""
+
+    prompt: str
+    dense: str
+    compressed: str
+
+
+class Workload(_Record):
+    """``new_tokens`` 0 is a prefill."""
+
+    name: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+class Timing(_Record):
+    """One workload, dense and compressed interleaved in one process.
+
+    ``speedup`` is the median over rounds of dense time / compressed time, with quartiles. ``ideal_speedup`` is what the
+    removed blocks could give at best, from the measured time outside the blocks. Bytes are measured, not computed.
+    """
+
+    workload: Workload
+    engine: str
+    rounds: int
+    dense_tokens_per_second: float
+    compressed_tokens_per_second: float
+    speedup: Interval
+    ideal_speedup: float | None = None
+    dense_peak_bytes: int | None = None
+    compressed_peak_bytes: int | None = None
+    dense_cache_bytes: int | None = None
+    compressed_cache_bytes: int | None = None
+
+
+class Step(_Record):
+    """One step of a search: what was dropped in it, at which score, what the objective was then (None where the search
+    never looked), the realised budgets as fractions of dense, and the work so far in block-token forwards."""
+
+    units: tuple[str, ...]
+    score: float | None
+    objective: float | None
+    realised: dict[str, float]
+    work: int
+
+
+class SearchRecord(_Record):
+    """``work`` counts block-token forwards: blocks executed times tokens, exact on any machine."""
+
+    recipe: str
+    objective: str
+    steps: tuple[Step, ...]
+    work: int
+    evaluations: int
+
+
+class Measures(_Record):
+    """What was measured of the dense model: for each score, unit address -> importance (high is important), and the
+    angular distance between the inputs of block i and of block i + n, ``angular[stack][n - 1][i]`` (ragged)."""
+
+    scores: dict[str, dict[str, float]] = {}
+    angular: dict[str, list[list[float]]] = {}
+    calibration: str = ""
+    tokens: int = 0
+
+
+class Quantity(_Record):
+    """A cost before and after, in ``unit`` (parameters, bytes, FLOPs, bytes per token, blocks)."""
+
+    unit: str
+    dense: float
+    compressed: float
+
+
+class Run(_Record):
+    """Everything a run asked for, got and measured."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    outline: Outline
+    plan: Plan
+    asked: str | None = None
+    realised: dict[str, float] = {}
+    costs: dict[str, Quantity] = {}
+    search: SearchRecord | None = None
+    measures: Measures | None = None
+    evidence: tuple[TextEvidence, ...] = ()
+    generations: tuple[Generation, ...] = ()
+    timings: tuple[Timing, ...] = ()
+    seconds: dict[str, float] = {}
+    environment: dict[str, str] = {}
