@@ -20,14 +20,18 @@ class Cut:
 class Sublayer:
     """One attention, cross-attention or MLP (mixture of experts included).
 
-    ``module`` does the work; ``reads`` and ``writes`` name the weights through which it reads from and writes to the
-    residual stream (parameter names; a fused qkv is one read, a fused expert tensor one read or write). ``norms`` are
-    those inside the branch and go with it. ``cuts`` silence it exactly: what remains computes stream + 0.
+    ``module`` does the work. ``output`` is the module whose output is what the branch adds to the residual stream (or
+    the stream with it added, where ``adds_residual``). ``reads`` and ``writes`` name the weights through which the
+    sublayer reads from and writes to the stream: parameter names; a fused qkv is one read, a fused expert tensor one
+    read or write. ``norms`` are those inside the branch and go with it. ``cuts`` silence the sublayer exactly: what
+    remains computes stream + 0.
     """
 
     address: Address
     kind: str
     module: str
+    output: str
+    adds_residual: bool
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     norms: tuple[str, ...]
@@ -37,12 +41,14 @@ class Sublayer:
 @dataclass(frozen=True)
 class Block:
     """One transformer layer. ``norms`` are those that act on the stream itself or serve several sublayers: they stay
-    as long as the block does."""
+    as long as the block does. ``parallel``: all sublayers read the stream as it enters the block; otherwise each reads
+    what the one before it left."""
 
     address: Address
     path: str
     sublayers: tuple[Sublayer, ...]
     norms: tuple[str, ...]
+    parallel: bool
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The names that transformers gives to the parts of a block, and the few ways in which those parts are laid out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+CROSS_ATTENTION = ("encoder_attn", "crossattention")
+MLP = ("mlp", "feed_forward")
+
+#: Leaf names of the linears that write to the residual stream.
+WRITES = frozenset(
+    ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "o", "down_proj", "dense_4h_to_h", "fc2", "weights_out", "w2")
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which norms and scales stand in which branch of a block.
+
+    ``shared`` ones serve both branches, which then read the stream in parallel. Where a family puts its norms on the
+    stream itself (post-norm), the same names belong to no branch; only ``families`` can tell.
+    """
+
+    attention: tuple[str, ...] = ()
+    mlp: tuple[str, ...] = ()
+    cross_attention: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    parallel: bool = False
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset((*self.attention, *self.mlp, *self.cross_attention, *self.shared))
+
+
+LAYOUTS = (
+    Layout(attention=("input_layernorm",), mlp=("post_attention_layernorm",)),
+    Layout(shared=("input_layernorm",), parallel=True),
+    Layout(
+        attention=("input_layernorm", "post_attention_layernorm"),
+        mlp=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    Layout(attention=("post_attention_layernorm",), mlp=("post_feedforward_layernorm",)),
+    Layout(attention=("ln_attn",), mlp=("ln_mlp",), parallel=True),
+    Layout(attention=("ln_1",), mlp=("ln_2",)),
+    Layout(attention=("ln_1",), mlp=("ln_2",), cross_attention=("ln_cross_attn",)),
+    Layout(attention=("layernorm_before",), mlp=("layernorm_after",)),
+    Layout(attention=("norm1", "layer_scale1"), mlp=("norm2", "layer_scale2")),
+    Layout(attention=("layer_norm1",), mlp=("layer_norm2",)),
+    Layout(attention=("attn_norm",), mlp=("mlp_norm",)),
+    Layout(attention=("self_attn_layer_norm",), mlp=("final_layer_norm",)),
+    Layout(
+        attention=("self_attn_layer_norm",), mlp=("final_layer_norm",), cross_attention=("encoder_attn_layer_norm",)
+    ),
+)
+NORMS = frozenset(name for layout in LAYOUTS for name in layout.names)
+
+#: Config values that are lists of block numbers, and those that count blocks from the front or from the end.
+INDEX_LISTS = ("mlp_only_layers",)
+LEADING_COUNTS = ("first_k_dense_replace",)
+TRAILING_COUNTS = ("num_kv_shared_layers",)
+
+#: Lists in configs whose length has nothing to do with the number of blocks, whatever it happens to be.
+NOT_PER_BLOCK = frozenset(
+    (
+        *("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        *("image_size", "patch_size", "image_mean", "image_std", "keys_to_ignore_at_inference"),
+    )
+)

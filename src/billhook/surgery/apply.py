@@ -1,0 +1,29 @@
+"""A plan carried out: a smaller model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from billhook.anatomy import Anatomy
+from billhook.plan.address import Address
+from billhook.plan.plan import Plan
+from billhook.surgery.live import Undo, drop, drops_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Model:
+    """A compressed model that shares the weights it keeps with ``model``, which stays as it is.
+
+    Nothing is copied but the module tree and the config, so dense and compressed fit side by side; ``del model`` frees
+    what was cut. Raises InputError if the plan is not possible on this model.
+    """
+    drops = drops_of(plan, anatomy)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, memo=dict(shared))
+    drop(twin, anatomy, drops, Undo())
+    return twin

@@ -1,0 +1,75 @@
+"""The one mechanism behind ``simulate`` and ``apply``: dropping units of a live model in place, with a way back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from billhook.anatomy import Anatomy, Stack
+from billhook.anatomy.config import owners, resolve, shortened
+from billhook.plan.address import Address
+from billhook.plan.check import check, normalise, survivors
+from billhook.plan.plan import Plan
+from billhook.surgery.slots import assign_slots
+from billhook.surgery.stubs import STUBS
+
+
+class Undo:
+    """What was changed, and how to change it back in reverse order."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Change an attribute that exists."""
+        old = getattr(owner, name)
+        setattr(owner, name, value)
+        self._steps.append(lambda: setattr(owner, name, old))
+
+    def swap(self, model: nn.Module, path: str, module: nn.Module) -> None:
+        """Put another module in the place of a submodule."""
+        parent, _, name = path.rpartition(".")
+        modules = model.get_submodule(parent)._modules
+        old = modules[name]
+        modules[name] = module
+        self._steps.append(lambda: modules.__setitem__(name, old))
+
+    def restore(self) -> None:
+        while self._steps:
+            self._steps.pop()()
+
+
+def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Address]:
+    """The units that a plan drops, checked against the model and in shortest form."""
+    if not isinstance(plan, Plan):
+        plan = Plan.of(plan)
+    check(plan, anatomy.outline)
+    return normalise(plan.drops, anatomy.outline)
+
+
+def drop(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], undo: Undo) -> None:
+    """Drop units in place: stubs for sublayers, shorter lists for blocks, then configs and cache slots that fit.
+
+    No weight is copied or changed. Afterwards the model is what its stock class would build from the new config, but
+    for the stubs.
+    """
+    for address in sorted(a for a in drops if a.sublayer is not None):
+        for cut in anatomy.sublayer(address).cuts:
+            undo.swap(model, cut.path, STUBS[cut.stub]())
+    for stack in anatomy.stacks:
+        if any(a.stack == stack.name for a in drops):
+            _shorten(model, stack, survivors(drops, anatomy.outline, stack.name), undo)
+            assign_slots(model, stack, drops, undo.set)
+
+
+def _shorten(model: nn.Module, stack: Stack, kept: list[int], undo: Undo) -> None:
+    if len(kept) == len(stack.blocks):
+        return
+    blocks = [model.get_submodule(stack.blocks[i].path) for i in kept]
+    undo.swap(model, stack.path, nn.ModuleList(blocks))
+    for path, keys in owners(stack).items():
+        config = resolve(model, path)
+        for key, value in shortened(config, keys, kept, len(stack.blocks)).items():
+            undo.set(config, key, value)

@@ -1,0 +1,29 @@
+"""A plan tried out on the live model, without copying a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from billhook.anatomy import Anatomy
+from billhook.plan.address import Address
+from billhook.plan.plan import Plan
+from billhook.surgery.live import Undo, drop, drops_of
+
+
+@contextmanager
+def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Iterator[nn.Module]:
+    """Inside the context ``model`` is the compressed model; leaving it, also by an exception, restores it exactly.
+
+    Works in place by swapping modules and config values. Costs no memory and next to no time. Raises InputError if the
+    plan is not possible on this model; the model is untouched then.
+    """
+    drops = drops_of(plan, anatomy)
+    undo = Undo()
+    try:
+        drop(model, anatomy, drops, undo)
+        yield model
+    finally:
+        undo.restore()
