@@ -174,7 +174,11 @@ def _pins(model: nn.Module, stacks: list[Stack]) -> dict[str, str]:
         for unit, reason in PINNED.get(model.config.model_type, {}).items()
     }
     for stack in stacks:
-        modes = getattr(owner_of(model, stack.path)[1].config, "kv_sharing_modes", None) or ()
+        config = owner_of(model, stack.path)[1].config
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            reason = "the model's per-layer embedding is one tensor for all blocks"
+            pinned |= {str(block.address): reason for block in stack.blocks}
+        modes = getattr(config, "kv_sharing_modes", None) or ()
         for index, mode in enumerate(modes):
             if mode == "store":
                 for unit in (f"{stack.name}.{index}", f"{stack.name}.{index}.attention"):

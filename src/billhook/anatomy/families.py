@@ -36,6 +36,9 @@ PINNED: dict[str, dict[str, str]] = {
     "modernbert": {"0": _FIRST_NORM},
 }
 
+#: Stacks that must not get shorter than another one: transformers sizes T5's decoder cache by the encoder's blocks.
+NOT_SHORTER: dict[str, dict[str, str]] = {"t5": {"encoder": "decoder"}}
+
 #: Families whose weights a DeciLM loader (vLLM, llama.cpp) can read under their own names.
 DECI_SHAPED = frozenset({"llama", "mistral", "qwen2"})
 

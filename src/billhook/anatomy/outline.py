@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from billhook.anatomy.config import hidden_size, owner_of
+from billhook.anatomy.families import NOT_SHORTER
 from billhook.anatomy.types import Block, Stack, Sublayer
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.target import Target
@@ -28,6 +29,7 @@ def draw(model: nn.Module, stacks: tuple[Stack, ...], pinned: dict[str, str], re
         bytes_per_param=sum(n * size for n, size in dtypes) / sum(n for n, _ in dtypes),
         refused=refused,
         pinned=pinned,
+        not_shorter=NOT_SHORTER.get(model.config.model_type, {}),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from billhook.anatomy.families import ambiguous_norms, post_norm
 from billhook.anatomy.types import Block, Cut, Sublayer
-from billhook.anatomy.vocabulary import ATTENTION, CROSS_ATTENTION, LAYOUTS, MLP, NORMS, WRITES, Layout
+from billhook.anatomy.vocabulary import ATTENTION, CROSS_ATTENTION, EXTRAS, LAYOUTS, MLP, NORMS, WRITES, Layout
 from billhook.plan.address import SUBLAYERS, Address
 
 
@@ -84,6 +84,7 @@ def _plain(children: dict[str, nn.Module], config: Any) -> _Parts:
     else:
         parts.stays = layout.shared
         parts.branch = _branches(layout, parts)
+    parts.stays += tuple(name for name in EXTRAS if name in children)
     for kind, names in parts.branch.items():
         parts.cuts[kind] += tuple(Cut(name, "identity") for name in names)
         after = [name for name in names if names.index(name) > 0 or kind not in _leading(layout)]

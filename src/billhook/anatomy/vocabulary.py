@@ -8,6 +8,9 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 CROSS_ATTENTION = ("encoder_attn", "crossattention")
 MLP = ("mlp", "feed_forward")
 
+#: Further parts of a block that act on the stream itself and stay with the block.
+EXTRAS = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
+
 #: Leaf names of the linears that write to the residual stream.
 WRITES = frozenset(
     ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "o", "down_proj", "dense_4h_to_h", "fc2", "weights_out", "w2")

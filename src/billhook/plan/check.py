@@ -10,6 +10,8 @@ from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 
+_DECI_FIRST = "DeciLM loaders fail when the first block that is left has no attention"
+
 
 def normalise(drops: Iterable[Address], outline: Outline) -> frozenset[Address]:
     """The same removal in its shortest form.
@@ -53,6 +55,9 @@ def check(plan: Plan, outline: Outline) -> None:
             raise InputError(f"unit {address} cannot be dropped for target {plan.target}: {reason}")
     for stack in outline.stacks:
         _check_stack(stack.name, drops, outline)
+        first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
+        if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first
+            raise InputError(f"unit {first} cannot be dropped for target {plan.target}: {_DECI_FIRST}")
 
 
 def check_target(target: Target, outline: Outline) -> None:
@@ -71,7 +76,7 @@ def _target_refusal(address: Address, outline: Outline, target: Target) -> str |
     if target is Target.UNIFORM and address.sublayer is not None:
         return "an ordinary checkpoint has the same sublayers in every block, so only whole blocks can go"
     if target is Target.DECI and address.sublayer == "attention" and address.block == 0:
-        return "DeciLM loaders fail when the first block has no attention"
+        return _DECI_FIRST
     return None
 
 

@@ -59,22 +59,13 @@ class StackOutline(_Record):
 
 
 class Outline(_Record):
-    """A whole model. ``refused`` maps a target to the reason why no plan for it can be carried by this family;
-    ``pinned`` maps an address that cannot be dropped to the reason why.
+    """A whole model.
+
     ``other_params`` are those outside the blocks (embeddings, head, final norms), tied weights counted once;
-    ``head_params`` those that each produced token multiplies with; ``bytes_per_param`` is that of the stored dtype."""
-
-    family: str
-    stacks: tuple[StackOutline, ...]
-    other_params: int
-    head_params: int
-    bytes_per_param: float
-    refused: dict[Target, str] = {}
-    pinned: dict[str, str] = {}
-
-    @property
-    def block_params(self) -> int:
-        """Parameters inside the blocks: what ``params`` budgets count."""
+    ``head_params`` those that each produced token multiplies with; ``bytes_per_param`` is that of the stored dtype.
+    ``refused`` maps a target to the reason why no plan for it can be carried by this family; ``pinned`` maps an address
+    that cannot be dropped to the reason why; ``not_shorter`` maps a stack to the one it must be at least as long as.
+    """Parameters inside the blocks: what ``params`` budgets count."""
         return sum(block.params for stack in self.stacks for block in stack.blocks)
 
     def stack(self, name: str) -> StackOutline:
