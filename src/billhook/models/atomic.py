@@ -1,0 +1,79 @@
+"""Nothing is ever half-written: folders are built beside their place and renamed into it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from billhook.plan.errors import InputError
+
+_OWN = ("billhook.json", "config.json")  # what marks a folder as a result that may be replaced
+
+
+def check_out(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """The absolute path of ``out``; InputError if a result could not or must not be put there.
+
+    An existing folder is only replaced with ``overwrite``, and only if it is empty or holds a model or a result of
+    Billhook. The folder above is created where it is missing.
+    """
+    path = Path(out).absolute()
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"output {out} exists and is not a folder; name a new folder")
+    if path.is_dir() and not overwrite:
+        raise InputError(f"output folder {out} already exists; choose another, or replace it with --overwrite")
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OWN):
+        raise InputError(f"output folder {out} holds something other than a model; it will not be replaced")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {out} cannot be made: {error}") from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"output folder {out} cannot be made: {path.parent} is not writable")
+    return path
+
+
+@contextmanager
+def building(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yield a fresh folder beside ``out``; on success it becomes ``out``, on any exception it is removed.
+
+    Raises InputError before anything is written where ``check_out`` would. A killed process leaves ``out`` as it was
+    (and a hidden folder ``.NAME.*.building`` beside it). An old target is moved aside before the new one takes its
+    place, and put back if that fails.
+    """
+    path = check_out(out, overwrite)
+    try:
+        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".building", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"output folder {out} cannot be made: {error}") from error
+    try:
+        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield fresh
+        _move(fresh, path, overwrite)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)  # gone already if all went well
+
+
+def _move(fresh: Path, path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        fresh.rename(path)
+        return
+    check_out(path, overwrite)  # it may have appeared while we were building
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(old / path.name)
+    try:
+        fresh.rename(path)
+    except OSError:
+        (old / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(old)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
