@@ -65,7 +65,20 @@ class Outline(_Record):
     ``head_params`` those that each produced token multiplies with; ``bytes_per_param`` is that of the stored dtype.
     ``refused`` maps a target to the reason why no plan for it can be carried by this family; ``pinned`` maps an address
     that cannot be dropped to the reason why; ``not_shorter`` maps a stack to the one it must be at least as long as.
-    """Parameters inside the blocks: what ``params`` budgets count."""
+    """
+
+    family: str
+    stacks: tuple[StackOutline, ...]
+    other_params: int
+    head_params: int
+    bytes_per_param: float
+    refused: dict[Target, str] = {}
+    pinned: dict[str, str] = {}
+    not_shorter: dict[str, str] = {}
+
+    @property
+    def block_params(self) -> int:
+        """Parameters inside the blocks: what ``params`` budgets count."""
         return sum(block.params for stack in self.stacks for block in stack.blocks)
 
     def stack(self, name: str) -> StackOutline:
