@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from billhook.anatomy.types import Stack
 from billhook.anatomy.vocabulary import INDEX_LISTS, LEADING_COUNTS, NOT_PER_BLOCK, TRAILING_COUNTS
@@ -59,7 +60,7 @@ def owners(stack: Stack) -> dict[str, tuple[str, ...]]:
     return grouped
 
 
-def owner_of(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+def owner_of(model: PreTrainedModel, path: str) -> tuple[str, nn.Module]:
     """The nearest module above ``path`` that carries a config, and its path."""
     parts = path.split(".")
     for end in range(len(parts) - 1, -1, -1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import PINNED, refusal, refused_targets
@@ -18,7 +19,7 @@ _FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln
 _FINAL_NORMS_ELSEWHERE = ("post_layernorm", "final_layer_norm")
 
 
-def discover(model: nn.Module) -> Anatomy:
+def discover(model: PreTrainedModel) -> Anatomy:
     """Find the stacks, blocks and sublayers of a transformers model. Works on the meta device too; touches no weight.
 
     Raises InputError with the list of what was and was not found where any part is not understood: a model is either
@@ -49,7 +50,7 @@ def discover(model: nn.Module) -> Anatomy:
         counters = _counters(model, path, name, encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)))
         if not counters:
             problems.append(f"no config value that counts the blocks of {name}")
-        stacks.append(Stack(name, path, tuple(blocks), counters, _final_norm(model, path), _is_causal(model, name)))
+        stacks.append(Stack(name, path, tuple(blocks), counters, _final_norm(model, path), name == "decoder"))
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
         raise InputError(
@@ -66,11 +67,11 @@ def discover(model: nn.Module) -> Anatomy:
     )
 
 
-def _all_lists(model: nn.Module) -> list[str]:
+def _all_lists(model: PreTrainedModel) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
 
 
-def _block_lists(model: nn.Module) -> list[str]:
+def _block_lists(model: PreTrainedModel) -> list[str]:
     lists = []
     for path in _all_lists(model):
         members = list(model.get_submodule(path).children())
@@ -79,7 +80,7 @@ def _block_lists(model: nn.Module) -> list[str]:
     return lists
 
 
-def _stack_names(model: nn.Module, lists: list[str]) -> dict[str, str]:
+def _stack_names(model: PreTrainedModel, lists: list[str]) -> dict[str, str]:
     """Path of each list -> stack name: vision, text, encoder or decoder."""
     is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
     names: dict[str, str] = {}
@@ -98,7 +99,7 @@ def _stack_names(model: nn.Module, lists: list[str]) -> dict[str, str]:
     return names
 
 
-def _generates(model: nn.Module) -> bool:
+def _generates(model: PreTrainedModel) -> bool:
     """Whether the model's attention is causal, from the first attention module that says so."""
     for module in model.modules():
         if isinstance(getattr(module, "is_causal", None), bool) and any(True for _ in module.parameters()):
@@ -107,11 +108,7 @@ def _generates(model: nn.Module) -> bool:
     return bool(can_generate and can_generate())
 
 
-def _is_causal(model: nn.Module, name: str) -> bool:
-    return name == "decoder"
-
-
-def _read_blocks(model: nn.Module, path: str, name: str) -> tuple[list[Block], list[str]]:
+def _read_blocks(model: PreTrainedModel, path: str, name: str) -> tuple[list[Block], list[str]]:
     config = owner_of(model, path)[1].config
     blocks, odd = [], []
     for index, module in enumerate(model.get_submodule(path).children()):
@@ -123,11 +120,11 @@ def _read_blocks(model: nn.Module, path: str, name: str) -> tuple[list[Block], l
     return blocks, odd
 
 
-def _counters(model: nn.Module, path: str, name: str, *, encoder_decoder: bool) -> tuple[Counter, ...]:
+def _counters(model: PreTrainedModel, path: str, name: str, *, encoder_decoder: bool) -> tuple[Counter, ...]:
     """Every config value that states this stack's length, in the root config first, then in the owner's own copy."""
     length = len(list(model.get_submodule(path).children()))
     above, owner = owner_of(model, path)
-    keys = ("num_hidden_layers",)
+    keys: tuple[str, ...] = ("num_hidden_layers",)
     if encoder_decoder:
         keys = (
             ("encoder_layers", "num_layers", "num_hidden_layers")
@@ -150,14 +147,14 @@ def _counters(model: nn.Module, path: str, name: str, *, encoder_decoder: bool) 
     return tuple(counters)
 
 
-def _config_path(model: nn.Module, config: Any) -> str | None:
+def _config_path(model: PreTrainedModel, config: Any) -> str | None:
     """Where ``config`` is found from the model: ``config`` or ``config.NAME``; None if it is a private copy."""
     if config is model.config:
         return "config"
     return next((f"config.{key}" for key, value in vars(model.config).items() if value is config), None)
 
 
-def _final_norm(model: nn.Module, path: str) -> str | None:
+def _final_norm(model: PreTrainedModel, path: str) -> str | None:
     parent = path.rpartition(".")[0]
     for place, names in ((parent, _FINAL_NORMS), (parent.rpartition(".")[0], _FINAL_NORMS_ELSEWHERE)):
         children = dict(model.get_submodule(place).named_children())
@@ -167,7 +164,7 @@ def _final_norm(model: nn.Module, path: str) -> str | None:
     return None
 
 
-def _pins(model: nn.Module, stacks: list[Stack]) -> dict[str, str]:
+def _pins(model: PreTrainedModel, stacks: list[Stack]) -> dict[str, str]:
     pinned = {
         f"{stack.name}.{unit}": reason
         for stack in stacks
@@ -190,7 +187,7 @@ def _single_decoder(stacks: list[Stack]) -> bool:
     return [stack.name for stack in stacks] == ["decoder"]
 
 
-def _call(model: nn.Module, name: str) -> Any:
+def _call(model: PreTrainedModel, name: str) -> Any:
     """``model.NAME()``, None where the model has no such part (transformers raises NotImplementedError then)."""
     try:
         return getattr(model, name)()
@@ -198,5 +195,5 @@ def _call(model: nn.Module, name: str) -> Any:
         return None
 
 
-def _path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+def _path_of(model: PreTrainedModel, wanted: nn.Module | None) -> str | None:
     return next((path for path, module in model.named_modules() if module is wanted), None)

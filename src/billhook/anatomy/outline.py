@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import NOT_SHORTER
@@ -14,7 +15,9 @@ from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerO
 from billhook.plan.target import Target
 
 
-def draw(model: nn.Module, stacks: tuple[Stack, ...], pinned: dict[str, str], refused: dict[Target, str]) -> Outline:
+def draw(
+    model: PreTrainedModel, stacks: tuple[Stack, ...], pinned: dict[str, str], refused: dict[Target, str]
+) -> Outline:
     """Count everything once. Cost: a walk over the parameter list, no arithmetic on weights."""
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     drawn = tuple(_stack(model, stack, sizes) for stack in stacks)
@@ -33,20 +36,20 @@ def draw(model: nn.Module, stacks: tuple[Stack, ...], pinned: dict[str, str], re
     )
 
 
-def _stack(model: nn.Module, stack: Stack, sizes: dict[str, int]) -> StackOutline:
+def _stack(model: PreTrainedModel, stack: Stack, sizes: dict[str, int]) -> StackOutline:
     config = owner_of(model, stack.path)[1].config
     blocks = tuple(_block(model, block, stack.causal, config, sizes) for block in stack.blocks)
     return StackOutline(name=stack.name, hidden_size=hidden_size(config), causal=stack.causal, blocks=blocks)
 
 
-def _block(model: nn.Module, block: Block, causal: bool, config: Any, sizes: dict[str, int]) -> BlockOutline:
+def _block(model: PreTrainedModel, block: Block, causal: bool, config: Any, sizes: dict[str, int]) -> BlockOutline:
     whole = _count(sizes, [block.path])
     drawn = {s.kind: _sublayer(model, s, causal, config, sizes) for s in block.sublayers}
     return BlockOutline(sublayers=drawn, rest_params=whole - sum(s.params for s in drawn.values()))
 
 
 def _sublayer(
-    model: nn.Module, sublayer: Sublayer, causal: bool, config: Any, sizes: dict[str, int]
+    model: PreTrainedModel, sublayer: Sublayer, causal: bool, config: Any, sizes: dict[str, int]
 ) -> SublayerOutline:
     params = _count(sizes, [cut.path for cut in sublayer.cuts])
     module = model.get_submodule(sublayer.module)
@@ -60,13 +63,13 @@ def _sublayer(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        window=_window(module, sublayer, config),
+        window=_window(sublayer, config),
         cache_width=_cache_width(config, kv_heads, head_dim) if cached else 0,
     )
 
 
 def _mlp(
-    model: nn.Module, sublayer: Sublayer, module: nn.Module, params: int, config: Any, sizes: dict[str, int]
+    model: PreTrainedModel, sublayer: Sublayer, module: nn.Module, params: int, config: Any, sizes: dict[str, int]
 ) -> SublayerOutline:
     experts, active, expert_params = 0, 0, 0
     for name, child in module.named_modules():
@@ -84,10 +87,10 @@ def _mlp(
     )
 
 
-def _heads(module: nn.Module, config: Any) -> tuple[int, int, int]:
+def _heads(module: Any, config: Any) -> tuple[int, int, int]:
     """Query heads, key-value heads and head width, from the module where it says so, else from the config."""
     inner = _attention_core(module)
-    heads = _first(inner, config, ("num_heads", "num_attention_heads", "n_heads", "num_attention_heads"))
+    heads = _first(inner, config, ("num_heads", "n_heads", "num_attention_heads"))
     head_dim = _first(inner, config, ("head_dim", "qk_head_dim", "attention_head_size", "key_value_proj_dim"))
     head_dim = head_dim or config.hidden_size // heads
     if hasattr(inner, "k_proj"):
@@ -98,15 +101,14 @@ def _heads(module: nn.Module, config: Any) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _attention_core(module: nn.Module) -> nn.Module:
+def _attention_core(module: Any) -> Any:
     for name in ("SelfAttention", "EncDecAttention"):
         if hasattr(module, name):
-            core: nn.Module = getattr(module, name)
-            return core
+            return getattr(module, name)
     return module
 
 
-def _first(module: nn.Module, config: Any, names: Iterable[str]) -> int:
+def _first(module: Any, config: Any, names: Iterable[str]) -> int:
     names = tuple(names)
     for source in (module, config):
         for name in names:
@@ -116,7 +118,7 @@ def _first(module: nn.Module, config: Any, names: Iterable[str]) -> int:
     return 0
 
 
-def _window(module: nn.Module, sublayer: Sublayer, config: Any) -> int | None:
+def _window(sublayer: Sublayer, config: Any) -> int | None:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None and layer_types[sublayer.address.block] != "sliding_attention":
         return None

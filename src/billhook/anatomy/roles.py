@@ -43,8 +43,9 @@ def looks_like_block(module: nn.Module) -> bool:
 def read_block(block: nn.Module, address: Address, path: str, config: Any, hidden: int) -> Block:
     """Find the sublayers of one block. Raises NotUnderstood where a parameter belongs to nothing known."""
     children = dict(block.named_children())
-    if isinstance(children.get("layer"), nn.ModuleList):
-        parts = _wrapped(children["layer"])
+    layers = children.get("layer")
+    if isinstance(layers, nn.ModuleList):
+        parts = _wrapped(layers)
     elif "intermediate" in children and "output" in children:
         parts = _post_norm_wrapped(children)
     else:

@@ -14,11 +14,18 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 
-SCHEMA_VERSION = 1
+
+def _address(value: object) -> Address:
+    if isinstance(value, Address):
+        return value
+    if isinstance(value, str):
+        return Address.parse(value)
+    raise InputError(f"an address is a text such as decoder.12, not {value!r}")
+
 
 AddressField = Annotated[
     Address,
-    BeforeValidator(lambda v: Address.parse(v) if isinstance(v, str) else v),
+    BeforeValidator(_address),
     PlainSerializer(str, return_type=str),
 ]
 
@@ -50,7 +57,7 @@ class Provenance(_Record):
 class Plan(_Record):
     """A declarative, diffable list of edits. The empty plan changes nothing."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     target: Target = Target.ANY
     budget: str | None = None
     edits: tuple[Edit, ...] = ()
@@ -72,16 +79,7 @@ class Plan(_Record):
     @classmethod
     def loads(cls, text: str, name: str = "plan") -> Self:
         """Parse a plan; raises InputError with the first thing that is wrong."""
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{name} is not JSON: {error}") from error
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the top level"
-            raise InputError(f"{name} is not a valid plan: {place}: {first['msg']}") from error
+        return cls._of_content(_parse(text, name), name)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -93,10 +91,27 @@ class Plan(_Record):
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"plan file {path} cannot be read: {error}") from error
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
+        content = _parse(text, str(path))
         if isinstance(content, dict) and "plan" in content:
-            text = json.dumps(content["plan"])
-        return cls.loads(text, name=str(path))
+            content = content["plan"]
+        return cls._of_content(content, str(path))
+
+    @classmethod
+    def _of_content(cls, content: object, name: str) -> Self:
+        version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{name} has schema_version {version!r}; this version of Billhook reads {SCHEMA_VERSION}")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the top level"
+            reason = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{name} is not a valid plan: {place}: {reason}") from error
+
+
+def _parse(text: str, name: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers too long and nesting too deep for the parser
+        raise InputError(f"{name} is not JSON: {error}") from error

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _stream(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs["hidden_states"]
 
 
