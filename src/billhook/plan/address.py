@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from billhook.plan.errors import InputError
 
 SUBLAYERS = ("attention", "cross_attention", "mlp")
-_PATTERN = re.compile(r"(?P<stack>[a-z][a-z_]*)\.(?P<block>\d+)(?:\.(?P<sublayer>[a-z_]+))?")
+# One spelling for each address: no leading zeros, no digits of other scripts.
+_PATTERN = re.compile(r"(?P<stack>[a-z][a-z_]*)\.(?P<block>0|[1-9][0-9]{0,5})(?:\.(?P<sublayer>[a-z_]+))?")
 
 
 @dataclass(frozen=True)

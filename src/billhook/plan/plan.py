@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -28,6 +28,9 @@ AddressField = Annotated[
     BeforeValidator(_address),
     PlainSerializer(str, return_type=str),
 ]
+
+
+SCHEMA_VERSION: Final = 1
 
 
 class _Record(BaseModel):
