@@ -53,8 +53,10 @@ def check(plan: Plan, outline: Outline) -> None:
         reason = _target_refusal(address, outline, plan.target)
         if reason:
             raise InputError(f"unit {address} cannot be dropped for target {plan.target}: {reason}")
+    reason = unsound(drops, outline)
+    if reason:
+        raise InputError(f"the plan {reason}")
     for stack in outline.stacks:
-        _check_stack(stack.name, drops, outline)
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
         if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first
             raise InputError(f"unit {first} cannot be dropped for target {plan.target}: {_DECI_FIRST}")
@@ -64,6 +66,22 @@ def check_target(target: Target, outline: Outline) -> None:
     """Raise InputError if no plan for ``target`` is possible for this family."""
     if target in outline.refused:
         raise InputError(f"target {target} is not possible for this {outline.family} model: {outline.refused[target]}")
+
+
+def unsound(drops: Iterable[Address], outline: Outline) -> str | None:
+    """What these drops do that no model of this kind survives, or None: a search asks before it tries them."""
+    drops = normalise(drops, outline)
+    left = {stack.name: survivors(drops, outline, stack.name) for stack in outline.stacks}
+    for stack in outline.stacks:
+        if not left[stack.name]:
+            return f"drops every block of {stack.name}; at least one must stay"
+        attending = (i for i in left[stack.name] if "attention" in stack.blocks[i].sublayers)
+        if stack.causal and all(Address(stack.name, i, "attention") in drops for i in attending):
+            return f"drops every attention of {stack.name}; at least one must stay to count positions"
+        longer = outline.not_shorter.get(stack.name)
+        if longer is not None and len(left[stack.name]) < len(left[longer]):
+            return f"leaves {stack.name} with fewer blocks than {longer}, which sizes its cache by them"
+    return None
 
 
 def survivors(drops: Iterable[Address], outline: Outline, stack: str) -> list[int]:
@@ -78,19 +96,6 @@ def _target_refusal(address: Address, outline: Outline, target: Target) -> str |
     if target is Target.DECI and address.sublayer == "attention" and address.block == 0:
         return _DECI_FIRST
     return None
-
-
-def _check_stack(stack: str, drops: frozenset[Address], outline: Outline) -> None:
-    kept = survivors(drops, outline, stack)
-    if not kept:
-        raise InputError(f"the plan drops every block of {stack}; at least one must stay")
-    attending = [
-        i
-        for i in kept
-        if "attention" in outline.stack(stack).blocks[i].sublayers and Address(stack, i, "attention") not in drops
-    ]
-    if outline.stack(stack).causal and not attending:
-        raise InputError(f"the plan drops every attention of {stack}; at least one must stay to count positions")
 
 
 def _extent(outline: Outline) -> str:

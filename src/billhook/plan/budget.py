@@ -1,0 +1,116 @@
+"""How small the result has to be, in the terms that a user pays for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from billhook.plan.errors import InputError
+
+_SCALES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_UNITS: dict[str, dict[str, float]] = {
+    "params": {"k": 1e3, "m": 1e6, "b": 1e9},
+    "size": _BYTES,
+    "flops": _SCALES,
+    "kv_bytes": _BYTES,
+    "blocks": {"": 1.0},
+}
+_EXAMPLES = {"params": "80M", "size": "100MB", "flops": "20G", "kv_bytes": "16KiB", "blocks": "24"}
+_MEASURED = ("memory", "latency")
+KINDS = tuple(_UNITS)
+_AMOUNT = re.compile(r"([+-]?[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_ROUNDING = 1e-9  # 24 of 30 equal blocks must count as 0.8 of them
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit on one kind of cost: a fraction of dense where ``relative``, else in the kind's base unit
+    (parameters in the blocks, bytes, FLOPs, bytes per token, blocks). ``text`` is what the user wrote."""
+
+    kind: str
+    amount: float
+    relative: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the result may cost; all limits must hold. Read with ``Budget.parse``."""
+
+    limits: tuple[Limit, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``KIND=AMOUNT``, several separated by commas: ``params=0.8``, ``size=100MB,kv_bytes=0.5``.
+
+        An amount is a fraction of dense (between 0 and 1, exclusive) or an absolute number with its unit; only
+        ``blocks`` counts without one. Raises InputError with the first thing that is wrong.
+        """
+        limits = tuple(_parse_limit(part.strip()) for part in text.split(","))
+        kinds = [limit.kind for limit in limits]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise InputError(f"budget {text!r} names {kind} twice; give one amount for each kind")
+        return cls(limits)
+
+    def __str__(self) -> str:
+        return ",".join(limit.text for limit in self.limits)
+
+    def ceilings(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """The limits in absolute terms, given the costs of the dense model.
+
+        Raises InputError where a limit asks for no reduction of this model."""
+        return {limit.kind: _ceiling(limit, dense[limit.kind]) for limit in self.limits}
+
+    def satisfied(self, costs: Mapping[str, float], dense: Mapping[str, float]) -> bool:
+        """Whether ``costs`` keep every limit."""
+        return all(within(costs[kind], ceiling) for kind, ceiling in self.ceilings(dense).items())
+
+
+def within(cost: float, ceiling: float) -> bool:
+    """Whether a cost keeps a limit, a rounding error of the ceiling aside."""
+    return cost <= ceiling * (1 + _ROUNDING)
+
+
+def realised(costs: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
+    """Every cost as a fraction of dense; kinds that the dense model has none of are left out."""
+    return {kind: costs[kind] / dense[kind] for kind in dense if dense[kind] > 0}
+
+
+def _parse_limit(text: str) -> Limit:
+    kind, equals, amount = (part.strip() for part in text.partition("="))
+    if not equals:
+        raise InputError(f"budget {text!r} is not of the form KIND=AMOUNT (such as params=0.8)")
+    if kind in _MEASURED:
+        raise InputError(f"budget {kind} needs a measured model, which no search makes yet; use {_either(KINDS)}")
+    if kind not in _UNITS:
+        raise InputError(f"budget kind {kind!r} is unknown; use {_either(KINDS)}")
+    found = _AMOUNT.fullmatch(amount)
+    unit = found[2].lower() if found else ""
+    if not found or (unit and unit not in _UNITS[kind]):
+        raise InputError(f"budget {text!r}: {amount!r} is not an amount of {kind}; {_would_be_right(kind)}")
+    number = float(found[1])
+    if not unit and 0 < number < 1:
+        return Limit(kind, number, relative=True, text=f"{kind}={amount}")
+    if unit not in _UNITS[kind] or number <= 0 or (kind == "blocks" and not number.is_integer()):
+        raise InputError(f"budget {text!r} is out of range; {_would_be_right(kind)}")
+    return Limit(kind, number * _UNITS[kind][unit], relative=False, text=f"{kind}={amount}")
+
+
+def _ceiling(limit: Limit, dense: float) -> float:
+    if dense <= 0:
+        raise InputError(f"budget {limit.text}: this model has no {limit.kind} to reduce")
+    ceiling = limit.amount * dense if limit.relative else limit.amount
+    if ceiling >= dense:
+        raise InputError(f"budget {limit.text} asks for no reduction: the dense model has {dense:,.0f} {limit.kind}")
+    return ceiling
+
+
+def _would_be_right(kind: str) -> str:
+    return f"give a fraction of dense between 0 and 1 (0.8) or an absolute number ({_EXAMPLES[kind]})"
+
+
+def _either(words: tuple[str, ...]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
