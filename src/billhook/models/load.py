@@ -78,6 +78,8 @@ def load(
 def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> Path:
     """The local folder of a model, downloaded or converted first where needed. InputError if there is none."""
     name = os.fspath(source)
+    if name == "demo":
+        return demo()
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -87,8 +89,6 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
         return unpacked(path)
     if path.is_file():
         raise InputError(f"model {name} is a file; {hub.USAGE}")
-    if name == "demo":
-        return demo()
     if not hub.plausible(name):
         raise InputError(f"model {name!r} does not exist; {hub.USAGE}")
     return hub.fetch(name, code=trust_remote_code)

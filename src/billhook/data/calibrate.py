@@ -1,0 +1,89 @@
+"""Which windows a model is calibrated on, and which it is judged on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+from billhook.data.builtin import builtin, docstrings
+from billhook.data.overlap import check_overlap
+from billhook.data.source import read
+from billhook.data.text import Text
+from billhook.data.windows import Windows, first, spread
+from billhook.data.written import written
+from billhook.plan.errors import InputError
+
+Source = str | os.PathLike[str] | Text
+Progress = Callable[[str, int, int], None]
+Domain = Literal["calibration", "other"]
+_HELD_BACK_SEED = 2**31  # text written for evaluation never shares a seed with text written for calibration
+
+
+def calibration(
+    source: Source,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    seed: int = 0,
+    model: Any = None,
+    progress: Progress | None = None,
+) -> Windows:
+    """``tokens // length`` windows from the first 80% of a text, spread evenly and in order.
+
+    ``source``: a ``.txt``, ``.txt.gz``, ``.jsonl`` or ``.jsonl.gz`` file, a folder of them, a hub data set,
+    ``builtin``, ``self`` (text that ``model`` samples; takes ``length`` decode steps), or a ``Text``. The text is
+    tokenised in one go with nothing between its lines; every window begins with BOS exactly where the tokenizer puts
+    one by itself. The same source, tokenizer and seed give the same windows. InputError where the text is missing,
+    unreadable or too short.
+    """
+    if source == "self":
+        return _written(model, tokenizer, tokens, length, seed, progress)
+    return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed)
+
+
+def evaluation(
+    source: Source,
+    tokenizer: Any,
+    *,
+    tokens: int,
+    length: int,
+    calibrated_on: Windows | None,
+    model: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[tuple[Domain, Windows]]:
+    """Windows to judge on that no calibration from ``source`` can contain: its last 20%, and a text of another kind
+    (``builtin``, or docstrings of the standard library where the source is ``builtin``).
+
+    InputError if a window of ``calibrated_on`` shares more than 5% of its runs of tokens with them.
+    """
+    if source == "self":
+        held_back = _written(model, tokenizer, tokens, length, _HELD_BACK_SEED + seed, progress)
+        name = "self"
+    else:
+        text = read(source)
+        held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
+        name = text.name
+    other = docstrings() if name == builtin().name else builtin()
+    found: list[tuple[Domain, Windows]] = [
+        ("calibration", held_back),
+        ("other", spread(other, tokenizer, tokens=tokens, length=length)),
+    ]
+    if calibrated_on is not None:
+        for _, windows_ in found:
+            check_overlap(windows_, calibrated_on)
+    return found
+
+
+def windows(source: Source, tokenizer: Any, *, tokens: int, length: int, skip: int = 0) -> Windows:
+    """The first ``tokens // length`` windows of a whole text, in a row, after ``skip`` windows: for an evaluation text
+    of one's own, taken by the usual protocol (WikiText-2: windows of 1,024 or 2,048 that do not overlap)."""
+    return first(read(source), tokenizer, tokens=tokens, length=length, skip=skip)
+
+
+def _written(model: Any, tokenizer: Any, tokens: int, length: int, seed: int, progress: Progress | None) -> Windows:
+    if model is None:
+        raise InputError("calibration source self needs the model that is to write the text")
+    return written(model, tokenizer, tokens=tokens, length=length, seed=seed, progress=progress)
