@@ -16,7 +16,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
 _FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln_f", "layer_norm", "layernorm")
-_FINAL_NORMS_ELSEWHERE = ("post_layernorm", "final_layer_norm")
+_FINAL_NORMS_ELSEWHERE = ("post_layernorm", "final_layer_norm", "layernorm")
 
 
 def discover(model: PreTrainedModel) -> Anatomy:

@@ -56,7 +56,9 @@ def _sublayer(
     if sublayer.kind == "mlp":
         return _mlp(model, sublayer, module, params, config, sizes)
     heads, kv_heads, head_dim = _heads(module, config)
-    cached = causal or sublayer.kind == "cross_attention"
+    modes = getattr(config, "kv_sharing_modes", None)
+    borrows = modes is not None and modes[sublayer.address.block] == "reuse"  # keeps no keys and values of its own
+    cached = (causal or sublayer.kind == "cross_attention") and not borrows
     return SublayerOutline(
         params=params,
         active_params=params,
