@@ -1,0 +1,134 @@
+"""Speed and memory of the compressed model against the dense one, in one process."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from billhook.evaluate.causal import require_causal
+from billhook.evaluate.ideal import kept_share, without_blocks
+from billhook.evaluate.intervals import quartiles
+from billhook.evaluate.memory import memory_of
+from billhook.evaluate.workload import DEFAULT, prompt_ids, ready
+from billhook.measure.latency import interleaved
+from billhook.measure.patch import observing
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.plan.record import Timing, Workload
+
+Progress = Callable[[str, int, int], None]
+
+ROUNDS = 5
+
+
+def bench(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    *,
+    workloads: Sequence[Workload] = DEFAULT,
+    rounds: int = ROUNDS,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> tuple[Timing, ...]:
+    """Time two causal language models on each workload, interleaved: dense, compressed, compressed, dense, ...
+
+    A prefill reads batch × prompt_tokens at once; a decode is new_tokens single-token steps on a real cache of
+    prompt_tokens, its length forced. Speed-up is the median over rounds of dense / compressed seconds with quartiles;
+    tokens per second come from the median times and count prompt tokens in a prefill, new tokens in a decode.
+
+    Where ``plan`` is what was done to the compressed model and drops whole blocks only, ``ideal_speedup`` is
+    t / (t_outside + (t - t_outside) × share of blocks kept), with t the median dense time and t_outside that of the
+    dense model without its blocks, timed in the same rounds; it takes the blocks to cost the same.
+
+    Cache bytes are those of the real cache at the end of the workload. Peak bytes are known on CUDA alone (None
+    elsewhere): the highest allocation during one run above what was there before, over all devices of the model, plus
+    the model's own weights. Cost: (rounds + 2) runs of every workload by both models, and of the dense one without its
+    blocks. Raises InputError for other models, rounds below 1, or a workload longer than the model's positions.
+    """
+    for model in (dense, compressed):
+        require_causal(model, "bench")
+        for workload in workloads:
+            _check(workload, model)
+    if rounds < 1:
+        raise InputError(f"bench needs at least 1 round, not {rounds}")
+    share = None if plan is None else kept_share(dense, plan)
+    total = len(workloads) * (rounds + 1)
+    done = count(1)
+    with observing(dense), observing(compressed):
+        return tuple(
+            _time(dense, compressed, workload, rounds, share, _tick(progress, workload, done, total))
+            for workload in workloads
+        )
+
+
+def _time(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    workload: Workload,
+    rounds: int,
+    share: float | None,
+    tick: Callable[[], None],
+) -> Timing:
+    ids = prompt_ids(workload, dense)
+    dense_peak, dense_cache = memory_of(dense, workload, ids)
+    compressed_peak, compressed_cache = memory_of(compressed, workload, ids)
+
+    runs = {"dense": ready(dense, workload, ids), "compressed": ready(compressed, workload, ids)}
+    if share is not None:
+        runs["outside"] = without_blocks(dense, runs["dense"])
+    times = interleaved(runs, rounds, tick=tick)
+
+    ideal = None
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    if share is not None:
+        inside = seconds["dense"] - seconds["outside"]
+        ideal = seconds["dense"] / (seconds["outside"] + inside * share)
+    tokens = workload.batch * (workload.new_tokens or workload.prompt_tokens)
+    return Timing(
+        workload=workload,
+        engine=engine(dense),
+        rounds=rounds,
+        dense_tokens_per_second=tokens / seconds["dense"],
+        compressed_tokens_per_second=tokens / seconds["compressed"],
+        speedup=quartiles([d / c for d, c in zip(times["dense"], times["compressed"], strict=True)]),
+        ideal_speedup=ideal,
+        dense_peak_bytes=dense_peak,
+        compressed_peak_bytes=compressed_peak,
+        dense_cache_bytes=dense_cache,
+        compressed_cache_bytes=compressed_cache,
+    )
+
+
+def engine(model: PreTrainedModel) -> str:
+    """What the model runs on, in words: a gain measured in one engine says little about another."""
+    device: torch.device = model.device
+    where = f"CPU with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"transformers {transformers.__version__}, torch {torch.__version__}, {where}, {dtype}"
+
+
+def _tick(progress: Progress | None, workload: Workload, done: Iterator[int], total: int) -> Callable[[], None]:
+    def tick() -> None:
+        if progress is not None:
+            progress(f"bench: {workload.name}", next(done), total)
+
+    return tick
+
+
+def _check(workload: Workload, model: PreTrainedModel) -> None:
+    needed = workload.prompt_tokens + workload.new_tokens
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if workload.batch < 1 or workload.prompt_tokens < 1 or workload.new_tokens < 0:
+        raise InputError(f"workload {workload.name} needs at least one sequence of one prompt token")
+    if positions is not None and needed > positions:
+        raise InputError(
+            f"workload {workload.name} takes {needed} tokens, but {type(model).__name__} has {positions} positions; "
+            "a shorter workload would fit"
+        )

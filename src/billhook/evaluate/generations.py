@@ -1,0 +1,82 @@
+"""Greedy continuations, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.measure.patch import observing
+from billhook.plan.errors import InputError
+from billhook.plan.record import Generation
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write one sentence about a hedge in winter.",
+    "Name three things one can do with an old bicycle.",
+)
+
+# what a checkpoint may have stored to spoil plain greedy decoding
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def generations(
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    max_new_tokens: int = 40,
+) -> tuple[Generation, ...]:
+    """What each model writes after each prompt; arguments and errors as in ``generate``."""
+    return tuple(
+        Generation(
+            prompt=prompt,
+            dense=generate(dense, tokenizer, prompt, max_new_tokens),
+            compressed=generate(compressed, tokenizer, prompt, max_new_tokens),
+        )
+        for prompt in prompts
+    )
+
+
+def generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompt: str, max_new_tokens: int = 40
+) -> str:
+    """The greedy answer (chat template) or continuation (tokenizer without one), without the prompt.
+
+    Ends at the end-of-sequence token or after ``max_new_tokens``. Raises InputError for a model that cannot generate, a
+    missing tokenizer, a prompt of no tokens, or a length below 1.
+    """
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} cannot generate text; a model with a language head can")
+    if tokenizer is None:
+        raise InputError("generating text needs a tokenizer; the model's folder has none")
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    inputs = _encode(tokenizer, prompt).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        raise InputError(f"prompt {prompt!r} has no tokens; it must have at least one")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with observing(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)[0]
+    text: str = tokenizer.decode(
+        output if model.config.is_encoder_decoder else output[length:], skip_special_tokens=True
+    )
+    return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:
+    if tokenizer.chat_template is None:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from families import VOCABULARY, build
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from billhook.evaluate import PROMPTS, generate, generations
+from billhook.plan.errors import InputError
+
+CHAT = "{% for m in messages %}w40 {{ m['content'] }} w41 {% endfor %}{% if add_generation_prompt %}w42{% endif %}"
+
+
+def tokenizer(chat_template=None):
+    words = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", chat_template=chat_template
+    )
+
+
+def by_hand(model, ids, steps):
+    """Greedy decoding without cache."""
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        for _ in range(steps):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, -steps:].tolist()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama")
+
+
+def test_greedy_continuation_without_the_prompt(model):
+    text = generate(model, tokenizer(), "w7 w8 w9", 6)
+    assert text == tokenizer().decode(by_hand(model, [7, 8, 9], 6))
+    assert len(text.split()) == 6
+
+
+def test_chat_template_is_used_where_there_is_one(model):
+    text = generate(model, tokenizer(CHAT), "w7 w8", 6)
+    assert text == tokenizer().decode(by_hand(model, [40, 7, 8, 41, 42], 6))
+
+
+def test_stored_settings_do_not_spoil_greedy():
+    """And leave the model's own settings alone."""
+    model = build("llama")
+    plain = generate(model, tokenizer(), "w7 w8 w9", 12)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, num_beams=3, top_p=0.3)
+    stored = model.generation_config.to_dict()
+    assert generate(model, tokenizer(), "w7 w8 w9", 12) == plain
+    assert model.generation_config.to_dict() == stored
+
+
+def test_ends_at_the_end_of_sequence():
+    model = build("llama")
+    expected = by_hand(model, [7, 8, 9], 6)
+    model.generation_config.eos_token_id = expected[2]
+    assert len(generate(model, tokenizer(), "w7 w8 w9", 6).split()) == 3
+
+
+def test_encoder_decoders_write_too():
+    assert generate(build("t5"), tokenizer(), "w7 w8 w9", 4)
+
+
+def test_side_by_side(model):
+    other = build("llama_bias")
+    pairs = generations(model, other, tokenizer(), ["w7 w8", "w9"], max_new_tokens=3)
+    assert [pair.prompt for pair in pairs] == ["w7 w8", "w9"]
+    assert pairs[1].dense == generate(model, tokenizer(), "w9", 3)
+    assert pairs[1].compressed == generate(other, tokenizer(), "w9", 3)
+
+
+def test_three_prompts_by_default(model):
+    assert len(generations(model, model, tokenizer(), max_new_tokens=1)) == len(PROMPTS) == 3
+
+
+def test_training_flags_are_left_alone():
+    model = build("llama").train()
+    generate(model, tokenizer(), "w7", 1)
+    assert all(module.training for module in model.modules())
+
+
+def test_refusals(model):
+    with pytest.raises(InputError, match="BertForMaskedLM cannot generate text"):
+        generate(build("bert"), tokenizer(), "w7")
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        generate(model, None, "w7")
+    with pytest.raises(InputError, match="prompt '' has no tokens"):
+        generate(model, tokenizer(), "")
+    with pytest.raises(InputError, match="max_new_tokens is 0; it must be at least 1"):
+        generate(model, tokenizer(), "w7", 0)
