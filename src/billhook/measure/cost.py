@@ -1,0 +1,150 @@
+"""What a model costs, computed from its outline: parameters, file size, FLOPs, KV cache, blocks. No clock, no weights.
+
+Every kind is additive over units: what a drop saves does not depend on the other drops, except that a block is only
+gone when all of it is. So a search can ask for thousands of candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+
+from billhook.plan.address import Address
+from billhook.plan.check import normalise
+from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
+from billhook.plan.record import Quantity
+
+Costs = dict[str, float]
+UNITS = {
+    "params": "parameters in the blocks",
+    "size": "bytes",
+    "flops": "FLOPs",
+    "kv_bytes": "bytes per token",
+    "blocks": "blocks",
+}
+PROMPT_TOKENS = 512
+NEW_TOKENS = 128
+
+
+class CostModel:
+    """The costs of a model and of its units for one workload: batch 1, a prompt, then greedy tokens with a cache.
+
+    - ``params``: parameters inside the blocks.
+    - ``size``: bytes of the weights in a file, header aside; tied weights once, all in the average stored width.
+    - ``flops``: two per weight and token (embeddings aside; of a mixture only the experts that a token uses) and four
+      per head channel and query-key pair, for the pairs that the mask allows (Kaplan et al. 2020, section 2.1, who
+      count every pair). The head runs once per produced token. Norms, rotations, activation functions and the
+      expansion of a cached latent (done anew for the whole cache by some implementations) are left out.
+    - ``kv_bytes``: bytes of the cache at the end, over its positions. A sliding window of w holds the last w - 1,
+      cross-attention the prompt only. The cache has the width of the stored weights.
+    - ``blocks``: how many there are.
+
+    A stack with cross-attention reads ``prompt_tokens`` from the stack beside it and produces ``new_tokens`` itself;
+    every other stack reads the prompt, and a causal one goes on from there, the last token produced being never read.
+    ``new_tokens`` 0 is one pass over the prompt and costs what producing one token does.
+    """
+
+    def __init__(self, outline: Outline, *, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS) -> None:
+        self.outline = outline
+        self._prompt, self._new = prompt_tokens, max(new_tokens, 1)
+        self._source = next((s.hidden_size for s in outline.stacks if not s.causal), 0)
+        crossed = any(_crosses(stack) for stack in outline.stacks)
+        self._positions = prompt_tokens + (self._new if crossed else self._new - 1)
+        self._shares: dict[Address, Costs] = {}
+        self._parts: dict[Address, frozenset[Address]] = {}
+        for stack in outline.stacks:
+            for index, block in enumerate(stack.blocks):
+                self._add(Address(stack.name, index), block, stack)
+        self.dense: Costs = dict.fromkeys(UNITS, 0.0)
+        self.dense["size"] = outline.other_params * outline.bytes_per_param
+        self.dense["flops"] = 2.0 * outline.head_params * self._new
+        for block_address in self._parts:
+            self.dense = _plus(self.dense, self._shares[block_address], 1)
+
+    def of(self, drops: Iterable[Address]) -> Costs:
+        """The costs with these units dropped."""
+        costs = self.dense
+        for unit in sorted(normalise(drops, self.outline)):
+            costs = _plus(costs, self._shares[unit], -1)
+        return costs
+
+    def saving(self, unit: Address, drops: Set[Address] = frozenset()) -> Costs:
+        """What dropping ``unit`` saves when ``drops`` are gone already: ``of(drops) - of(drops | {unit})``, at once."""
+        block = unit.parent
+        if unit in drops or block in drops:
+            return dict.fromkeys(UNITS, 0.0)
+        gone = self._parts[block] & drops
+        if unit != block:
+            left = self._parts[block] - gone - {unit}
+            completes = not left and block in normalise(self._parts[block], self.outline)
+            return _plus(self._shares[unit], {"blocks": float(completes)}, 1)
+        saved = self._shares[block]
+        for part in sorted(gone):
+            saved = _plus(saved, self._shares[part], -1)
+        if gone == self._parts[block] and block in normalise(gone, self.outline):
+            return dict.fromkeys(UNITS, 0.0)
+        return saved
+
+    def _add(self, address: Address, block: BlockOutline, stack: StackOutline) -> None:
+        total = {**dict.fromkeys(UNITS, 0.0), "blocks": 1.0}
+        rest = {"params": float(block.rest_params), "size": block.rest_params * self.outline.bytes_per_param}
+        parts = {Address(address.stack, address.block, kind): sub for kind, sub in block.sublayers.items()}
+        for part, sublayer in parts.items():
+            self._shares[part] = self._share(sublayer, part.sublayer == "cross_attention", stack)
+            total = _plus(total, self._shares[part], 1)
+        self._shares[address] = _plus(total, rest, 1)
+        self._parts[address] = frozenset(parts)
+
+    def _share(self, sublayer: SublayerOutline, cross: bool, stack: StackOutline) -> Costs:
+        queries = self._new if _crosses(stack) else self._positions if stack.causal else self._prompt
+        keys = self._prompt if cross else queries
+        causal = stack.causal and not cross
+        # Cross-attention makes the keys and values of the prompt once, not again for every token.
+        once = sublayer.cache_width * (self._source or stack.hidden_size) if cross else 0
+        weights = (sublayer.active_params - once) * queries + once * self._prompt
+        pairs = _pairs(queries, keys, sublayer.window, causal) * sublayer.heads * sublayer.head_dim
+        held = min(keys, (sublayer.window or keys + 1) - 1) * sublayer.cache_width
+        return {
+            "params": float(sublayer.params),
+            "size": sublayer.params * self.outline.bytes_per_param,
+            "flops": 2.0 * weights + 4.0 * pairs,
+            "kv_bytes": held * self.outline.bytes_per_param / self._positions,
+            "blocks": 0.0,
+        }
+
+
+def cost(
+    outline: Outline,
+    drops: Iterable[Address] = (),
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+) -> Costs:
+    """Every kind of cost of a model with these units dropped; see CostModel for what is counted."""
+    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops)
+
+
+def quantities(
+    outline: Outline,
+    drops: Iterable[Address],
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+) -> dict[str, Quantity]:
+    """The costs before and after, for the record of a run."""
+    model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    after = model.of(drops)
+    return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
+
+
+def _crosses(stack: StackOutline) -> bool:
+    return any("cross_attention" in block.sublayers for block in stack.blocks)
+
+
+def _pairs(queries: int, keys: int, window: int | None, causal: bool) -> int:
+    """How many query-key pairs a mask allows; a window of w keys on both sides is taken as w keys for each query."""
+    width = min(window or keys, keys)
+    return queries * width - (width * (width - 1) // 2 if causal else 0)
+
+
+def _plus(costs: Costs, other: Costs, sign: int) -> Costs:
+    return {kind: value + sign * other.get(kind, 0.0) for kind, value in costs.items()}
