@@ -1,0 +1,94 @@
+"""What happens if a unit is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Anatomy
+from billhook.data import Windows
+from billhook.measure.batches import Batch
+from billhook.measure.replay import Progress, Replay
+from billhook.measure.teacher import Teacher
+from billhook.plan.address import Address
+
+Kind = Literal["kl", "loss", "stream"]
+
+
+class Ablator:
+    """One figure for how far a model is from dense as units are dropped, over fixed inputs. Low is good.
+
+    - ``kl``: mean divergence of its next-token distributions from the dense ones, nats a token (see Teacher);
+    - ``loss``: mean negative log-likelihood of the text, nats a token;
+    - ``stream``: squared error of the stream after the last block relative to the dense stream, for any model.
+
+    One evaluation costs the blocks after the first one affected and, for the first two, the head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        source: Windows | Iterable[Batch],
+        kind: Kind = "kl",
+        stack: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Runs the dense model once. Raises InputError for a kind that this model or stack does not have."""
+        self.replay = Replay(model, anatomy, source, stack, progress)
+        self.kind = kind
+        self._judge = _judge(self.replay, kind)
+
+    @property
+    def work(self) -> int:
+        """Block-token forwards so far, the dense pass included."""
+        return self.replay.work
+
+    def value(self) -> float:
+        """The figure in the current state: for ``kl`` and ``stream``, 0 at first."""
+        return self._judge(self.replay.final)
+
+    def with_drop(self, unit: Address) -> float:
+        """The figure of the current state with this unit dropped as well; the state stays."""
+        return self._judge(self.replay.without(unit))
+
+    def commit(self, unit: Address) -> None:
+        """Drop this unit for good."""
+        self.replay.commit(unit)
+
+
+def ablation(ablator: Ablator, units: Iterable[Address], progress: Progress | None = None) -> dict[Address, float]:
+    """By how much the figure rises if each unit alone is dropped from the current state.
+
+    Cost: for each unit the blocks after it; n(n - 1)/2 block forwards for all n blocks, and n heads.
+    """
+    units = sorted(units)
+    before = ablator.value()
+    rises = {}
+    for index, unit in enumerate(units):
+        rises[unit] = ablator.with_drop(unit) - before
+        if progress is not None:
+            progress("one unit less", index + 1, len(units))
+    return rises
+
+
+def _judge(replay: Replay, kind: Kind) -> Callable[[list[Tensor]], float]:
+    if kind == "stream":
+        return _stream_error(replay)
+    teacher = Teacher(replay)
+    return lambda streams: getattr(teacher.damage(streams), kind)
+
+
+def _stream_error(replay: Replay) -> Callable[[list[Tensor]], float]:
+    dense = [stream[real].float() for stream, real in zip(replay.final, replay.real, strict=True)]
+    energy = sum(stream.square().sum(dtype=torch.float64).item() for stream in dense)
+
+    def error(streams: list[Tensor]) -> float:
+        now = (stream[real].float() for stream, real in zip(streams, replay.real, strict=True))
+        distances = (torch.dist(a, b).double().square().item() for a, b in zip(now, dense, strict=True))
+        return sum(distances) / energy
+
+    return error

@@ -1,0 +1,60 @@
+"""What is fed to a model while it is being watched: keyword arguments of its forward."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.data import Windows
+from billhook.plan.errors import InputError
+
+Batch = Mapping[str, Any]
+TOKENS_AT_ONCE = 2048
+
+
+def batches_of(
+    source: Windows | Iterable[Batch], model: nn.Module, tokens_at_once: int = TOKENS_AT_ONCE
+) -> Iterator[dict[str, Any]]:
+    """Batches on the model's device, with the cache switched off where the model has one.
+
+    Windows are grouped to about ``tokens_at_once`` tokens; batches of other inputs are taken as they come.
+    Causal models that take ``position_ids`` get them counted from the first real token of each row, so that
+    left-padded rows see the positions they would have alone.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    device = next(model.parameters()).device
+    for batch in _grouped(source, tokens_at_once):
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        if "use_cache" in accepted:
+            inputs["use_cache"] = False
+        mask = inputs.get("attention_mask")
+        if mask is not None and "position_ids" in accepted and "position_ids" not in inputs and not mask.all():
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        yield inputs
+
+
+def _grouped(source: Windows | Iterable[Batch], tokens_at_once: int) -> Iterable[Batch]:
+    if not isinstance(source, Windows):
+        return source
+    rows = max(1, tokens_at_once // source.ids.shape[1])
+    return [{"input_ids": source.ids[i : i + rows]} for i in range(0, len(source.ids), rows)]
+
+
+def real_tokens(inputs: Batch, stack: str, stream: Tensor) -> Tensor:
+    """Which positions of a stack's stream [batch, tokens, hidden] are not padding: bool [batch, tokens].
+
+    Images and audio have none; a decoder beside an encoder has a mask of its own.
+    """
+    shape = stream.shape[:2]
+    key = "decoder_attention_mask" if stack == "decoder" and "decoder_input_ids" in inputs else "attention_mask"
+    unpadded = stack == "vision" or (stack == "encoder" and "input_features" in inputs)
+    mask: Tensor | None = None if unpadded else inputs.get(key)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=stream.device)
+    if mask.shape != shape:
+        raise InputError(f"{key} has shape {tuple(mask.shape)}; the stream of {stack} needs {tuple(shape)}")
+    return mask.bool()
