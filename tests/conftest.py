@@ -1,5 +1,89 @@
-"""Lives here so that ``from families import ...`` works in every test; keeps torch to one thread a test process."""
+"""Small real things that every room's tests need."""
 
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every xdist worker has one core
+
+import pytest
 import torch
+from families import build, randomise
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from billhook.models import locate
+from billhook.plan.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+def make_tokenizer(add_bos: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, trained on the spot on the built-in text."""
+    from billhook.data.builtin import builtin
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(builtin().parts[:50], trainer)
+    if add_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """300 tokens; adds no BOS, as the demo model's does not."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """The folder of a random causal model: 5 blocks, tied, float32, with tokenizer and chat template.
+
+    Read only: load it afresh in each test.
+    """
+    folder = tmp_path_factory.mktemp("models") / "tiny-lm"
+    model = build("llama")
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    randomise(model)
+    model.config.max_position_embeddings = 512
+    model.generation_config.eos_token_id = model.config.eos_token_id = tiny_tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The folder of the demo model, downloaded on the first use of the machine's cache."""
+    try:
+        return locate("demo")
+    except InputError as error:
+        pytest.skip(f"no demo model: {error}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data sets that lies beside the project where it is developed."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: this test needs the public data sets")
+    return folder

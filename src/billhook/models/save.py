@@ -24,7 +24,7 @@ _WEIGHTS = {
 }
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab"}
 _NOTICES = ("LICENSE", "NOTICE", "USE_POLICY")
-_NOT_OURS = {"billhook.json", "config.json", "quantization_config.json"}  # true of the source only
+_OF_THE_SOURCE = frozenset({"billhook.json", "config.json"})  # true of the source only
 _SMALL = 64 * 2**20  # bytes
 
 
@@ -51,20 +51,20 @@ def copy_extras(source: Path, folder: Path) -> None:
     Subfolders come along where they hold no weights (the pooling settings of a sentence encoder do, a training
     checkpoint does not). Python files stay behind: the saved config does not refer to them.
     """
-    _copy_files(source, folder)
+    _copy_files(source, folder, without=_OF_THE_SOURCE)
     for sub in sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if not any(path.suffix in _WEIGHTS for path in sub.rglob("*")):
             _copy_files(sub, folder / sub.name)
 
 
-def _copy_files(source: Path, folder: Path) -> None:
+def _copy_files(source: Path, folder: Path, without: frozenset[str] = frozenset()) -> None:
     for path in sorted(source.iterdir()):
-        if path.is_file() and _wanted(path) and not (folder / path.name).exists():
+        if path.is_file() and _wanted(path) and path.name not in without and not (folder / path.name).exists():
             folder.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / path.name)
 
 
 def _wanted(path: Path) -> bool:
-    if path.name.endswith(".index.json") or path.name in _NOT_OURS or path.stat().st_size > _SMALL:
+    if path.name.endswith(".index.json") or path.stat().st_size > _SMALL:
         return False
     return path.suffix in _COPIED or path.name.startswith(_NOTICES)

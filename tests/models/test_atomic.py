@@ -1,0 +1,114 @@
+"""Nothing is ever half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from billhook.models import building, check_out
+from billhook.plan.errors import InputError
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_folder_appears_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    with building(out) as fresh:
+        (fresh / "a").write_text("1")
+        assert not out.exists() and fresh.parent == out.parent
+    assert names(out) == {"a"} and names(out.parent) == {"out"}
+
+
+def test_it_is_as_readable_as_any_new_folder(tmp_path: Path) -> None:
+    with building(tmp_path / "out"):
+        pass
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), building(tmp_path / "out") as fresh:
+        (fresh / "a").write_text("1")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == set()
+
+
+def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"already exists.*--overwrite"), building(tmp_path / "out"):
+        pytest.fail("the work was begun")
+
+
+def test_overwrite_replaces_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "stale").write_text("old")
+    with building(out, overwrite=True) as fresh:
+        assert names(out) == {"config.json", "stale"}
+        (fresh / "new").write_text("1")
+    assert names(out) == {"new"} and names(tmp_path) == {"out"}
+
+
+def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    with pytest.raises(ZeroDivisionError), building(out, overwrite=True) as fresh:
+        (fresh / "config.json").write_text("new")
+        raise ZeroDivisionError
+    assert (out / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
+
+
+def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(InputError, match="something other than a model"), building(tmp_path, overwrite=True):
+        pass
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="already exists"), building(out):
+        out.mkdir()
+        (out / "config.json").write_text("another run's")
+    assert names(tmp_path) == {"out"} and names(out) == {"config.json"}
+
+
+def test_impossible_places_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="not a folder"):
+        check_out(tmp_path / "file", overwrite=True)
+    with pytest.raises(InputError, match="cannot be made"):
+        check_out(tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_parent_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="not writable"):
+        check_out(tmp_path / "out")
+
+
+def test_a_killed_process_leaves_no_target(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys\n"
+        "from billhook.models.atomic import building\n"
+        "with building(sys.argv[1]) as fresh:\n"
+        "    (fresh / 'config.json').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    with building(out) as fresh:
+        (fresh / "config.json").write_text("whole")
+    assert (out / "config.json").read_text() == "whole"
