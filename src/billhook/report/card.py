@@ -1,0 +1,51 @@
+"""The model card: README.md of the checkpoint."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from billhook.plan.record import Run
+from billhook.plan.target import Target
+from billhook.report import cuts, headline, loading, numbers, provenance
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def card(run: Run) -> str:
+    """The card as Markdown with YAML front matter, as model hubs read it. Text from the run is escaped."""
+    environment = Environment(
+        loader=PackageLoader("billhook.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": numbers.number, "percent": numbers.percent, "spread": numbers.spread,
+                            "quantity": numbers.bare, "budget": headline.budget_name, "text": _text}  # fmt: skip
+    return environment.get_template("card.md").render(
+        run=run,
+        front=yaml.safe_dump(_front(run), sort_keys=False, allow_unicode=True),
+        title=headline.title(run),
+        verdict=headline.verdict(run),
+        summary=cuts.summary(run),
+        loading=loading.loading(run),
+        commands=loading.commands(run),
+        facts=provenance.facts(run),
+    )
+
+
+def _front(run: Run) -> dict[str, object]:
+    ordinary = loading.is_ordinary(run)
+    front: dict[str, object] = {
+        "library_name": "transformers" if ordinary or run.plan.target is not Target.ANY else "billhook"
+    }
+    if _HUB_ID.fullmatch(run.model):  # a folder or a file is nothing that a hub could link to
+        front["base_model"] = run.model
+    if loading.is_language_model(run.outline):
+        front["pipeline_tag"] = "text-generation"
+    return front | {"tags": ["billhook", "pruned", "depth-pruning", f"target-{run.plan.target}"]}
+
+
+def _text(value: object) -> str:
+    """Text that Markdown shows as it is, also inside a table."""
+    flat = " ".join(str(value).split())
+    return re.sub(r"([\\`*_{}\[\]<>#|~&])", r"\\\1", flat)

@@ -1,0 +1,76 @@
+"""How to use the result, for each target."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from billhook.plan.outline import Outline
+from billhook.plan.record import Run
+from billhook.plan.target import Target
+from billhook.report.cuts import dropped
+
+FOLDER = "path/to/this/folder"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """One sentence, and code in ``language`` that does it."""
+
+    words: str
+    language: str
+    code: str
+
+
+def is_language_model(outline: Outline) -> bool:
+    """A single causal stack: the model predicts the next token."""
+    return len(outline.stacks) == 1 and outline.stacks[0].causal
+
+
+def is_ordinary(run: Run) -> bool:
+    """Whether the result is a checkpoint of the stock class: only whole blocks are gone and the rest are alike."""
+    alike = all(len({tuple(block.sublayers) for block in stack.blocks}) <= 1 for stack in run.outline.stacks)
+    return run.plan.target is Target.UNIFORM or (alike and all(a.sublayer is None for a in dropped(run)))
+
+
+def loading(run: Run) -> Loading:
+    """How to load the folder that this run wrote."""
+    auto = "AutoModelForCausalLM" if is_language_model(run.outline) else "AutoModel"
+    if is_ordinary(run):
+        words = "An ordinary checkpoint: whatever loads the original model loads this one."
+        return Loading(words, "python", _transformers(auto, ""))
+    match run.plan.target:
+        case Target.DECI:
+            words = (
+                "The DeciLM form, where each block has its own shape: written for vLLM and for llama.cpp's converter, "
+                "and loaded by plain transformers with the modelling file that lies in the folder. "
+                "Remote code runs on your machine, so read that file first."
+            )
+            serve = f"vllm serve {FOLDER} --trust-remote-code\npython convert_hf_to_gguf.py {FOLDER}  # of llama.cpp"
+            return Loading(words, "sh", serve)
+        case Target.ANY:
+            words = "Billhook loads this result without running any code from the folder."
+            return Loading(words, "python", f'import billhook\n\nmodel = billhook.load("{FOLDER}").model')
+        case _:
+            words = (
+                "Plain transformers with the small modelling file that lies in the folder; Billhook is not needed. "
+                "Remote code runs on your machine, so read that file first."
+            )
+            return Loading(words, "python", _transformers(auto, ", trust_remote_code=True"))
+
+
+def commands(run: Run) -> str:
+    """The commands that make the same result again: from the plan exactly, and by a new search where there was one."""
+    model = shlex.quote(run.model)
+    lines = [f"billhook apply {model} billhook.json --out DIR"]
+    if run.asked:
+        options = {"budget": run.asked, "target": str(run.plan.target), "recipe": run.plan.provenance.recipe}
+        seed = run.plan.provenance.seed
+        options["seed"] = "" if seed is None else str(seed)
+        given = " ".join(f"--{name} {shlex.quote(value)}" for name, value in options.items() if value)
+        lines.append(f"billhook compress {model} {given} --out DIR")
+    return "\n".join(lines)
+
+
+def _transformers(auto: str, extra: str) -> str:
+    return f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{FOLDER}"{extra})'

@@ -1,0 +1,35 @@
+"""Where a result comes from: everything needed to judge it and to make it again."""
+
+from __future__ import annotations
+
+from billhook.plan.record import Run
+from billhook.report.headline import budget_name
+from billhook.report.numbers import duration, percent, quantity
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Name and value of every fact that is known, in reading order."""
+    made, measures, search = run.plan.provenance, run.measures, run.search
+    calibration = measures.calibration if measures else ""
+    found = [
+        ("model", run.model),
+        ("fingerprint of the model", made.model),
+        ("calibration", calibration or made.calibration),
+        ("fingerprint of the calibration", made.calibration if calibration != made.calibration and calibration else ""),
+        ("calibration tokens", f"{measures.tokens:,}" if measures and measures.tokens else ""),
+        ("recipe", made.recipe),
+        ("budget asked", run.asked or ""),
+        *((f"{budget_name(name)} kept", percent(value)) for name, value in run.realised.items()),
+        ("target", str(run.plan.target) if run.plan.edits else ""),
+        ("seed", "" if made.seed is None else str(made.seed)),
+    ]
+    if search:
+        work = quantity(search.work, "block-token forwards")
+        found += [
+            ("search", f"{search.recipe}, objective {search.objective.replace('_', ' ')}"),
+            ("work of the search", f"{work} in {search.evaluations:,} evaluations"),
+        ]
+    found += [(f"time: {name.replace('_', ' ')}", duration(value)) for name, value in run.seconds.items()]
+    found += made.versions.items()
+    found += [(name.replace("_", " "), value) for name, value in run.environment.items()]
+    return [(name, value) for name, value in found if value]

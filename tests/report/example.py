@@ -1,0 +1,199 @@
+"""Runs to draw: a realistic one of 30 blocks, a mere inspection, and shapes that are hard to lay out."""
+
+from __future__ import annotations
+
+import math
+
+from billhook.plan.address import Address
+from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
+from billhook.plan.plan import Plan, Provenance
+from billhook.plan.record import (
+    Generation,
+    Interval,
+    Measures,
+    Quantity,
+    Run,
+    SearchRecord,
+    Step,
+    TextEvidence,
+    Timing,
+    Workload,
+)
+from billhook.plan.target import Target
+
+ATTENTION = SublayerOutline(params=885_312, active_params=884_736, heads=9, kv_heads=3, head_dim=64, cache_width=384)
+CROSS = SublayerOutline(params=885_312, active_params=884_736, heads=9, kv_heads=9, head_dim=64, cache_width=384)
+MLP = SublayerOutline(params=2_654_784, active_params=2_654_208, neurons=1536)
+ORDER = ("decoder.25", "decoder.24.attention", "decoder.21.mlp", "decoder.27.attention", "decoder.22",
+         "decoder.11.mlp", "decoder.28.attention", "decoder.13", "decoder.19.mlp", "decoder.12.attention",
+         "decoder.23.attention")  # fmt: skip
+
+
+def outline(blocks: int = 30) -> Outline:
+    block = BlockOutline(sublayers={"attention": ATTENTION, "mlp": MLP})
+    stack = StackOutline(name="decoder", hidden_size=576, causal=True, blocks=(block,) * blocks)
+    return Outline(
+        family="example", stacks=(stack,), other_params=28_312_128, head_params=28_311_552, bytes_per_param=2.0
+    )
+
+
+def two_stacks() -> Run:
+    """An encoder-decoder with nothing measured, some of each kind cut."""
+    encoder = BlockOutline(sublayers={"attention": ATTENTION, "mlp": MLP})
+    decoder = BlockOutline(sublayers={"attention": ATTENTION, "cross_attention": CROSS, "mlp": MLP})
+    paper = outline().model_copy(
+        update={
+            "stacks": (
+                StackOutline(name="encoder", hidden_size=576, causal=False, blocks=(encoder,) * 12),
+                StackOutline(name="decoder", hidden_size=576, causal=True, blocks=(decoder,) * 6),
+            )
+        }
+    )
+    cuts = ["encoder.3", "encoder.4", "encoder.7.mlp", "decoder.2.cross_attention", "decoder.4"]
+    return Run(model="org/translator", outline=paper, plan=Plan.of(cuts), realised={"params": 0.79}, asked="params=0.8")
+
+
+def example_run(blocks: int = 30) -> Run:
+    """A fifth of SmolLM2-135M gone, with everything that a run can hold."""
+    paper = outline(blocks)
+    plan = Plan.of(ORDER[:10], Target.REMOTE).model_copy(
+        update={
+            "budget": "params=0.8",
+            "provenance": Provenance(
+                model="b1946ac92492d2347c6235b4d2611184" * 2, calibration="591785b794601e212b260e25925636fd" * 2,
+                recipe="greedy", seed=0, versions={"billhook": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+            ),
+        }
+    )  # fmt: skip
+    steps = _steps(paper)
+    kept = steps[9].realised["params"]
+    return Run(
+        model="HuggingFaceTB/SmolLM2-135M",
+        outline=paper,
+        plan=plan,
+        asked="params=0.8",
+        realised={"params": kept, "size": 0.84, "kv_bytes": 0.77},
+        costs={
+            "params": Quantity(unit="parameters", dense=paper.block_params, compressed=kept * paper.block_params),
+            "size": Quantity(unit="bytes", dense=269.1e6, compressed=226.3e6),
+            "flops": Quantity(unit="FLOPs", dense=0.312e12, compressed=0.262e12),
+            "kv_bytes": Quantity(unit="bytes per token", dense=23040, compressed=17664),
+        },
+        search=SearchRecord(
+            recipe="lazy greedy", objective="loss_change", steps=steps, work=4_331_520, evaluations=212
+        ),
+        measures=measures(blocks),
+        evidence=(
+            _evidence("WikiText-2, held back", "calibration", 22.81, 51.93, 0.851, 0.603),
+            _evidence("TinyStories", "other", 9.42, 24.77, 1.124, 0.571),
+        ),
+        generations=(
+            Generation(
+                prompt="The lighthouse keeper opened the door and",
+                dense=" saw a man standing there, wet from the storm. He had a lantern in his hand and asked whether "
+                "he could stay until the morning.",
+                compressed=" looked out at the sea. The sea was a small, small, and the wind was a little bit of a "
+                "little bit of the wind.",
+            ),
+            Generation(
+                prompt="Water boils at 100 degrees Celsius because",
+                dense=" at this temperature its vapour pressure equals the pressure of the atmosphere at sea level.",
+                compressed=" the temperature of the water is higher than the temperature of the air.",
+            ),
+        ),
+        timings=(
+            _timing("prefill", 1, 512, 0, 1180.0, 1.193, 1.218),
+            _timing("decode, batch 1", 1, 128, 128, 41.7, 1.231, 1.262),
+            _timing("decode, batch 8", 8, 128, 128, 208.0, 1.214, 1.249),
+        ),
+        seconds={"load": 2.1, "measure": 14.3, "search": 171.2, "evaluate": 64.0, "bench": 88.5},
+        environment={"device": "cpu, 2 threads", "dtype": "bfloat16", "python": "3.11.2", "system": "Linux x86_64"},
+    )
+
+
+def inspection() -> Run:
+    """Measures only, nothing cut."""
+    return Run(model="HuggingFaceTB/SmolLM2-135M", outline=outline(), plan=Plan(), measures=measures())
+
+
+def measures(blocks: int = 30) -> Measures:
+    depth = range(blocks)
+    bump = [0.9 / (1 + i) + 0.5 * math.exp((i - blocks) / 2) + 0.05 + 0.02 * math.sin(2.1 * i) for i in depth]
+    influence = {f"decoder.{i}": bump[i] for i in depth}
+    loss = {f"decoder.{i}.attention": 0.02 + 0.6 * bump[i] * (1 + math.cos(3.7 * i)) / 4 for i in depth}
+    loss |= {f"decoder.{i}.mlp": 0.04 + bump[i] * (1.2 + math.sin(5.3 * i)) / 3 for i in depth}
+    norm = {f"decoder.{i}.{kind}": 0.1 + bump[i] / 3 * (1.4 if kind == "mlp" else 1) for i in depth
+            for kind in ("attention", "mlp")}  # fmt: skip
+    angular = [
+        [min(0.97, sum(bump[i : i + n]) ** 0.7 / (n**0.25) * 0.25) for i in range(blocks - n + 1)]
+        for n in range(1, blocks + 1)
+    ]
+    return Measures(
+        scores={"block_influence": influence, "loss_change": loss, "relative_norm": norm},
+        angular={"decoder": angular},
+        calibration="wiki_calib",
+        tokens=3072,
+    )
+
+
+def _steps(paper: Outline) -> tuple[Step, ...]:
+    left, steps = float(paper.block_params), []
+    for n, unit in enumerate(ORDER):
+        sublayer = Address.parse(unit).sublayer
+        left -= {"attention": ATTENTION.params, "mlp": MLP.params, None: ATTENTION.params + MLP.params}[sublayer]
+        objective = 0.035 * (n + 1) + 0.0045 * (n + 1) ** 2
+        realised = {"params": left / paper.block_params, "size": 1 - 0.016 * (n + 1)}
+        steps.append(
+            Step(units=(unit,), score=objective / (n + 1), objective=objective, realised=realised, work=n * 400_000)
+        )
+    return tuple(steps)
+
+
+def _around(value: float, share: float = 0.03) -> Interval:
+    return Interval(value=value, low=value * (1 - share), high=value * (1 + share))
+
+
+def _evidence(name: str, domain: str, dense: float, compressed: float, kl: float, top1: float) -> TextEvidence:
+    return TextEvidence(
+        name=name, domain=domain, windows=16, tokens=16_368,
+        protocol="per token, windows of 1,024 tokens that do not overlap, no BOS",
+        perplexity_dense=_around(dense, 0.05), perplexity_compressed=_around(compressed, 0.06),
+        perplexity_ratio=_around(compressed / dense), kl=_around(kl), top1=_around(top1, 0.012),
+    )  # fmt: skip
+
+
+def _timing(name: str, batch: int, prompt: int, new: int, rate: float, gain: float, ideal: float) -> Timing:
+    cache = batch * (prompt + new) * 23040
+    return Timing(
+        workload=Workload(name=name, batch=batch, prompt_tokens=prompt, new_tokens=new),
+        engine="transformers", rounds=9, dense_tokens_per_second=rate, compressed_tokens_per_second=rate * gain,
+        speedup=_around(gain, 0.011), ideal_speedup=ideal,
+        dense_peak_bytes=612_000_000 + cache, compressed_peak_bytes=541_000_000 + int(cache * 0.77),
+        dense_cache_bytes=cache, compressed_cache_bytes=int(cache * 0.767),
+    )  # fmt: skip
+
+
+def hostile_run() -> Run:
+    """The realistic run with markup in every text that a stranger could choose."""
+    attack = "</p></script><script>owned = 1</script><img src=x onerror='owned = 1'>"
+    run = example_run()
+    assert run.measures is not None and run.search is not None
+    return run.model_copy(
+        update={
+            "model": f"{attack} | `x`",
+            "evidence": tuple(t.model_copy(update={"name": attack, "protocol": attack}) for t in run.evidence),
+            "generations": (Generation(prompt=attack, dense=attack, compressed=attack),),
+            "timings": tuple(
+                t.model_copy(
+                    update={"engine": attack, "workload": t.workload.model_copy(update={"name": f"{i} {attack}"})}
+                )
+                for i, t in enumerate(run.timings)
+            ),
+            "measures": run.measures.model_copy(
+                update={"scores": {f"{name} {attack}": units for name, units in run.measures.scores.items()}}
+            ),
+            "search": run.search.model_copy(update={"objective": attack, "recipe": attack}),
+            "environment": {attack: attack},
+            "seconds": {attack: 1.0},
+        }
+    )

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+import yaml
+from example import example_run, hostile_run, inspection, two_stacks
+
+from billhook.plan.plan import Plan
+from billhook.plan.target import Target
+from billhook.report.card import card
+
+
+def front(text: str) -> dict[str, object]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_front_matter() -> None:
+    assert front(card(example_run())) == {
+        "library_name": "transformers",
+        "base_model": "HuggingFaceTB/SmolLM2-135M",
+        "pipeline_tag": "text-generation",
+        "tags": ["billhook", "pruned", "depth-pruning", "target-remote"],
+    }
+    assert front(card(two_stacks()))["library_name"] == "billhook"
+    assert "pipeline_tag" not in front(card(two_stacks()))
+
+
+@pytest.mark.parametrize("model", ["demo", "models/a/b", "/models/x", "./x", "a: b\n- c", "x.gguf"])
+def test_only_a_hub_id_is_a_base_model(model: str) -> None:
+    assert "base_model" not in front(card(example_run().model_copy(update={"model": model})))
+
+
+@pytest.mark.parametrize(
+    ("units", "target", "expected"),
+    [
+        (["decoder.3"], Target.UNIFORM, 'from_pretrained("path/to/this/folder")'),
+        (["decoder.3"], Target.REMOTE, 'from_pretrained("path/to/this/folder")'),  # whole blocks: no remote code needed
+        (["decoder.3.mlp"], Target.REMOTE, "trust_remote_code=True"),
+        (["decoder.3.mlp"], Target.DECI, "vllm serve"),
+        (["decoder.3.mlp"], Target.ANY, "billhook.load("),
+    ],
+)
+def test_how_to_load(units: list[str], target: Target, expected: str) -> None:
+    text = card(example_run().model_copy(update={"plan": Plan.of(units, target)}))
+    language, code = re.search(r"## How to load it.*?```(\w+)\n(.*?)```", text, re.DOTALL).groups()
+    assert expected in code
+    if language == "python":
+        ast.parse(code)
+
+
+def test_tables_are_whole() -> None:
+    text = card(example_run())
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert [table.count("\n") for table in tables] == [2 + 4, 2 + 2, 2 + 3]
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "| TinyStories (another domain) | 9.42 (8.95 to 9.89) | 24.8 (23.3 to 26.3) |" in text
+
+
+def test_commands_can_be_pasted() -> None:
+    run = example_run().model_copy(update={"model": "my models/x"})
+    assert "billhook apply 'my models/x' billhook.json --out DIR\n" in card(run)
+    compress = "--budget params=0.8 --target remote --recipe greedy --seed 0 --out DIR\n"
+    assert compress in card(run)
+    assert "billhook compress" not in card(run.model_copy(update={"asked": None}))
+
+
+def test_what_was_not_measured_is_left_out() -> None:
+    text = card(two_stacks())
+    assert "## Evidence" not in text
+    assert "## Speed" not in text
+    assert "## Limits" in text
+    assert "Nothing." in card(inspection())
+
+
+def test_markup_in_the_run_stays_text() -> None:
+    text = card(hostile_run()).split("## Make it again")[0]
+    assert "<img" not in text.replace("\\<img", "")
+    for line in re.findall(r"^\|.*", text, re.MULTILINE):
+        assert len(re.findall(r"(?<!\\)\|", line)) in (5, 7)
