@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every
 import pytest
 import torch
 from families import build, randomise
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -23,6 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+# a crowded machine must not fail a property
+settings.register_profile("billhook", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("billhook")
 
 
 def make_tokenizer(add_bos: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:
