@@ -41,9 +41,9 @@ def bench(
     prompt_tokens, its length forced. Speed-up is the median over rounds of dense / compressed seconds with quartiles;
     tokens per second come from the median times and count prompt tokens in a prefill, new tokens in a decode.
 
-    Where ``plan`` is what was done to the compressed model and drops whole blocks only, ``ideal_speedup`` is
-    t / (t_outside + (t - t_outside) × share of blocks kept), with t the median dense time and t_outside that of the
-    dense model without its blocks, timed in the same rounds; it takes the blocks to cost the same.
+    Where ``plan`` is what was done to the compressed model and drops whole blocks only, ``ideal_speedup`` is the median
+    of t / (t_outside + (t - t_outside) × share of blocks kept), with t the dense time and t_outside that of the dense
+    model without its blocks in the same round; it takes the blocks to cost the same.
 
     Cache bytes are those of the real cache at the end of the workload. Peak bytes are known on CUDA alone (None
     elsewhere): the highest allocation during one run above what was there before, over all devices of the model, plus
@@ -83,11 +83,11 @@ def _time(
         runs["outside"] = without_blocks(dense, runs["dense"])
     times = interleaved(runs, rounds, tick=tick)
 
-    ideal = None
     seconds = {name: statistics.median(values) for name, values in times.items()}
+    ideal = None
     if share is not None:
-        inside = seconds["dense"] - seconds["outside"]
-        ideal = seconds["dense"] / (seconds["outside"] + inside * share)
+        both = zip(times["dense"], times["outside"], strict=True)
+        ideal = statistics.median(whole / (outside + (whole - outside) * share) for whole, outside in both)
     tokens = workload.batch * (workload.new_tokens or workload.prompt_tokens)
     return Timing(
         workload=workload,
