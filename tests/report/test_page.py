@@ -133,7 +133,19 @@ def test_the_path_marks_the_plan_and_what_was_asked() -> None:
     assert (plan["x"], plan["y"]) == ([chosen.realised["params"]], [chosen.objective])
     assert path["layout"]["shapes"][0]["x0"] == 0.8
     hovers = [u for t in path["data"] for _, u in t.get("customdata", [])]
-    assert sorted(hovers) == sorted(u for step in run.search.steps for u in step.units)
+    assert sorted(hovers) == sorted(f"drop {u}" for step in run.search.steps for u in step.units)
+
+
+def test_a_step_may_put_units_back() -> None:
+    run = example_run()
+    steps = list(run.search.steps)
+    steps[0] = steps[0].model_copy(update={"units": ("decoder.25", "decoder.5.mlp")})
+    steps[9] = steps[9].model_copy(update={"restored": ("decoder.5.mlp",)})
+    swapped = run.model_copy(update={"search": run.search.model_copy(update={"steps": tuple(steps)})})
+    path = next(s for s in specs(page(swapped)) if "loss change" in json.dumps(s["layout"]))
+    assert next(t for t in path["data"] if t.get("name") == "the plan")["y"] == [steps[9].objective]
+    hovers = [u for t in path["data"] for _, u in t.get("customdata", [])]
+    assert "drop decoder.12.attention, put back decoder.5.mlp" in hovers
 
 
 def test_absolute_budgets_are_marked_too() -> None:

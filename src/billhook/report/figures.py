@@ -105,7 +105,12 @@ def _angular(run: Run, stack: str, rows: list[list[float]]) -> go.Figure:
         )
     )
     best = [(min(range(len(row)), key=row.__getitem__), n) for n, row in zip(lengths, rows, strict=True) if row]
-    small = {"symbol": "circle", "size": 5, "color": "#ffffff", "line": {"width": 1, "color": "#333333"}}
+    small = {
+        "symbol": "circle",
+        "size": 5 if len(rows) <= 48 else 3,
+        "color": "#ffffff",
+        "line": {"width": 1, "color": "#333333"},
+    }
     figure.add_scatter(
         x=[i for i, _ in best], y=[n for _, n in best], mode="markers", marker=small, name="cheapest of its length",
         hovertemplate="cheapest %{y} blocks: from block %{x}<extra></extra>",
@@ -171,7 +176,7 @@ def span_sentence(run: Run) -> str:
     sentences = []
     for stack, rows in maps.items():
         best = {n: min(range(len(rows[n - 1])), key=rows[n - 1].__getitem__) for n in (1, 4) if len(rows) > n}
-        spans = [f"block {i}" if n == 1 else f"of {n} in a row blocks {i} to {i + n - 1}" for n, i in best.items()]
+        spans = [f"block {i}" if n == 1 else f"of {n} in a row, blocks {i} to {i + n - 1}" for n, i in best.items()]
         if spans:
-            sentences.append(f"In {stack} the least turn is in {', '.join(spans)}.")
+            sentences.append(f"The least turn in {stack}: {'; '.join(spans)}.")
     return " ".join(sentences)

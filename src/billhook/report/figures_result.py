@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
-from billhook.plan.record import Run, SearchRecord, Timing
+from billhook.plan.record import Run, SearchRecord, Step, Timing
 from billhook.report.cuts import dropped
 from billhook.report.figures import RING, Picture, picture, plain
 from billhook.report.headline import asked_fractions, budget_name
@@ -31,14 +31,14 @@ def search_path(run: Run) -> list[Picture]:
     figure.add_scatter(
         x=kept, y=height, mode="lines", line={"width": 1.5, "color": OTHER}, hoverinfo="skip", showlegend=False
     )
-    kinds = [_kind(step.units) for _, step in seen]
+    kinds = [_kind(step.units or step.restored) for _, step in seen]
     for kind in dict.fromkeys(kinds):
         chosen = [n for n, k in enumerate(kinds) if k == kind]
         figure.add_scatter(
             x=[kept[n] for n in chosen], y=[height[n] for n in chosen], mode="markers", name=kind_name(kind),
             marker={"size": 8, "color": KINDS.get(kind, OTHER)},
-            customdata=[[seen[n][0] + 1, _units(seen[n][1].units)] for n in chosen],
-            hovertemplate="step %{customdata[0]}: drop %{customdata[1]}<br>%{x:.1%} kept, "
+            customdata=[[seen[n][0] + 1, _change(seen[n][1])] for n in chosen],
+            hovertemplate="step %{customdata[0]}: %{customdata[1]}<br>%{x:.1%} kept, "
             + plain(search.objective.replace("_", " ")) + " %{y:.4g}<extra></extra>",
         )  # fmt: skip
     stop = _stop(run, search)
@@ -130,6 +130,7 @@ def _stop(run: Run, search: SearchRecord) -> int | None:
     goal, gone = dropped(run), set[Address]()
     for i, step in enumerate(search.steps):
         gone |= {Address.parse(unit) for unit in step.units}
+        gone -= {Address.parse(unit) for unit in step.restored}
         if normalise(gone, run.outline) == goal:
             return i
     return None
@@ -138,6 +139,12 @@ def _stop(run: Run, search: SearchRecord) -> int | None:
 def _kind(units: tuple[str, ...]) -> str:
     kinds = {Address.parse(unit).sublayer or "block" for unit in units}
     return kinds.pop() if len(kinds) == 1 else "several kinds"
+
+
+def _change(step: Step) -> str:
+    """What a step did: ``drop decoder.3, put back decoder.5.mlp``."""
+    done = (("drop", step.units), ("put back", step.restored))
+    return ", ".join(f"{verb} {_units(units)}" for verb, units in done if units)
 
 
 def _units(units: tuple[str, ...]) -> str:
