@@ -1,0 +1,89 @@
+"""The typer app: its commands, its version, and what becomes of an error."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from billhook.cli.apply import apply
+from billhook.cli.bench import bench
+from billhook.cli.compress import compress
+from billhook.cli.eval import evaluate
+from billhook.cli.generate import generate
+from billhook.cli.inspect import inspect
+from billhook.plan.errors import InputError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _Commands(TyperGroup):
+    """Turns what a user can do something about into one line; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _fail(f"error: {error}", USAGE_ERROR)
+        except OSError as error:
+            if error.errno not in _DISK:
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"error: {place}{error.strerror}; nothing was left half-written", USAGE_ERROR)
+        except KeyboardInterrupt:
+            again = "; run the same command again to resume" if ctx.invoked_subcommand == "compress" else ""
+            _fail(f"interrupted{again}", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"billhook: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+app = typer.Typer(
+    name="billhook",
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("inspect", no_args_is_help=True)(inspect)
+app.command("compress", no_args_is_help=True)(compress)
+app.command("apply", no_args_is_help=True)(apply)
+app.command("eval", no_args_is_help=True)(evaluate)
+app.command("bench", no_args_is_help=True)(bench)
+app.command("generate", no_args_is_help=True)(generate)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"billhook {version('billhook')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _billhook(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Finds what a pretrained transformer does not need, cuts it, and proves the result.
+
+    Begin with [bold]billhook compress demo --budget params=0.8 --out out/demo[/]
+    """
+
+
+def main() -> None:
+    """The console script. Notices of the libraries underneath stay off the terminal."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()

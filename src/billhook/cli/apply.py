@@ -1,0 +1,53 @@
+"""``billhook apply``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.cli import options
+from billhook.cli.output import print_json, print_views, run_json
+from billhook.cli.progress import bars
+
+_PLAN = "A plan: a JSON file, a billhook.json, or the folder of an earlier result."
+
+
+def apply(
+    model: options.Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", show_default=False, help=_PLAN)],
+    out: options.Out,
+    target: options.Target = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Carry out PLAN on MODEL and write the smaller checkpoint to DIR.
+
+    Weights are rewritten file by file, one tensor at a time: a model larger than the memory will do. Nothing is
+    measured; [bold]billhook eval[/] and [bold]billhook bench[/] do that.
+
+    [dim]Example:[/] billhook apply demo out/demo/billhook.json --out out/again
+    """
+    with bars() as progress:
+        from billhook.recipes.apply import apply as walk
+
+        run = walk(
+            model,
+            plan,
+            out=out,
+            target=target,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json(run_json(run, out))
+        return
+    from billhook.cli import tables, views
+
+    print_views(tables.compared(run), views.cut(run), views.where_to_look(run, out))

@@ -1,0 +1,48 @@
+"""``billhook bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from billhook.cli import options
+from billhook.cli.output import print_json, print_views, run_json
+from billhook.cli.progress import bars
+
+_AGAINST = "The dense model to compare with, timed in turns with DIR."
+
+
+def bench(
+    folder: options.Folder,
+    against: Annotated[str, typer.Option(metavar="MODEL", show_default=False, help=_AGAINST)],
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Time DIR against MODEL: reading a prompt, and generating at batch 1 and 8.
+
+    Both run in turns in one process; shown are the median ratio and its quartiles.
+
+    [dim]Example:[/] billhook bench out/demo --against demo
+    """
+    with bars() as progress:
+        from billhook.recipes.bench import bench as walk
+
+        run = walk(
+            folder,
+            against=against,
+            seed=seed,
+            dtype=dtype.chosen,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print_json(run_json(run))
+        return
+    from billhook.cli import tables
+
+    print_views(tables.compared(run))

@@ -1,0 +1,65 @@
+"""``billhook compress``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from billhook.cli import options
+from billhook.cli.output import print_json, print_views, run_json
+from billhook.cli.progress import bars
+
+_BUDGET = (
+    "What the result may cost: a fraction of dense (params=0.8) or a number with its unit (size=100MB). "
+    "Kinds: params, size, flops, kv_bytes, blocks; several with commas between."
+)
+
+
+def compress(
+    model: options.Model,
+    budget: Annotated[str, typer.Option(metavar="KIND=NUMBER", show_default=False, help=_BUDGET)],
+    out: options.Out,
+    recipe: options.Recipe = None,
+    target: options.Target = None,
+    calibration: options.Calibration = "builtin",
+    max_new_tokens: options.MaxNewTokens = 40,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Cut MODEL down to a budget, compare the result with it, and write both to DIR.
+
+    DIR gets the smaller checkpoint, billhook.json (the plan and all that was measured), a model card and report.html.
+    An interrupted run continues where it was when the same command is given again.
+
+    [dim]Example:[/] billhook compress demo --budget params=0.8 --out out/demo
+    """
+    with bars() as progress:
+        from billhook.recipes.compress import compress as walk
+
+        run = walk(
+            model,
+            budget=budget,
+            out=out,
+            recipe=recipe,
+            target=target,
+            calibration=calibration,
+            seed=seed,
+            dtype=dtype.chosen,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    if as_json:
+        print_json(run_json(run, out))
+        return
+    from billhook.cli import tables, views
+
+    written = [views.side_by_side(generation) for generation in run.generations[:1]]
+    print_views(tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))

@@ -1,0 +1,97 @@
+"""The options that several commands share: one name, one meaning, one help text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from billhook.plan.target import Target as TargetName
+
+_SHARED = "Options of every command"
+_FLAG = " "  # takes no value, and the help says so by leaving its place empty
+
+
+class DtypeName(StrEnum):
+    """``auto`` is the checkpoint's own."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def chosen(self) -> str | None:
+        """The name that the rooms below take: None for ``auto``."""
+        return None if self is DtypeName.AUTO else self.value
+
+
+def _recipe_names(incomplete: str) -> list[tuple[str, str]]:
+    from billhook.recipes.catalogue import recipes
+
+    return [(r.name, r.title) for r in recipes() if r.name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", show_default=False, help="A hub id, a folder, a .gguf file, or [bold]demo[/] (SmolLM2-135M)."
+    ),
+]
+Folder = Annotated[
+    str,
+    typer.Argument(metavar="DIR", show_default=False, help="A folder that Billhook wrote; any other MODEL will do."),
+]
+Against = Annotated[str, typer.Option(metavar="MODEL", show_default=False, help="The dense model to compare with.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", show_default=False, help="Where the result goes: a new folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", metavar=_FLAG, help="Replace an earlier result in that folder.")
+]
+Target = Annotated[
+    TargetName | None,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        help="Who must be able to load the result. [bold]uniform[/]: whatever loads MODEL (only whole blocks go); "
+        "[bold]remote[/]: transformers with trust_remote_code; [bold]deci[/]: vLLM and llama.cpp; "
+        "[bold]any[/]: Billhook.",
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE",
+        show_default=False,
+        autocompletion=_recipe_names,
+        help="The method: a name that [bold]billhook recipes[/] lists, or a YAML file.",
+    ),
+]
+CALIBRATION_HELP = "The text: a .txt, .txt.gz or .jsonl.gz file, a folder, a hub data set, builtin, or self."
+Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]
+
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", metavar=_FLAG, rich_help_panel=_SHARED, help="One JSON object on standard output, no tables."
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, metavar="N", rich_help_panel=_SHARED, help="For all that is drawn at random.")
+]
+Dtype = Annotated[
+    DtypeName,
+    typer.Option(metavar="NAME", rich_help_panel=_SHARED, help="auto (as stored), float32, bfloat16 or float16."),
+]
+Device = Annotated[str, typer.Option(metavar="NAME", rich_help_panel=_SHARED, help="Such as cpu, cuda, cuda:1, mps.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        metavar=_FLAG,
+        rich_help_panel=_SHARED,
+        help="Run the Python code that comes with the model.",
+    ),
+]

@@ -1,0 +1,162 @@
+"""Every command: what it hands to its recipe and what it prints, with the recipes replaced."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from report.example import example_run, inspection, two_stacks
+from terminal import billhook, fake_recipe
+
+from billhook.plan.record import Run
+from billhook.plan.target import Target
+
+RUN = example_run()
+COMMANDS = {
+    "inspect": ["inspect", "demo"],
+    "compress": ["compress", "demo", "--budget", "params=0.8", "--out", "out"],
+    "apply": ["apply", "demo", "plan.json", "--out", "out"],
+    "evaluate": ["eval", "out", "--against", "demo"],
+    "bench": ["bench", "out", "--against", "demo"],
+    "generate": ["generate", "out", "Why?"],
+}
+SHARED = ["--json", "--seed", "--dtype", "--device", "--trust-remote-code"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_and_an_example_within_80_columns(name):
+    result = billhook(COMMANDS[name][0], "--help")
+    assert result.exit_code == 0
+    assert all(option in result.stdout for option in SHARED)
+    assert f"Example: billhook {COMMANDS[name][0]}" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_the_interface_is_the_one_that_scripts_rely_on():
+    expected = {
+        "inspect": ["--calibration", "--out", "--overwrite"],
+        "compress": ["--budget", "--out", "--calibration", "--target", "--recipe", "--overwrite", "--max-new-tokens"],
+        "apply": ["--out", "--target", "--overwrite"],
+        "eval": ["--against", "--calibration"],
+        "bench": ["--against"],
+        "generate": ["--max-new-tokens"],
+    }
+    for command, options in expected.items():
+        shown = billhook(command, "--help").stdout
+        assert all(option in shown for option in options), command
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "generate"])
+def test_json_is_one_object_that_holds_the_whole_record(monkeypatch, name):
+    fake_recipe(monkeypatch, name, RUN)
+    result = billhook(*COMMANDS[name], "--json")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    content = json.loads(result.stdout)
+    assert content.pop("block_token_forwards") == RUN.search.work
+    content.pop("paths")
+    assert Run.model_validate(content) == RUN
+
+
+def test_json_of_generate_has_the_text(monkeypatch):
+    fake_recipe(monkeypatch, "generate", "Because of [Rayleigh] scattering.")
+    content = json.loads(billhook("generate", "out", "Why?", "--json", "--max-new-tokens", 7).stdout)
+    assert content["text"] == "Because of [Rayleigh] scattering."
+    assert (content["prompt"], content["max_new_tokens"]) == ("Why?", 7)
+
+
+def test_generate_prints_the_text_as_it_is(monkeypatch):
+    fake_recipe(monkeypatch, "generate", "[bold]x[/] :smile: " + "long " * 40)
+    assert billhook("generate", "out", "Why?").stdout == "[bold]x[/] :smile: " + "long " * 40 + "\n"
+
+
+def test_json_has_null_where_a_figure_is_not_finite(monkeypatch):
+    fake_recipe(monkeypatch, "compress", RUN.model_copy(update={"realised": {"params": float("nan")}}))
+    assert json.loads(billhook(*COMMANDS["compress"], "--json").stdout)["realised"] == {"params": None}
+
+
+def test_compress_hands_on_everything_it_was_given(monkeypatch):
+    calls = fake_recipe(monkeypatch, "compress", RUN)
+    billhook(
+        "compress", "org/model", "--budget", "size=100MB", "--out", "o", "--recipe", "greedy", "--target", "uniform",
+        "--calibration", "self", "--seed", 3, "--dtype", "bfloat16", "--device", "cuda:1", "--overwrite",
+        "--trust-remote-code", "--max-new-tokens", 9,
+    )  # fmt: skip
+    (call,) = calls
+    assert callable(call.__dict__.pop("progress"))
+    assert call.__dict__ == {
+        "positional": ("org/model",), "budget": "size=100MB", "out": Path("o"), "recipe": "greedy",
+        "target": Target.UNIFORM, "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
+        "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
+    }  # fmt: skip
+
+
+def test_dtype_auto_is_none_below(monkeypatch):
+    calls = fake_recipe(monkeypatch, "bench", RUN)
+    billhook("bench", "out", "--against", "demo")
+    assert calls[0].dtype is None
+
+
+def test_paths_are_absolute_and_only_of_what_exists(monkeypatch, tmp_path):
+    fake_recipe(monkeypatch, "compress", RUN)
+    (tmp_path / "report.html").touch()
+    result = billhook("compress", "demo", "--budget", "params=0.8", "--out", tmp_path, "--json")
+    assert json.loads(result.stdout)["paths"] == {"out": str(tmp_path), "report": str(tmp_path / "report.html")}
+
+
+def test_compress_prints_a_table_that_fits_80_columns(monkeypatch, tmp_path):
+    fake_recipe(monkeypatch, "compress", RUN)
+    for name in ("report.html", "README.md", "billhook.json"):
+        (tmp_path / name).touch()
+    result = billhook("compress", "demo", "--budget", "params=0.8", "--out", tmp_path)
+    lines = result.stdout.splitlines()
+    for expected in ("block parameters", "22.8", "51.9", "TinyStories", "60.3% same next token", "decode, batch 8",
+                     "attention 12 24 27–28 · MLP 11 19 21 · blocks 13 22 25", "params=0.8", "79.2% of params",
+                     "4,331,520 block-token forwards", "The lighthouse keeper", "small, small"):  # fmt: skip
+        assert any(expected in line for line in lines), expected
+    folder = str(tmp_path)
+    assert all(len(line) <= 80 for line in lines if folder not in line)
+    assert f"{folder}/report.html  the pictures; open it in a browser" in lines
+    assert any(f'from_pretrained("{folder}", trust_remote_code=True)' in line for line in lines)
+
+
+def test_eval_without_a_dense_model_compares_nothing(monkeypatch):
+    fake_recipe(monkeypatch, "evaluate", RUN)
+    shown = billhook("eval", "out").stdout
+    assert "22.8" in shown
+    assert "51.9" not in shown and "compressed" not in shown
+
+
+def test_inspect_draws_a_bar_for_every_block(monkeypatch):
+    fake_recipe(monkeypatch, "inspect", inspection())
+    shown = billhook("inspect", "demo").stdout
+    bars = [line for line in shown.splitlines() if "█" in line]
+    assert len(bars) == 5  # one score over blocks, two over both sublayers
+    assert all(sum(c in "▁▂▃▄▅▆▇█" for c in line) == 30 for line in bars)
+    lowest = min(inspection().measures.scores["block_influence"].items(), key=lambda item: item[1])[0]
+    assert f"least {lowest.removeprefix('decoder.')} " in shown
+
+
+def test_every_table_can_do_without_what_was_not_measured(monkeypatch):
+    fake_recipe(monkeypatch, "apply", two_stacks())
+    result = billhook("apply", "org/translator", "plan.json", "--out", "out")
+    assert result.exit_code == 0
+    assert "decoder cross-attention 2" in result.stdout
+
+
+def test_help_is_there_at_once():
+    """The heavy libraries are imported by the commands that need them, when they run."""
+    code = (
+        "import billhook.cli, sys; print(sorted({'torch', 'transformers', 'pydantic', 'plotly'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert billhook("--version").stdout == f"billhook {version('billhook')}\n"
