@@ -18,7 +18,8 @@ def shortened(config: Any, keys: tuple[str, ...], kept: list[int], blocks: int) 
 
     ``keys`` are the counters of the stack in this config, ``kept`` the original numbers of the blocks that stay, in
     order, out of ``blocks``. Lists with one entry a block keep the right members; lists of block numbers are
-    renumbered; counts of leading and trailing blocks count what is left of them.
+    renumbered; counts of leading and trailing blocks count what is left of them. A backbone hands on the stream from
+    the same places as before.
     """
     changes: dict[str, Any] = dict.fromkeys(keys, len(kept))
     for key, value in vars(config).items():
@@ -37,7 +38,17 @@ def shortened(config: Any, keys: tuple[str, ...], kept: list[int], blocks: int) 
         value = getattr(config, key, None)
         if isinstance(value, int):
             changes[key] = sum(counts(old, value) for old in kept)
+    if getattr(config, "_out_indices", None):
+        changes |= _outlets(config, kept)
     return changes
+
+
+def _outlets(config: Any, kept: list[int]) -> dict[str, Any]:
+    """After which blocks a backbone config hands on the stream: stage i comes after block i - 1, stage 0 before all."""
+    names = config.stage_names[: len(kept) + 1]
+    wanted = (index % len(config.stage_names) for index in config._out_indices)
+    at = sorted({sum(old < index for old in kept) for index in wanted})
+    return {"stage_names": names, "_out_indices": at, "_out_features": [names[i] for i in at]}
 
 
 def _counting(blocks: int) -> dict[str, Callable[[int, int], bool]]:

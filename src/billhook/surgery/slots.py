@@ -40,14 +40,16 @@ def cache_slots(kinds: list[str], attends: list[bool]) -> tuple[list[str], list[
 def assign_slots(model: nn.Module, stack: Stack, drops: frozenset[Address], put: Setter) -> None:
     """Renumber ``layer_idx`` throughout a stack whose list of blocks is already shortened.
 
-    ``put(owner, name, value)`` sets an attribute. Attentions get their cache slots, everything else its block's number.
+    ``put(owner, name, value)`` sets an attribute. Attentions that cache get their slots, everything else its block's
+    number.
     """
     kept = [block for block in stack.blocks if block.address not in drops]
     config = resolve(model, stack.counters[-1].owner)
     types = getattr(config, "layer_types", None)
     has = {s.address for block in kept for s in block.sublayers} - drops
 
-    for kind in ("attention", "cross_attention"):
+    caching = ("attention", "cross_attention") if stack.causal else ()
+    for kind in caching:
         attends = [Address(b.address.stack, b.address.block, kind) in has for b in kept]
         per_type = list(types) if types is not None and kind == "attention" else ["full_attention"] * len(kept)
         new_types, slots = cache_slots(per_type, attends)
@@ -59,10 +61,9 @@ def assign_slots(model: nn.Module, stack: Stack, drops: frozenset[Address], put:
                 if sublayer.kind == kind and slot is not None:
                     inside = sublayer.module.removeprefix(f"{block.path}.")
                     _renumber(module.get_submodule(inside), slot, put)
-    attentions = {"attention", "cross_attention"}
     for index, block in enumerate(kept):
         module = model.get_submodule(f"{stack.path}.{index}")
-        skip = [s.module.removeprefix(f"{block.path}.") for s in block.sublayers if s.kind in attentions]
+        skip = [s.module.removeprefix(f"{block.path}.") for s in block.sublayers if s.kind in caching]
         for name, part in module.named_modules():
             if hasattr(part, "layer_idx") and not any(name == p or name.startswith(f"{p}.") for p in skip):
                 put(part, "layer_idx", index)
