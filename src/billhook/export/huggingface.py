@@ -1,0 +1,109 @@
+"""Folders that plain transformers loads: an ordinary checkpoint, or one with a small file of remote code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from billhook import models
+from billhook.anatomy import Anatomy, discover
+from billhook.export import deci
+from billhook.export.remote import ABSENT, MODULE, auto_classes, remote_code
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.plan.target import Target
+from billhook.surgery.checkpoint import rewrite
+from billhook.surgery.live import drops_of
+from billhook.surgery.reopen import on_meta
+from billhook.surgery.skips import read_skips, skips_after, write_skips
+
+
+def save(
+    model: Any,
+    anatomy: Anatomy,
+    plan: Plan,
+    folder: Path,
+    tokenizer: Any | None = None,
+    source_folder: Path | None = None,
+) -> None:
+    """Write a compressed model into an existing folder (wrap the call in ``models.building``).
+
+    ``model`` is what ``surgery.apply`` made with ``plan``; ``anatomy`` is that of the dense model. Where only whole
+    blocks are gone the result is an ordinary checkpoint of the stock class, whatever the target; otherwise the target
+    decides: ``remote`` and ``any`` get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
+
+    Before anything is written the stock class is built from the new config, without weights, and must have exactly the
+    tensors of ``model``, in name and shape; InputError with the difference otherwise.
+    """
+    drops = drops_of(plan, anatomy)
+    config = copy.deepcopy(model.config)
+    skips = skips_after(read_skips(config, anatomy), drops, anatomy)
+    write_skips(config, anatomy, skips)
+    files = _dressed(config, model, anatomy, skips, plan.target)
+    models.save(model, tokenizer, folder, source_folder)
+    config.architectures, config.dtype = model.config.architectures, model.config.dtype
+    _put(files, config, folder)
+
+
+def save_checkpoint(
+    source: str | os.PathLike[str], plan: Plan, out: str | os.PathLike[str], overwrite: bool = False
+) -> Path:
+    """From a checkpoint on disk to a compressed one in the form of ``save``, without loading the model.
+
+    Memory and errors are those of ``surgery.checkpoint.apply_to_checkpoint``."""
+    with models.building(out, overwrite) as folder:
+        small, anatomy, skips = rewrite(models.locate(source), plan, folder)
+        _put(_dressed(small.config, small, anatomy, skips, plan.target), small.config, folder)
+    return Path(out)
+
+
+def _dressed(config: Any, model: Any, anatomy: Anatomy, skips: frozenset[Address], target: Target) -> dict[str, Any]:
+    """What goes beside the weights: file name -> Python source, or for ``config.json`` the values to change (``ABSENT``
+    removes one). InputError if the stock class could not load the weights with it."""
+    stock = type(model)
+    if getattr(transformers, stock.__name__, None) is not stock:
+        raise InputError(f"{stock.__name__} is not a class of transformers; a result in its form would not load")
+    _check_same(on_meta(stock, copy.deepcopy(config)), model, stock.__name__)
+    if not skips:
+        return {"config.json": {"auto_map": ABSENT}}
+    if target is Target.UNIFORM:
+        raise InputError(
+            f"target uniform cannot carry this model: it already lacks {min(skips)}; use target remote or any"
+        )
+    plain = copy.deepcopy(config)
+    write_skips(plain, anatomy, frozenset())
+    full = on_meta(stock, plain)
+    if target is Target.DECI:
+        return deci.files(full, discover(full), skips)
+    names = auto_classes(config, stock.__name__)
+    return {
+        "config.json": {"auto_map": dict.fromkeys(names, f"{MODULE}.{stock.__name__}")},
+        f"{MODULE}.py": remote_code(stock.__name__, discover(full), skips),
+    }
+
+
+def _check_same(loaded: Any, model: Any, name: str) -> None:
+    """Whether the tensors of what a loader would build are those of the model that is saved."""
+    would, have = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (loaded, model))
+    wrong = sorted(would.items() ^ have.items())
+    if wrong:
+        tensor, shape = wrong[0]
+        side = "would want" if would.get(tensor) == shape else "has no place for"
+        raise InputError(f"the result would not load: {name} built from the new config {side} {tensor} {list(shape)}")
+
+
+def _put(files: dict[str, Any], config: Any, folder: Path) -> None:
+    """Write the files; of ``config.json`` only the given values differ from what transformers writes."""
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | files.pop("config.json")
+    content = {key: value for key, value in content.items() if value is not ABSENT}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")

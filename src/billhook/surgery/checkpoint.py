@@ -1,0 +1,146 @@
+"""A plan applied to a checkpoint on disk, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from billhook.anatomy import Anatomy, discover
+from billhook.models import building, copy_extras, locate
+from billhook.models.checks import read_config, weight_files
+from billhook.plan.address import Address
+from billhook.plan.check import survivors
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.surgery.apply import apply
+from billhook.surgery.live import drops_of
+from billhook.surgery.names import live_names
+from billhook.surgery.reopen import skeleton, stock_view
+from billhook.surgery.shards import Stored, read_header, write_shard
+from billhook.surgery.skips import read_skips, skips_after, write_skips
+
+_INDEX = "model.safetensors.index.json"
+
+Headers = dict[Path, tuple[dict[str, Stored], dict[str, str]]]
+
+
+def apply_to_checkpoint(
+    source: str | os.PathLike[str], plan: Plan | Iterable[Address], out: str | os.PathLike[str], overwrite: bool = False
+) -> Path:
+    """Write the checkpoint that loading ``source``, applying ``plan`` and saving would give, tensor for tensor.
+
+    Memory: the headers and one chunk of one tensor, whatever the model's size. Time: that of copying the files. The
+    tensors keep their own naming and dtype; only block numbers change. Raises InputError, with nothing written, for a
+    plan that is not possible, a corrupt or incomplete file, or a tensor that belongs to no part of the model.
+    """
+    with building(out, overwrite) as folder:
+        rewrite(locate(source), plan, folder)
+    return Path(out)
+
+
+def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> tuple[Any, Anatomy, frozenset[Address]]:
+    """As ``apply_to_checkpoint``, into an existing empty folder. Returns the compressed model on the meta device, the
+    anatomy of the source, and what the new config skips."""
+    with stock_view(source, read_config(source)) as view:
+        files = weight_files(view)
+        dense = skeleton(view)
+        anatomy = discover(dense)
+        drops = drops_of(plan, anatomy)
+        small = apply(dense, anatomy, drops)
+        skips = skips_after(read_skips(dense.config, anatomy), drops, anatomy)
+        write_skips(small.config, anatomy, skips)
+
+        headers = {path: read_header(path) for path in files}
+        live = live_names(dense, _all_names(view, headers), str(source))
+        moves = moved(live, anatomy, drops)
+        _account(moves, dense, small, anatomy, drops)
+        _write(folder, headers, moves)
+        _write_config(small.config, folder)
+        copy_extras(source, folder)
+    return small, anatomy, skips
+
+
+def moved(live: dict[str, str], anatomy: Anatomy, drops: frozenset[Address]) -> dict[str, str | None]:
+    """Stored name -> stored name in the smaller model, None where the tensor goes. ``live`` maps stored to live names.
+
+    A stored name keeps its form; its first part that is the old number of its block becomes the new one. Blocks beyond
+    the last one (multi-token prediction layers that some checkpoints store behind the model's own) move along.
+    """
+    cut = tuple(f"{cut.path}." for a in drops if a.sublayer is not None for cut in anatomy.sublayer(a).cuts)
+    places = []
+    for stack in anatomy.stacks:
+        kept = survivors(drops, anatomy.outline, stack.name)
+        places.append((f"{stack.path}.", {old: new for new, old in enumerate(kept)}, len(stack.blocks)))
+
+    def move(name: str, live_name: str) -> str | None:
+        if live_name.startswith(cut):
+            return None
+        for path, numbers, length in places:
+            number = live_name.removeprefix(path).partition(".")[0]
+            if live_name.startswith(path) and number.isdecimal():
+                old = int(number)
+                new = numbers.get(old) if old < length else old - length + len(numbers)
+                return None if new is None else _renumbered(name, old, new)
+        return name
+
+    return {name: move(name, live_name) for name, live_name in live.items()}
+
+
+def _renumbered(name: str, old: int, new: int) -> str:
+    parts = name.split(".")
+    parts[parts.index(str(old))] = str(new)
+    return ".".join(parts)
+
+
+def _all_names(folder: Path, headers: Headers) -> set[str]:
+    """The names of all stored tensors. InputError if one is stored twice, or is in the index and in no file."""
+    count = Counter(name for tensors, _ in headers.values() for name in tensors)
+    if twice := [name for name, times in count.items() if times > 1]:
+        raise InputError(f"{folder}: tensor {min(twice)} is in more than one file")
+    if (folder / _INDEX).is_file() and len(headers) > 1:
+        indexed = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if lost := indexed.keys() - count.keys():
+            raise InputError(f"{folder / _INDEX} names tensor {min(lost)}, which is in none of its files")
+    return set(count)
+
+
+def _account(moves: dict[str, str | None], dense: Any, small: Any, anatomy: Anatomy, drops: frozenset[Address]) -> None:
+    """Every tensor is either kept or belongs to what was dropped: the rule that moves stored tensors must turn the
+    dense model's names into exactly those of the applied one, and no two tensors may end under one name."""
+    names = list(dense.state_dict())
+    kept = {name for name in moved(dict(zip(names, names, strict=True)), anatomy, drops).values() if name is not None}
+    wrong = kept ^ small.state_dict().keys()
+    wrong |= {name for name, times in Counter(moves.values()).items() if times > 1 and name is not None}
+    if wrong:
+        raise InputError(f"this {anatomy.family} checkpoint cannot be cut on disk: no account of tensor {min(wrong)}")
+
+
+def _write(folder: Path, headers: Headers, moves: dict[str, str | None]) -> None:
+    """One output file for each input file that still holds anything, in the same order."""
+    shards = []
+    for tensors, metadata in headers.values():
+        kept = [(new, tensor) for name, tensor in tensors.items() if (new := moves[name]) is not None]
+        if kept:
+            shards.append((kept, metadata))
+    if len(shards) == 1:
+        kept, metadata = shards[0]
+        write_shard(folder / "model.safetensors", kept, metadata)
+        return
+    weight_map: dict[str, str] = {}
+    for number, (kept, metadata) in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / name, kept, metadata)
+        weight_map |= {tensor: name for tensor, _ in kept}
+    total = sum(tensor.size for kept, _ in shards for _, tensor in kept)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_config(config: Any, folder: Path) -> None:
+    if getattr(config, "auto_map", None):
+        del config.auto_map  # names code of the source, which does not come along
+    config.save_pretrained(folder)

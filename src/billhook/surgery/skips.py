@@ -1,0 +1,96 @@
+"""What a config says about sublayers that are not there, and how that reads after further cuts.
+
+A config that describes one stack uses transformers' own schema, ``per_layer_config`` {block: {"skip": [sublayer]}}. A
+config that describes two stacks (encoder and decoder in one) cannot tell them apart in that schema, so it gets
+``skip_sublayers`` {stack: {block: [sublayer]}}. Block numbers are those of the model that the config describes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from billhook.anatomy import Anatomy, Stack
+from billhook.anatomy.config import resolve
+from billhook.plan.address import SUBLAYERS, Address
+from billhook.plan.check import survivors
+from billhook.plan.errors import InputError
+
+ONE_STACK, TWO_STACKS = "per_layer_config", "skip_sublayers"
+
+
+def declares_skips(content: Any) -> bool:
+    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped."""
+    if not isinstance(content, dict):
+        return False
+    layers = content.get(ONE_STACK)
+    if isinstance(layers, dict) and any(isinstance(layer, dict) and layer.get("skip") for layer in layers.values()):
+        return True
+    return bool(content.get(TWO_STACKS)) or any(declares_skips(value) for value in content.values())
+
+
+def by_config(anatomy: Anatomy) -> dict[str, list[Stack]]:
+    """Path of each config that is saved (``config``, ``config.text_config``) -> the stacks it describes."""
+    grouped: dict[str, list[Stack]] = {}
+    for stack in anatomy.stacks:
+        grouped.setdefault(stack.counters[0].owner, []).append(stack)
+    return grouped
+
+
+def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
+    """The sublayers that a model's config lists as skipped. InputError if it lists something the model has no place
+    for; a sublayer that is listed need not be there any more."""
+    found = set()
+    for owner, stacks in by_config(anatomy).items():
+        content = _part(config, owner).to_dict()
+        if len(stacks) == 1:
+            layers = content.get(ONE_STACK) or {}
+            table: Any = {stacks[0].name: {i: layer.get("skip", ()) for i, layer in layers.items()}}
+        else:
+            table = content.get(TWO_STACKS) or {}
+        try:
+            found |= {
+                Address(stack, int(block), kind)
+                for stack, blocks in table.items()
+                for block, kinds in blocks.items()
+                for kind in kinds
+            }
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{owner}.{TWO_STACKS} is not a map of stack -> block -> list of sublayers") from error
+    lengths = {stack.name: len(stack.blocks) for stack in anatomy.stacks}
+    odd = [str(a) for a in found if a.block >= lengths.get(a.stack, 0) or a.sublayer not in SUBLAYERS]
+    if odd:
+        raise InputError(f"config skips {', '.join(sorted(odd))}, which this {anatomy.family} model does not have")
+    return frozenset(found)
+
+
+def skips_after(before: frozenset[Address], drops: frozenset[Address], anatomy: Anatomy) -> frozenset[Address]:
+    """What is skipped once ``drops`` are gone too, in the block numbers of the smaller model.
+
+    ``before`` (already skipped) and ``drops`` are in the numbers of the model that ``anatomy`` describes.
+    """
+    renumbered = {
+        Address(stack.name, old): Address(stack.name, new)
+        for stack in anatomy.stacks
+        for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))
+    }
+    gone = [a for a in before | drops if a.sublayer is not None and a.parent in renumbered]
+    return frozenset(Address(a.stack, renumbered[a.parent].block, a.sublayer) for a in gone)
+
+
+def write_skips(config: Any, anatomy: Anatomy, skips: frozenset[Address]) -> None:
+    """Note ``skips`` in a config whose block counts already are those of the smaller model, in place."""
+    for owner, stacks in by_config(anatomy).items():
+        table: dict[str, dict[int, list[str]]] = {}
+        for address in sorted(a for a in skips if a.stack in {stack.name for stack in stacks}):
+            table.setdefault(address.stack, {}).setdefault(address.block, []).append(str(address.sublayer))
+        part = _part(config, owner)
+        if len(stacks) == 1:
+            blocks = table.get(stacks[0].name, {})
+            part.per_layer_config = {i: {"skip": kinds} for i, kinds in blocks.items()} or None
+        elif table or hasattr(part, TWO_STACKS):
+            part.skip_sublayers = {name: {str(i): kinds for i, kinds in rows.items()} for name, rows in table.items()}
+
+
+def _part(config: Any, path: str) -> Any:
+    return resolve(SimpleNamespace(config=config), path)
