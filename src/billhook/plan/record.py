@@ -80,10 +80,12 @@ class Timing(_Record):
 
 
 class Step(_Record):
-    """One step of a search: what was dropped in it, at which score, what the objective was then (None where the search
-    never looked), the realised budgets as fractions of dense, and the work so far in block-token forwards."""
+    """One step of a search: what was dropped in it and what was put back, at which score, what the objective was then
+    (None where the search never looked), the realised budgets as fractions of dense, and the work so far in block-token
+    forwards."""
 
     units: tuple[str, ...]
+    restored: tuple[str, ...] = ()
     score: float | None
     objective: float | None
     realised: dict[str, float]

@@ -1,0 +1,25 @@
+"""One file a strategy; the objective they ask; the ledger that survives a crash."""
+
+from billhook.search.baselines import at_random, evenly_spaced, first, last, span
+from billhook.search.greedy import greedy
+from billhook.search.ledger import Ledger, Memo
+from billhook.search.objective import Objective
+from billhook.search.one_shot import one_shot
+from billhook.search.path import Found
+from billhook.search.problem import Problem, pose
+
+__all__ = [
+    "Found",
+    "Ledger",
+    "Memo",
+    "Objective",
+    "Problem",
+    "at_random",
+    "evenly_spaced",
+    "first",
+    "greedy",
+    "last",
+    "one_shot",
+    "pose",
+    "span",
+]

@@ -1,0 +1,38 @@
+"""Rank once, drop from the bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.search.path import Found, Path
+from billhook.search.problem import Problem
+
+Per = Literal["unit", "budget"]
+"""What an importance is set against: each unit alike, or what it gains of the budget (for ``params``: a parameter)."""
+
+
+def one_shot(problem: Problem, scores: Mapping[Address, float], *, per: Per = "unit", work: int = 0) -> Found:
+    """Drop the least important units until the budget is met, then put back, most important first, what is not needed
+    any more (a large last unit may make an earlier small one superfluous).
+
+    ``scores``: high is important; a unit without a score is unknown and stays. Ties break by address. ``work`` is what
+    the scores cost. Raises InputError for a NaN score, or where the scored units do not suffice.
+    """
+    for unit, score in sorted(scores.items()):
+        if math.isnan(score):
+            raise InputError(f"the score of unit {unit} is NaN")
+    path = Path(problem)
+    gains = path.open()
+    rank = {u: scores[u] / (gains[u] if per == "budget" else 1.0) for u in gains if u in scores}
+    while not path.met:
+        left = [u for u in path.open() if u in rank]
+        if not left:
+            raise InputError(f"budget {problem.budget} cannot be met with the {len(rank)} units that have a score")
+        unit = min(left, key=lambda u: (rank[u], u))
+        path.step([unit], score=scores[unit], work=work)
+    path.trim(rank.__getitem__, work=work)
+    return path.found(work)
