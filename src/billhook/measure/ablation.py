@@ -55,9 +55,9 @@ class Ablator:
         """The figure of the current state with this unit dropped as well; the state stays."""
         return self._judge(self.replay.without(unit))
 
-    def commit(self, unit: Address) -> None:
-        """Drop this unit for good."""
-        self.replay.commit(unit)
+    def move(self, drops: Iterable[Address]) -> None:
+        """Commit exactly these drops; units committed before and not among them come back."""
+        self.replay.move(drops)
 
 
 def ablation(ablator: Ablator, units: Iterable[Address], progress: Progress | None = None) -> dict[Address, float]:

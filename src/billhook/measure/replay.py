@@ -97,18 +97,23 @@ class Replay:
 
         Costs the blocks after the first one affected (that one included, if only a sublayer of it goes).
         """
-        suffix = self._suffix(units)
-        self._last = suffix
-        return [streams[-1] for streams in suffix.streams]
+        self._last = self._suffix(self.state | self._checked(units))
+        return [streams[-1] for streams in self._last.streams]
 
     def commit(self, *units: Address) -> None:
         """Drop these units for good. Free if they were the last that ``without`` was asked about."""
-        suffix = self._last
-        if suffix is None or suffix.drops != self._with(units):
-            suffix = self._suffix(units)
+        self.move(self.state | self._checked(units))
+
+    def move(self, drops: Iterable[Address]) -> None:
+        """Make exactly these drops the state, units dropped before and not among them coming back.
+
+        Costs the blocks from the first one that differs on; nothing if ``without`` has just been there.
+        """
+        drops = normalise(self._checked(drops), self.anatomy.outline)
+        suffix = self._last if self._last is not None and self._last.drops == drops else self._suffix(drops)
         for streams, new in zip(self._streams, suffix.streams, strict=True):
             streams[suffix.start :] = new
-        self.state = suffix.drops
+        self.state = drops
         self._last = None
 
     def logits(self, ids: Tensor, stream: Tensor) -> Tensor:
@@ -123,17 +128,16 @@ class Replay:
         with observing(self.model), overridden(self._stepping(0, len(self._blocks), stream[None])):
             return torch.as_tensor(self.model(**inputs).logits)[0]
 
-    def _with(self, units: Iterable[Address]) -> frozenset[Address]:
-        units = set(units)
+    def _checked(self, units: Iterable[Address]) -> frozenset[Address]:
+        units = frozenset(units)
         unknown = sorted(units - self._known)
         if unknown:
             raise InputError(f"unit {unknown[0]} is not in stack {self.stack.name}, which is the one replayed")
-        return normalise(self.state | units, self.anatomy.outline)
+        return units
 
-    def _suffix(self, units: Iterable[Address]) -> _Suffix:
-        drops = self._with(units)
-        new = drops - self.state
-        first = min((a.block for a in new), default=len(self._blocks))
+    def _suffix(self, drops: Iterable[Address]) -> _Suffix:
+        drops = normalise(drops, self.anatomy.outline)
+        first = min((a.block for a in drops ^ self.state), default=len(self._blocks))
         given = [streams[first] for streams in self._streams]
         start = first + 1 if Address(self.stack.name, first) in drops else first
         streams = [[stream, *self._run(i, start, stream, drops)] for i, stream in enumerate(given)]
