@@ -190,6 +190,12 @@ def test_an_unknown_architecture_is_named(folder: Path) -> None:
     refused(folder, "config.json", "martian")
 
 
+@pytest.mark.parametrize("changes", [{"architectures": "Model"}, {"architectures": [3]}, {"auto_map": ["own.py"]}])
+def test_a_config_of_the_wrong_form_is_named(folder: Path, changes: dict[str, object]) -> None:
+    edit_config(folder, **changes)
+    refused(folder, "config.json", "list of names")
+
+
 def test_the_class_falls_back_to_the_causal_one(folder: Path) -> None:
     edit_config(folder, architectures=None)
     assert type(load(folder).model) is type(build("llama"))

@@ -96,8 +96,10 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
 
 def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any, Any]:
     """The model class and config. ``own_code``: the folder's own classes go before those of transformers."""
-    auto_map = settings.get("auto_map") or {}
-    architecture = next(iter(settings.get("architectures") or []), None)
+    auto_map, named = settings.get("auto_map") or {}, settings.get("architectures") or [""]
+    if not isinstance(auto_map, dict) or not isinstance(named, list) or not isinstance(named[0], str):
+        raise InputError(f"{folder / 'config.json'}: architectures must be a list of names, auto_map an object")
+    architecture = named[0]
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -110,7 +112,7 @@ def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any,
     auto = next((key for key in auto_map if key.startswith("AutoModel")), None)
     if own_code and auto:
         return getattr(transformers, auto), config
-    stock = getattr(transformers, architecture or "", None)
+    stock = getattr(transformers, architecture, None)
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
         return stock, config
     try:
