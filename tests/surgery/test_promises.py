@@ -192,6 +192,31 @@ def test_without_blocks_the_stock_class_builds_the_same_model_from_the_saved_con
 
 
 @pytest.mark.parametrize("name", params)
+def test_hidden_states_asked_for_first_inside_a_simulation(name: str) -> None:
+    model, expected = build(name), build(name)
+    anatomy = discover(model)
+    before = snapshot(model)
+    chosen = [a for a, _ in anatomy.outline.blocks() if a.block == 2 and possible([a], anatomy.outline)]
+    inputs = FAMILIES[name].inputs(model, 2, None)
+    with simulate(model, anatomy, chosen):
+        inside = hidden_states(model(**inputs, output_hidden_states=True))
+    assert snapshot(model) == before
+    after = hidden_states(model(**inputs, output_hidden_states=True))
+    assert len(after) == len(hidden_states(expected(**inputs, output_hidden_states=True)))
+    assert (len(inside) < len(after)) == bool(chosen)
+
+
+def hidden_states(output: Any) -> list[torch.Tensor]:
+    """Of all stacks, one after the other."""
+    parts = [
+        output,
+        *(part for part in output.values() if hasattr(part, "keys")),
+    ]  # two towers: an output in the output
+    found = [value for part in parts for key, value in part.items() if key.endswith("hidden_states")]
+    return [state for states in found if isinstance(states, tuple) for state in states]
+
+
+@pytest.mark.parametrize("name", params)
 def test_other_models_of_the_class_are_unaffected(name: str) -> None:
     model, anatomy = dense(name)
     other = build(name)

@@ -22,6 +22,7 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     """
     drops = drops_of(plan, anatomy)
     undo = Undo()
+    undo.guard_hooks(model)
     try:
         drop(model, anatomy, drops, undo)
         yield model
