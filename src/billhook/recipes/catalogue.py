@@ -1,0 +1,68 @@
+"""The recipes that come with Billhook, one file each in this folder, and those of the user."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from billhook.plan.errors import InputError
+from billhook.recipes.schema import Recipe
+
+DEFAULT = "sublayer-greedy"
+_SUFFIXES = (".yaml", ".yml")
+
+
+def names() -> list[str]:
+    """The names of the recipes that come with Billhook, the default one first."""
+    found = [
+        file.name.removesuffix(".yaml")
+        for file in resources.files(__package__).iterdir()
+        if file.name.endswith(".yaml")
+    ]
+    return sorted(found, key=lambda name: (name != DEFAULT, name))
+
+
+def recipes() -> list[Recipe]:
+    """All of them, the default one first."""
+    return [load(name) for name in names()]
+
+
+def load(source: str | os.PathLike[str]) -> Recipe:
+    """A recipe by its name, or from a YAML file (a path that ends in .yaml or .yml).
+
+    Nothing in the file is executed. Raises InputError for an unknown name, a file that cannot be read, and with the
+    first thing that is wrong in it.
+    """
+    text = os.fspath(source)
+    if text.endswith(_SUFFIXES):
+        try:
+            return _parse(Path(text).read_text(encoding="utf-8"), text)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe file {text} cannot be read: {error}") from error
+    if text not in names():
+        raise InputError(f"recipe {text!r} is unknown; use a .yaml file or one of {', '.join(names())}")
+    return _parse(source_of(text), text)
+
+
+def source_of(name: str) -> str:
+    """The YAML of a recipe that comes with Billhook."""
+    return (resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _parse(text: str, source: str) -> Recipe:
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"recipe {source} is not YAML: {reason}") from error
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the top level"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"recipe {source} is not valid: {place}: {reason}") from error

@@ -1,0 +1,100 @@
+"""What a recipe is: a method in the words of Billhook."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from billhook.measure.ablation import Kind
+from billhook.scores import Unit, named
+
+
+class _Words(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Per = Literal["unit", "budget"]
+
+
+class Paper(_Words):
+    """Where a method comes from."""
+
+    citation: Line
+    link: Annotated[str, StringConstraints(pattern=r"^https://\S+$")]
+
+
+class Score(_Words):
+    """The word of a score, with its parameters (the unit is the recipe's)."""
+
+    word: str
+    parameters: dict[str, Any] = {}
+
+
+class OneShot(_Words):
+    """Rank once by the score (``per`` unit, or for what a unit gains of the budget), drop from the bottom."""
+
+    word: Literal["one-shot"]
+    per: Per = "unit"
+
+
+class Greedy(_Words):
+    """Drop the unit that hurts the objective least, look again, and so on; ``refine``: exchanges afterwards, for at
+    most so many times the work spent until then."""
+
+    word: Literal["greedy"]
+    lazy: bool = True
+    per: Per = "budget"
+    refine: Annotated[float, Field(ge=0, le=10)] = 0.0
+
+
+class Span(_Words):
+    """The run of adjacent blocks over which the stream turns least."""
+
+    word: Literal["span"]
+
+
+class Baseline(_Words):
+    """A choice that looks at nothing."""
+
+    word: Literal["random", "evenly-spaced", "first", "last"]
+
+
+class Recipe(_Words):
+    """A method: what is measured, how units are chosen by it, and what is done to them.
+
+    A one-shot choice has a ``score``, a greedy one an ``objective`` (what the drops are to keep low: the divergence
+    from the dense model's next tokens ``kl``, the ``loss`` on the text, or the error of the last ``stream``).
+    """
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+    title: Line
+    paper: Paper | None = None
+    unit: Unit
+    score: Score | None = None
+    objective: Kind | None = None
+    choice: Annotated[OneShot | Greedy | Span | Baseline, Field(discriminator="word")]
+    act: Literal["drop"] = "drop"
+    heal: Literal["none"] = "none"
+    note: Line | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.score is not None) != (self.choice.word == "one-shot"):
+            raise ValueError("a one-shot choice needs a score, and no other choice has one")
+        if (self.objective is not None) != (self.choice.word == "greedy"):
+            raise ValueError("a greedy choice needs an objective (kl, loss or stream), and no other choice has one")
+        if self.choice.word == "span" and self.unit != "block":
+            raise ValueError("a span consists of whole blocks: unit must be block")
+        if self.score is not None:
+            named(self.score.word).check(self.score_parameters)
+        return self
+
+    @property
+    def score_parameters(self) -> dict[str, Any]:
+        """The parameters for the score, with the recipe's unit where the score asks for one."""
+        if self.score is None:
+            return {}
+        asks = "unit" in named(self.score.word).parameters.model_fields
+        return {**({"unit": self.unit} if asks else {}), **self.score.parameters}

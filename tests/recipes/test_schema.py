@@ -1,0 +1,118 @@
+from pathlib import Path
+
+import pytest
+
+from billhook.plan.errors import InputError
+from billhook.recipes.catalogue import DEFAULT, load, names, recipes, source_of
+from billhook.recipes.schema import Greedy
+from billhook.scores import SCORES
+
+GOOD = "name: mine\ntitle: Mine\nunit: sublayer\nobjective: kl\nchoice: {word: greedy}\n"
+
+
+def test_the_recipes_that_come_along() -> None:
+    assert names()[0] == DEFAULT
+    assert set(names()) == {
+        "sublayer-greedy",
+        "sublayer-greedy-plain",
+        "block-greedy",
+        "block-influence",
+        "angular-span",
+        "relative-norm",
+        "random",
+        "evenly-spaced",
+        "first",
+        "last",
+    }
+    for name, recipe in zip(names(), recipes(), strict=True):
+        assert recipe.name == name
+        assert recipe.title
+        assert recipe.paper or recipe.choice.word in ("random", "evenly-spaced", "first", "last")
+        assert len(source_of(name).splitlines()) <= 15
+
+
+def test_the_default_is_lazy_and_the_plain_one_is_not() -> None:
+    lazy, plain = load(DEFAULT).choice, load("sublayer-greedy-plain").choice
+    assert isinstance(lazy, Greedy) and isinstance(plain, Greedy)
+    assert lazy.lazy and lazy.refine > 0
+    assert not plain.lazy and plain.refine == 0
+
+
+def test_scores_get_the_unit_of_the_recipe() -> None:
+    assert load("block-influence").score_parameters == {"unit": "block"}
+    assert load("relative-norm").score_parameters == {"unit": "block", "relative_to": "output"}
+    assert load("random").score_parameters == {}
+    assert {recipe.score.word for recipe in recipes() if recipe.score} <= set(SCORES)
+
+
+def test_a_recipe_of_the_user(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    recipe = load(file)
+    assert recipe.choice == Greedy(word="greedy", lazy=True, per="budget", refine=0.0)
+    assert (recipe.act, recipe.heal) == ("drop", "none")
+    file.write_text(source_of("relative-norm"))
+    assert load(str(file)) == load("relative-norm")
+
+
+def test_an_unknown_name_gets_the_list() -> None:
+    with pytest.raises(
+        InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of sublayer-greedy"
+    ):
+        load("shortgpt")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "colour: red\n", "colour: Extra inputs are not permitted"),
+        (GOOD.replace("greedy}", "greedy, depth: 3}"), "choice.greedy.depth: Extra inputs are not permitted"),
+        (GOOD.replace("greedy}", "best}"), "choice: Input tag 'best' found"),
+        (GOOD.replace("greedy}", "one-shot}"), "a one-shot choice needs a score, and no other choice has one"),
+        (GOOD + "score: {word: block-influence}\n", "a one-shot choice needs a score"),
+        (GOOD.replace("objective: kl\n", ""), "a greedy choice needs an objective"),
+        (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss' or 'stream'"),
+        (GOOD.replace("sublayer", "neuron"), "unit: Input should be"),
+        (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
+        (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
+        (GOOD + "heal: lora\n", "heal: Input should be 'none'"),
+        (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
+        (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),
+        ("- a\n- b\n", "the top level: Input should be"),
+        ("", "the top level: Input should be"),
+        ("a: [", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_bad_recipe_gets_one_line_that_names_the_place(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(file)
+    assert str(caught.value).startswith(f"recipe {file} ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("{word: magic}", "there is no score 'magic'"),
+        ("{word: block-influence, parameters: {of: kl}}", "score block-influence has no parameter of"),
+        ("{word: update-norm, parameters: {relative_to: it}}", "parameter relative_to of score update-norm"),
+    ],
+)
+def test_words_and_parameters_of_scores_are_checked_on_loading(score: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(f"name: mine\ntitle: Mine\nunit: block\nscore: {score}\nchoice: {{word: one-shot}}\n")
+    with pytest.raises(InputError) as caught:
+        load(file)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "binary.yaml")
