@@ -24,7 +24,7 @@ from billhook.export.remote import ABSENT, render
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.surgery.reopen import STOCK
-from billhook.surgery.skips import ONE_STACK
+from billhook.surgery.skips import PER_LAYER
 
 _MODEL_TYPE, _CLASS, _CONFIG = "nemotron-nas", "DeciLMForCausalLM", "DeciLMConfig"
 _WIDTH_STEP = 256  # DeciLM rounds an MLP width computed from ffn_mult up to a multiple of this
@@ -77,7 +77,7 @@ def files(full: Any, anatomy: Anatomy, skips: frozenset[Address]) -> dict[str, A
         "attention_bias": _has_bias(full, anatomy, "o_proj"),
         "qkv_bias": _has_bias(full, anatomy, "q_proj"),
         STOCK: {"model_type": full.config.model_type, "architectures": [stock]},
-        ONE_STACK: ABSENT,
+        PER_LAYER: ABSENT,
     }
     modeling = render(
         stock,

@@ -11,7 +11,6 @@ from billhook.anatomy import Anatomy, Stack
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.surgery import slots, stubs
-from billhook.surgery.skips import by_config
 
 MODULE = "modeling_billhook"
 ABSENT: Any = object()  # in the place of a value of config.json: it is removed
@@ -71,17 +70,15 @@ class $name(transformers.$stock):$config_class
         return False  # stored weights have the stock class's names: transformers may rename them as it does there
 ''')
 
-_PER_LAYER = """def skipped(config: Any, name: str, index: int) -> Any:
+_SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
+    if getattr(config, "skip_sublayers", None):
+        return config.skip_sublayers.get(name, {}).get(str(index), ())
     return getattr(config.per_layer_config[index], "skip", ())"""
-
-_PER_STACK = """def skipped(config: Any, name: str, index: int) -> Any:
-    return config.skip_sublayers.get(name, {}).get(str(index), ())"""
 
 
 def remote_code(stock: str, anatomy: Anatomy, skips: frozenset[Address]) -> str:
     """The source of ``modeling_billhook.py``. ``anatomy`` is that of the stock class before ``skips`` are taken out."""
-    shared = any(len(stacks) > 1 for stacks in by_config(anatomy).values())
-    return render(stock, anatomy, skips, name=stock, skipped=_PER_STACK if shared else _PER_LAYER)
+    return render(stock, anatomy, skips, name=stock, skipped=_SKIPPED)
 
 
 def render(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +64,25 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> tuple
     return small, anatomy, skips
 
 
-def moved(live: dict[str, str], anatomy: Anatomy, drops: frozenset[Address]) -> dict[str, str | None]:
+def moved(live: Mapping[str, str | None], anatomy: Anatomy, drops: frozenset[Address]) -> dict[str, str | None]:
     """Stored name -> stored name in the smaller model, None where the tensor goes. ``live`` maps stored to live names.
 
-    A stored name keeps its form; its first part that is the old number of its block becomes the new one. Blocks beyond
-    the last one (multi-token prediction layers that some checkpoints store behind the model's own) move along.
+    A stored name keeps its form; its first part that is the old number of its block becomes the new one. What the model
+    ignores on purpose (multi-token prediction blocks, stale buffers) stays behind, as when a loaded model is saved.
     """
     cut = tuple(f"{cut.path}." for a in drops if a.sublayer is not None for cut in anatomy.sublayer(a).cuts)
-    places = []
-    for stack in anatomy.stacks:
-        kept = survivors(drops, anatomy.outline, stack.name)
-        places.append((f"{stack.path}.", {old: new for new, old in enumerate(kept)}, len(stack.blocks)))
+    places = [
+        (f"{stack.path}.", {old: new for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))})
+        for stack in anatomy.stacks
+    ]
 
-    def move(name: str, live_name: str) -> str | None:
-        if live_name.startswith(cut):
+    def move(name: str, live_name: str | None) -> str | None:
+        if live_name is None or live_name.startswith(cut):
             return None
-        for path, numbers, length in places:
-            number = live_name.removeprefix(path).partition(".")[0]
-            if live_name.startswith(path) and number.isdecimal():
-                old = int(number)
-                new = numbers.get(old) if old < length else old - length + len(numbers)
-                return None if new is None else _renumbered(name, old, new)
+        for path, numbers in places:
+            if live_name.startswith(path):
+                old = int(live_name.removeprefix(path).partition(".")[0])
+                return _renumbered(name, old, numbers[old]) if old in numbers else None
         return name
 
     return {name: move(name, live_name) for name, live_name in live.items()}
@@ -111,8 +109,7 @@ def _all_names(folder: Path, headers: Headers) -> set[str]:
 def _account(moves: dict[str, str | None], dense: Any, small: Any, anatomy: Anatomy, drops: frozenset[Address]) -> None:
     """Every tensor is either kept or belongs to what was dropped: the rule that moves stored tensors must turn the
     dense model's names into exactly those of the applied one, and no two tensors may end under one name."""
-    names = list(dense.state_dict())
-    kept = {name for name in moved(dict(zip(names, names, strict=True)), anatomy, drops).values() if name is not None}
+    kept = set(moved({name: name for name in dense.state_dict()}, anatomy, drops).values()) - {None}
     wrong = kept ^ small.state_dict().keys()
     wrong |= {name for name, times in Counter(moves.values()).items() if times > 1 and name is not None}
     if wrong:

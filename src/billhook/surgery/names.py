@@ -12,12 +12,11 @@ from billhook.plan.errors import InputError
 _STALE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
-def live_names(model: Any, stored: Iterable[str], source: str) -> dict[str, str]:
-    """Stored name -> live name, for every stored name. ``model`` may be on the meta device.
+def live_names(model: Any, stored: Iterable[str], source: str) -> dict[str, str | None]:
+    """Stored name -> live name, None for what the model ignores on purpose. ``model`` may be on the meta device.
 
     Several stored tensors may have one live name (experts that the model keeps fused), or the other way round (a fused
     weight that the model keeps apart then has the name of its first part); all of them lie in one module of one block.
-    Names that the model ignores on purpose come back as they would be called.
 
     Raises InputError for tensors that the model has no place for, and for weights of the model that are not stored.
     """
@@ -39,7 +38,7 @@ def live_names(model: Any, stored: Iterable[str], source: str) -> dict[str, str]
     missing = [name for name in expected if name not in covered and not optional(name)]
     if missing:
         raise InputError(f"{source} lacks weights that {type(model).__name__} needs: {_some(missing)}")
-    return {name: lives[0] for name, lives in names.items()}
+    return {name: lives[0] if lives[0] in expected else None for name, lives in names.items()}
 
 
 def _renamer(model: Any, expected: dict[str, Any]) -> Callable[[str], list[str]]:

@@ -21,7 +21,7 @@ from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.surgery.live import Undo, drop
-from billhook.surgery.skips import ONE_STACK, declares_skips, read_skips
+from billhook.surgery.skips import PER_LAYER, declares_skips, read_skips
 
 STOCK = "billhook_stock"  # in a config.json under a foreign model_type: the values that transformers knows
 
@@ -108,7 +108,7 @@ def stock_view(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
         raise InputError(
             f"{folder / 'config.json'} is not in the DeciLM form that Billhook writes: {error!r}"
         ) from error
-    view[ONE_STACK] = {str(i): {"skip": kinds} for i, kinds in skips.items() if kinds}
+    view[PER_LAYER] = {str(i): {"skip": kinds} for i, kinds in skips.items() if kinds}
     with tempfile.TemporaryDirectory() as temporary:
         for path in folder.iterdir():
             if path.name != "config.json":

@@ -1,8 +1,9 @@
 """What a config says about sublayers that are not there, and how that reads after further cuts.
 
-A config that describes one stack uses transformers' own schema, ``per_layer_config`` {block: {"skip": [sublayer]}}. A
-config that describes two stacks (encoder and decoder in one) cannot tell them apart in that schema, so it gets
-``skip_sublayers`` {stack: {block: [sublayer]}}. Block numbers are those of the model that the config describes.
+A config that describes one stack uses transformers' own schema, ``per_layer_config`` {block: {"skip": [sublayer]}}.
+Where that cannot say it, because a config describes two stacks (encoder and decoder in one) or because the stock
+class itself reads ``per_layer_config`` and knows no ``skip``, it gets ``skip_sublayers`` {stack: {block: [sublayer]}}.
+Block numbers are those of the model that the config describes.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from billhook.plan.address import SUBLAYERS, Address
 from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 
-ONE_STACK, TWO_STACKS = "per_layer_config", "skip_sublayers"
+PER_LAYER, PER_STACK = "per_layer_config", "skip_sublayers"
 
 
 def declares_skips(content: Any) -> bool:
     """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped."""
     if not isinstance(content, dict):
         return False
-    layers = content.get(ONE_STACK)
+    layers = content.get(PER_LAYER)
     if isinstance(layers, dict) and any(isinstance(layer, dict) and layer.get("skip") for layer in layers.values()):
         return True
-    return bool(content.get(TWO_STACKS)) or any(declares_skips(value) for value in content.values())
+    return bool(content.get(PER_STACK)) or any(declares_skips(value) for value in content.values())
 
 
 def by_config(anatomy: Anatomy) -> dict[str, list[Stack]]:
@@ -43,11 +44,10 @@ def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
     found = set()
     for owner, stacks in by_config(anatomy).items():
         content = _part(config, owner).to_dict()
-        if len(stacks) == 1:
-            layers = content.get(ONE_STACK) or {}
-            table: Any = {stacks[0].name: {i: layer.get("skip", ()) for i, layer in layers.items()}}
-        else:
-            table = content.get(TWO_STACKS) or {}
+        table: Any = content.get(PER_STACK) or {}
+        if not table and len(stacks) == 1:
+            layers = content.get(PER_LAYER) or {}
+            table = {stacks[0].name: {i: layer.get("skip", ()) for i, layer in layers.items()}}
         try:
             found |= {
                 Address(stack, int(block), kind)
@@ -56,7 +56,7 @@ def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
                 for kind in kinds
             }
         except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{owner}.{TWO_STACKS} is not a map of stack -> block -> list of sublayers") from error
+            raise InputError(f"{owner}.{PER_STACK} is not a map of stack -> block -> list of sublayers") from error
     lengths = {stack.name: len(stack.blocks) for stack in anatomy.stacks}
     odd = [str(a) for a in found if a.block >= lengths.get(a.stack, 0) or a.sublayer not in SUBLAYERS]
     if odd:
@@ -85,11 +85,22 @@ def write_skips(config: Any, anatomy: Anatomy, skips: frozenset[Address]) -> Non
         for address in sorted(a for a in skips if a.stack in {stack.name for stack in stacks}):
             table.setdefault(address.stack, {}).setdefault(address.block, []).append(str(address.sublayer))
         part = _part(config, owner)
-        if len(stacks) == 1:
+        if len(stacks) == 1 and not part.per_layer_attributes:
             blocks = table.get(stacks[0].name, {})
             part.per_layer_config = {i: {"skip": kinds} for i, kinds in blocks.items()} or None
-        elif table or hasattr(part, TWO_STACKS):
+            continue
+        if table or hasattr(part, PER_STACK):
             part.skip_sublayers = {name: {str(i): kinds for i, kinds in rows.items()} for name, rows in table.items()}
+        if part.per_layer_attributes and "attention" in table.get(stacks[0].name, {}).get(0, ()):
+            _retype_first(part)
+
+
+def _retype_first(config: Any) -> None:
+    """Without its attention the first block may have got another layer type (see ``slots``): where blocks of a type
+    must agree in their ``per_layer_config``, the first one takes over that of its new type."""
+    layers = {int(i): values for i, values in config.to_dict()[PER_LAYER].items()}
+    like = next((i for i, kind in enumerate(config.layer_types) if i and kind == config.layer_types[0]), 0)
+    config.per_layer_config = {**layers, 0: layers.get(like, {})}
 
 
 def _part(config: Any, path: str) -> Any:
