@@ -25,7 +25,7 @@ def test_the_objective_follows_the_state(kind: str) -> None:
     asked = ablator.with_drop(Address("decoder", 3, "attention"))
     assert asked != dense
     assert ablator.value() == dense, "asking keeps nothing"
-    ablator.commit(Address("decoder", 3, "attention"))
+    ablator.move({Address("decoder", 3, "attention")})
     assert ablator.value() == asked
 
 

@@ -113,6 +113,28 @@ def test_any_sequence_of_commits(data: st.DataObject) -> None:
             )
 
 
+def test_moving_to_any_state() -> None:
+    """Units come back too, and only the blocks from the first difference on are run."""
+    model = build("llama")
+    anatomy = discover(model)
+    replay = Replay(model, anatomy, windows(2, 6))
+    dense = replay.final[0]
+    for drops, blocks in (
+        ({"decoder.1", "decoder.3.mlp"}, 3),
+        ({"decoder.1", "decoder.3"}, 1),
+        ({"decoder.2.attention"}, 4),
+        ({"decoder.2.attention", "decoder.4"}, 0),
+        (set(), 3),
+    ):
+        before = replay.work
+        replay.move(map(Address.parse, drops))
+        assert replay.work - before == blocks * 12
+        with simulate(model, anatomy, drops):
+            expected = last_stream(model, anatomy.stacks[0].path, {"input_ids": windows(2, 6).ids})
+        assert torch.equal(replay.final[0], expected)
+    assert torch.equal(replay.final[0], dense)
+
+
 def test_work_is_exact() -> None:
     model = build("llama")
     replay = Replay(model, discover(model), windows(2, 6))

@@ -174,7 +174,7 @@ class Replay:
         self._tails.append([output[1:] if isinstance(output, tuple) else None for output in outputs])
         streams = [*inputs, *(stream_out(output) for output in outputs)]
         for index, stream in enumerate(streams):
-            if not stream.isfinite().all():
+            if not stream[real_tokens(self.batches[batch], self.stack.name, stream)].isfinite().all():
                 place = f"into {self.stack.name}.0" if index == 0 else f"out of {self.stack.name}.{index - 1}"
                 raise InputError(f"NaN or infinite values come {place}: the weights or the inputs are damaged")
         self.work += len(outputs) * streams[0].shape[0] * streams[0].shape[1]

@@ -1,0 +1,90 @@
+"""Words of a recipe and the functions they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any, Literal, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from billhook.anatomy import Anatomy
+from billhook.measure.sums import Trace
+from billhook.measure.trace import Statistic
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+
+Unit = Literal["block", "sublayer", "attention", "cross_attention", "mlp"]
+Needs = Literal["change", "angular", "damage"]
+Function = Callable[..., dict[Address, float]]
+
+SCORES: dict[str, Score] = {}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A criterion. ``needs`` says what the trace must hold: the ``change`` of the stream by each unit, the ``angular``
+    distances, or the ``damage`` of dropping each unit alone (its parameter ``of`` names the kind)."""
+
+    name: str
+    function: Function
+    needs: Needs
+    parameters: type[BaseModel]
+
+    def __call__(self, trace: Trace, anatomy: Anatomy, **parameters: Any) -> dict[Address, float]:
+        """Importance of each unit that the calibration reached, high is important, in order of address."""
+        scores = self.function(trace, anatomy, **self.check(parameters))
+        return dict(sorted(scores.items()))
+
+    def check(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters with defaults filled in. InputError if one is unknown or has an impossible value."""
+        try:
+            return dict(self.parameters(**parameters))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(self.parameters.model_fields) or "none"
+                raise InputError(f"score {self.name} has no parameter {name}; it has {known}") from error
+            raise InputError(f"parameter {name} of score {self.name}: {first['msg']}") from error
+
+    def statistics(self, **parameters: Any) -> frozenset[Statistic]:
+        """What ``measure.trace`` must take for this score with these parameters; nothing for damage."""
+        chosen = self.check(parameters)
+        if self.needs == "damage":
+            return frozenset()
+        if self.needs == "angular":
+            return frozenset({"angular"})
+        return frozenset({"block" if chosen["unit"] == "block" else "sublayer"})
+
+
+def score(name: str, needs: Needs) -> Callable[[Function], Function]:
+    """Give a function ``(trace, anatomy, **parameters) -> {unit: importance}`` its name in recipes.
+
+    Its parameters and their types are read from its signature.
+    """
+
+    def register(function: Function) -> Function:
+        hints = get_type_hints(function, include_extras=True)
+        fields = {
+            parameter.name: (hints[parameter.name], ... if parameter.default is Parameter.empty else parameter.default)
+            for parameter in list(signature(function).parameters.values())[2:]
+        }
+        model = create_model(f"{name} parameters", __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
+        SCORES[name] = Score(name, function, needs, model)
+        return function
+
+    return register
+
+
+def named(name: str) -> Score:
+    """The score of that name. InputError with the list of names if there is none."""
+    if name not in SCORES:
+        raise InputError(f"there is no score {name!r}; there are {', '.join(sorted(SCORES))}")
+    return SCORES[name]
+
+
+def of_kind(figures: dict[Address, float], unit: Unit) -> dict[Address, float]:
+    """The figures of units of one kind: blocks, all sublayers, or one kind of sublayer."""
+    return {a: f for a, f in figures.items() if unit == (a.sublayer or "block") or (unit == "sublayer" and a.sublayer)}
