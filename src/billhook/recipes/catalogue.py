@@ -13,6 +13,7 @@ from billhook.plan.errors import InputError
 from billhook.recipes.schema import Recipe
 
 DEFAULT = "sublayer-greedy"
+DEFAULT_UNIFORM = "block-greedy"
 _SUFFIXES = (".yaml", ".yml")
 
 

@@ -1,0 +1,141 @@
+"""``billhook compress``: the whole walk, from a model to a smaller one with its proof."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from billhook.data import calibration as windows_of
+from billhook.evaluate.causal import require_causal
+from billhook.export.huggingface import save
+from billhook.measure.cost import quantities
+from billhook.models import building, check_out, fingerprint
+from billhook.plan.budget import Budget
+from billhook.plan.check import check_target
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan, Provenance
+from billhook.plan.record import Run
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.find import find
+from billhook.recipes.measures import measures, watch
+from billhook.recipes.opened import Stopwatch, environment, opened
+from billhook.recipes.proof import judged_on, proven, write_down
+from billhook.recipes.schema import Recipe
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.search import pose
+from billhook.surgery import apply
+
+Progress = Callable[[str, int, int], None]
+
+
+def compress(
+    source: str | os.PathLike[str],
+    *,
+    budget: str,
+    out: str | os.PathLike[str],
+    recipe: str | os.PathLike[str] | None = None,
+    target: str | None = None,
+    calibration: str = "builtin",
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_new_tokens: int = 40,
+    progress: Progress | None = None,
+) -> Run:
+    """Cut a model down to a budget and leave checkpoint, record, card and report in ``out``.
+
+    Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
+    blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
+    target is taken. Everything that can be refused is refused before the search; an interrupted search goes on from its
+    last finished evaluation when the same call is made again (its ledger lies beside ``out`` until then).
+    """
+    check_out(out, overwrite)
+    limits = Budget.parse(budget)
+    chosen, aim = _settled(recipe, target)
+    clock = Stopwatch()
+    with clock.step("load"):
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    outline = model.anatomy.outline
+    check_target(aim, outline)
+    require_causal(model.model, "compress")
+    problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
+    tokenizer = model.tokenizer
+
+    with clock.step("measure"):
+        windows = windows_of(
+            calibration,
+            tokenizer,
+            tokens=CALIBRATION_TOKENS,
+            length=model.length(CALIBRATION_LENGTH),
+            seed=seed,
+            model=model.model,
+            progress=progress,
+        )
+        texts = judged_on(model, calibration, windows, seed, progress)
+        seen = watch(model, windows, progress)
+    with clock.step("search"):
+        choice = find(chosen, model, problem, windows, seen, seed=seed, place=workplace(out), progress=progress)
+
+    plan = Plan.of(choice.found.drops, aim).model_copy(
+        update={
+            "budget": str(limits),
+            "provenance": Provenance(
+                model=fingerprint(model.model),
+                calibration=windows.fingerprint,
+                recipe=chosen.name,
+                seed=seed,
+                versions={name: version(name) for name in ("billhook", "torch", "transformers")},
+            ),
+        }
+    )
+    compressed = apply(model.model, model.anatomy, plan)
+    costs = quantities(outline, choice.found.drops)
+    run = Run(
+        model=os.fspath(source),
+        outline=outline,
+        plan=plan,
+        asked=str(limits),
+        realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+        costs=costs,
+        search=choice.record,
+        measures=measures(model, calibration, windows, seen, choice.importance),
+        environment=environment(model.model),
+    )
+    run = proven(run, model, compressed, plan, texts, max_new_tokens, clock, progress)
+    run = run.model_copy(update={"seconds": clock.seconds})
+    with building(out, overwrite) as folder:
+        save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)
+        write_down(run, Path(folder))
+    shutil.rmtree(workplace(out))
+    return run
+
+
+def workplace(out: str | os.PathLike[str]) -> Path:
+    """The hidden folder beside ``out`` in which an unfinished search keeps what it has paid for."""
+    path = Path(out).absolute()
+    place = path.parent / f".{path.name}.search"
+    place.mkdir(exist_ok=True)
+    return place
+
+
+def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple[Recipe, Target]:
+    """The recipe and the target, each following from the other where only one is given."""
+    aim = Target(target) if target is not None else None
+    if recipe is None:
+        chosen = catalogue.load(catalogue.DEFAULT_UNIFORM if aim is Target.UNIFORM else catalogue.DEFAULT)
+    else:
+        chosen = catalogue.load(recipe)
+    if aim is None:
+        aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
+    if aim is Target.UNIFORM and chosen.unit != "block":
+        raise InputError(
+            f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
+            f"the same sublayers in every block; use target remote, or a recipe of whole blocks"
+        )
+    return chosen, aim

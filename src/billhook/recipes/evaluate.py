@@ -1,0 +1,102 @@
+"""``billhook eval``: how good is a model, alone or against another one?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from billhook.evaluate import evidence, generations
+from billhook.measure.cost import UNITS, CostModel
+from billhook.plan.errors import InputError
+from billhook.plan.outline import Outline
+from billhook.plan.plan import Plan
+from billhook.plan.record import Quantity, Run
+from billhook.recipes.opened import Opened, Stopwatch, environment, opened
+from billhook.recipes.proof import RECORD, judged_on
+
+Progress = Callable[[str, int, int], None]
+
+
+def evaluate(
+    source: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    calibration: str | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Perplexity on two texts; with ``against``, everything paired with that model, taken as the dense one.
+
+    The texts are the held-back part of the calibration source (the one that ``source`` was compressed with, unless
+    ``calibration`` names another) and one of another domain. Without ``against`` both sides of the record are the same
+    model.
+    """
+    clock = Stopwatch()
+    with clock.step("load"):
+        model, dense = pair(source, against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    texts = judged_on(dense, calibration or calibrated_with(source), None, seed, progress)
+    with clock.step("evidence"):
+        found = evidence(dense.model, model.model, texts, progress=progress)
+    said = generations(dense.model, model.model, model.tokenizer) if against is not None else ()
+    run = compared(source, model, dense)
+    return run.model_copy(update={"evidence": found, "generations": said, "seconds": clock.seconds})
+
+
+def pair(
+    source: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None,
+    *,
+    dtype: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> tuple[Opened, Opened]:
+    """A model and the one it is compared with (itself where there is none), in the same dtype.
+
+    Raises InputError for two models that do not speak the same tokens.
+    """
+    model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if against is None:
+        return model, model
+    kind = str(model.model.dtype).removeprefix("torch.")
+    dense = opened(against, dtype=kind, device=device, trust_remote_code=trust_remote_code)
+    if model.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        raise InputError(f"{source} and {against} have different vocabularies; only models of one tokenizer compare")
+    return model, dense
+
+
+def calibrated_with(source: str | os.PathLike[str]) -> str:
+    """The text that a result of Billhook was calibrated on, ``builtin`` for any other model."""
+    record = recorded(source)
+    name = record.measures.calibration if record and record.measures else ""
+    return name or "builtin"
+
+
+def recorded(source: str | os.PathLike[str]) -> Run | None:
+    """The record in a folder that Billhook wrote, None where there is none."""
+    path = Path(source) / RECORD
+    return Run.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Run:
+    """The record of two models before anything is measured: what they cost, and what made one from the other."""
+    record = recorded(source)
+    before, after = (CostModel(side.anatomy.outline).dense for side in (dense, model))
+    return Run(
+        model=os.fspath(source),
+        outline=dense.anatomy.outline,
+        plan=record.plan if record and fits(record.plan, dense.anatomy.outline) else Plan(),
+        asked=record.asked if record else None,
+        costs={kind: Quantity(unit=UNITS[kind], dense=before[kind], compressed=after[kind]) for kind in UNITS},
+        realised={kind: after[kind] / before[kind] for kind in UNITS if before[kind]},
+        environment=environment(model.model),
+    )
+
+
+def fits(plan: Plan, outline: Outline) -> bool:
+    """Whether every unit of a plan is a part of this model: it was made for the model compared with, not another."""
+    known = {address for address, _ in (*outline.blocks(), *outline.sublayers())}
+    return plan.drops <= known

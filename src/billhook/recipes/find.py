@@ -1,0 +1,121 @@
+"""From the words of a recipe to the units that go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from billhook import search
+from billhook.data import Windows
+from billhook.measure.ablation import Ablator, ablation
+from billhook.measure.sums import Trace
+from billhook.models import fingerprint
+from billhook.plan.record import SearchRecord
+from billhook.recipes.opened import Opened
+from billhook.recipes.schema import Greedy, OneShot, Recipe, Span
+from billhook.scores import named
+from billhook.search import Found, Ledger, Memo, Problem
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important)."""
+
+    found: Found
+    record: SearchRecord
+    importance: dict[str, dict[str, float]]
+
+
+def find(
+    recipe: Recipe,
+    model: Opened,
+    problem: Problem,
+    windows: Windows,
+    seen: Trace,
+    *,
+    seed: int,
+    place: Path,
+    progress: Progress | None,
+) -> Choice:
+    """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
+
+    A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
+    is run again on the same things. The work of the trace counts where the choice rests on it.
+    """
+    choice = recipe.choice
+    importance: dict[str, dict[str, float]] = {}
+    match choice:
+        case Greedy():
+            ablator = Ablator(model.model, model.anatomy, windows, recipe.objective or "kl", progress=progress)
+            memo = Memo(ablator, _ledger(place, recipe, model, windows))
+            found = search.greedy(
+                problem, memo, lazy=choice.lazy, per=choice.per, refine=choice.refine, progress=progress
+            )
+            empty = memo.at(frozenset())
+            alone = {str(u): memo.at(frozenset(), u) - empty for u in problem.candidates}
+            importance[f"rise of {_objective(recipe)} if dropped"] = alone
+        case OneShot():
+            found = _one_shot(recipe, choice, model, problem, windows, seen, progress)
+        case Span():
+            angular = {name: seen.angular(name) for name in seen.angles}
+            found = search.span(problem, angular, work=seen.work)
+        case _:
+            found = _baseline(choice.word, problem, seed)
+    record = SearchRecord(
+        recipe=recipe.name,
+        objective=_objective(recipe),
+        steps=found.steps,
+        work=found.work,
+        evaluations=found.evaluations,
+    )
+    return Choice(found, record, importance)
+
+
+def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Ledger:
+    """The ledger of this search: one file for everything that an evaluation of the objective depends on."""
+    header: dict[str, object] = {
+        "model": fingerprint(model.model),
+        "dtype": str(model.model.dtype),
+        "device": str(model.model.device),
+        "calibration": windows.fingerprint,
+        "objective": recipe.objective,
+    }
+    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
+    return Ledger(place / f"{name}.jsonl", header)
+
+
+def _one_shot(
+    recipe: Recipe,
+    choice: OneShot,
+    model: Opened,
+    problem: Problem,
+    windows: Windows,
+    seen: Trace,
+    progress: Progress | None,
+) -> Found:
+    score = named(recipe.score.word if recipe.score else "")
+    if score.needs == "damage":
+        kind = score.check(recipe.score_parameters)["of"]
+        ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
+        rises = ablation(ablator, problem.candidates, progress)
+        seen = Trace.of_damage(kind, rises, windows.ids.numel()) + Trace(work=ablator.work)
+    scores = score(seen, model.anatomy, **recipe.score_parameters)
+    return search.one_shot(problem, scores, per=choice.per, work=seen.work)
+
+
+def _baseline(word: str, problem: Problem, seed: int) -> Found:
+    if word == "random":
+        return search.at_random(problem, seed)
+    return {"evenly-spaced": search.evenly_spaced, "first": search.first, "last": search.last}[word](problem)
+
+
+def _objective(recipe: Recipe) -> str:
+    names = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
+    if recipe.objective is not None:
+        return names[recipe.objective]
+    return recipe.score.word if recipe.score else "none"

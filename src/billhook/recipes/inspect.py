@@ -1,0 +1,68 @@
+"""``billhook inspect``: what does a model consist of, and how much does each part do?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from billhook.data import calibration as windows_of
+from billhook.measure.cost import quantities
+from billhook.models import building, check_out
+from billhook.plan.plan import Plan, Provenance
+from billhook.plan.record import Run
+from billhook.recipes.measures import measures, watch
+from billhook.recipes.opened import Stopwatch, environment, opened
+from billhook.recipes.proof import write_down
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+
+Progress = Callable[[str, int, int], None]
+
+
+def inspect(
+    source: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    calibration: str = "builtin",
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Find the parts of a model and measure, in one pass over the calibration, how much each changes the stream.
+
+    A model without a tokenizer (a vision tower, say) is described without being measured. With ``out`` the record and
+    the page are written there.
+    """
+    if out is not None:
+        check_out(out, overwrite)
+    clock = Stopwatch()
+    with clock.step("load"):
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    run = Run(
+        model=os.fspath(source),
+        outline=model.anatomy.outline,
+        plan=Plan(provenance=Provenance(seed=seed)),
+        costs=quantities(model.anatomy.outline, ()),
+        environment=environment(model.model),
+    )
+    if model.loaded.tokenizer is not None and model.anatomy.embedding is not None:
+        with clock.step("measure"):
+            windows = windows_of(
+                calibration,
+                model.tokenizer,
+                tokens=CALIBRATION_TOKENS,
+                length=model.length(CALIBRATION_LENGTH),
+                seed=seed,
+                model=model.model,
+                progress=progress,
+            )
+            seen = watch(model, windows, progress)
+        run = run.model_copy(update={"measures": measures(model, calibration, windows, seen)})
+    run = run.model_copy(update={"seconds": clock.seconds})
+    if out is not None:
+        with building(out, overwrite) as folder:
+            write_down(run, Path(folder))
+    return run

@@ -1,0 +1,77 @@
+"""The first steps of every walk: a loaded model, its anatomy, and how long each step took."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from billhook.anatomy import Anatomy, discover
+from billhook.data import check_tokenizer
+from billhook.measure.latency import now
+from billhook.models import Loaded
+from billhook.plan.errors import InputError
+from billhook.surgery.reopen import load
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to work on."""
+
+    loaded: Loaded
+    anatomy: Anatomy
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises InputError where the model has none or one that does not fit it."""
+        if self.loaded.tokenizer is None:
+            raise InputError(f"model {self.loaded.source} comes without a tokenizer; text cannot be read for it")
+        if self.anatomy.embedding is not None:
+            check_tokenizer(self.loaded.tokenizer, self.model.get_input_embeddings().num_embeddings)
+        return self.loaded.tokenizer
+
+    def length(self, wanted: int) -> int:
+        """A window length that the model's positions allow."""
+        return min(wanted, int(getattr(self.model.config, "max_position_embeddings", None) or wanted))
+
+
+def opened(
+    source: str | os.PathLike[str], *, dtype: str | None, device: str, trust_remote_code: bool, target: Any = None
+) -> Opened:
+    """Load a model, what Billhook saved included, and find its parts."""
+    loaded = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return Opened(loaded, discover(loaded.model))
+
+
+class Stopwatch:
+    """Seconds for each named step of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        begun = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + now() - begun, 2)
+
+
+def environment(model: Any) -> dict[str, str]:
+    """What the figures of a run depend on besides the plan."""
+    versions = {name: version(name) for name in ("billhook", "torch", "transformers")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

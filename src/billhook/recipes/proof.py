@@ -1,0 +1,64 @@
+"""The last steps of a walk: dense and compressed side by side, and everything written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from billhook.data import Windows, evaluation
+from billhook.data.calibrate import Domain
+from billhook.evaluate import bench, evidence, generations
+from billhook.plan.plan import Plan
+from billhook.plan.record import Run
+from billhook.recipes.opened import Opened, Stopwatch
+from billhook.recipes.settings import EVALUATION_LENGTH, EVALUATION_TOKENS
+from billhook.report.card import card
+from billhook.report.page import write_report
+
+Progress = Callable[[str, int, int], None]
+RECORD = "billhook.json"
+
+
+def judged_on(
+    model: Opened, calibration: str, calibrated_on: Windows | None, seed: int, progress: Progress | None
+) -> Sequence[tuple[Domain, Windows]]:
+    """Text that the calibration cannot have seen: of its own domain, and of another."""
+    return evaluation(
+        calibration,
+        model.tokenizer,
+        tokens=EVALUATION_TOKENS,
+        length=model.length(EVALUATION_LENGTH),
+        calibrated_on=calibrated_on,
+        model=model.model,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def proven(
+    run: Run,
+    model: Opened,
+    compressed: Any,
+    plan: Plan,
+    texts: Sequence[tuple[Domain, Windows]],
+    max_new_tokens: int,
+    watch: Stopwatch,
+    progress: Progress | None,
+) -> Run:
+    """The record with evidence, generations and timings of both models added."""
+    with watch.step("evidence"):
+        found = evidence(model.model, compressed, texts, progress=progress)
+    with watch.step("generations"):
+        said = generations(model.model, compressed, model.tokenizer, max_new_tokens=max_new_tokens)
+    with watch.step("bench"):
+        timings = bench(model.model, compressed, plan=plan, progress=progress)
+    return run.model_copy(update={"evidence": found, "generations": said, "timings": timings})
+
+
+def write_down(run: Run, folder: Path) -> None:
+    """The record, the page and, for a checkpoint, its card, into an existing folder."""
+    (folder / RECORD).write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    write_report(run, folder)
+    if (folder / "config.json").is_file():
+        (folder / "README.md").write_text(card(run), encoding="utf-8")

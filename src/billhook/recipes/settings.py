@@ -1,0 +1,6 @@
+"""How much is measured where nobody says otherwise. Changing a number here changes every walk."""
+
+CALIBRATION_TOKENS = 3072
+CALIBRATION_LENGTH = 1024
+EVALUATION_TOKENS = 8192
+EVALUATION_LENGTH = 1024
