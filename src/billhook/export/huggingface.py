@@ -91,11 +91,11 @@ def _dressed(config: Any, model: Any, anatomy: Anatomy, skips: frozenset[Address
 def _check_same(loaded: Any, model: Any, name: str) -> None:
     """Whether the tensors of what a loader would build are those of the model that is saved."""
     would, have = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (loaded, model))
-    wrong = sorted(would.items() ^ have.items())
-    if wrong:
-        tensor, shape = wrong[0]
-        side = "would want" if would.get(tensor) == shape else "has no place for"
-        raise InputError(f"the result would not load: {name} built from the new config {side} {tensor} {list(shape)}")
+    for tensor in sorted({key for key, _ in would.items() ^ have.items()}):
+        wants, has = (str(list(side[tensor])) if tensor in side else "nothing" for side in (would, have))
+        raise InputError(
+            f"the result would not load: {name} built from the new config wants {wants} for {tensor}, it has {has}"
+        )
 
 
 def _put(files: dict[str, Any], config: Any, folder: Path) -> None:
