@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from families import FAMILIES, Padding
+from families import FAMILIES, Padding, tokens
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -71,10 +71,27 @@ def generate(name: str, model: PreTrainedModel, *, use_cache: bool) -> tuple[Ten
     return out.sequences, torch.stack(out.logits)
 
 
-def assert_cache_is_exact(name: str, model: PreTrainedModel) -> None:
+def step_by_step(name: str, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Logits token by token through the cache, positions left to the model; and all at once without a cache."""
+    inputs = FAMILIES[name].inputs(model, 2, None)
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    if key == "input_ids":
+        inputs = {key: tokens(model, 2, None)["input_ids"]}
+    ids, cache, found = inputs[key], None, []
+    for part in (ids[:, :3], *ids[:, 3:].split(1, dim=1)):
+        output = model(**inputs | {key: part}, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        found.append(output.logits)
+    return torch.cat(found, dim=1), model(**inputs, use_cache=False).logits
+
+
+def assert_cache_is_exact(name: str, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Gives what ``generate`` gave with the cache."""
+    torch.testing.assert_close(*step_by_step(name, model), atol=FAMILIES[name].tolerance, rtol=0)
     with_cache, without = (generate(name, model, use_cache=cached) for cached in (True, False))
     torch.testing.assert_close(with_cache[1], without[1], atol=FAMILIES[name].tolerance, rtol=0)
     assert torch.equal(with_cache[0], without[0])
+    return with_cache
 
 
 @contextmanager
