@@ -21,15 +21,16 @@ from live import drops
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook import export, models
 from billhook.anatomy import Anatomy, discover
 from billhook.models import building
+from billhook.plan.check import units
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply, checkpoint
-from billhook.surgery.checkpoint import apply_to_checkpoint
+from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 PLAN = Plan.of(["decoder.1", "decoder.3.mlp", "decoder.0.attention"])
@@ -78,6 +79,24 @@ def test_every_family_and_form(name: str, data: st.DataObject) -> None:
         assert_same_tensors(load_file(root / "disk" / WEIGHTS), load_file(root / "memory" / WEIGHTS))
         for text in files - {WEIGHTS}:
             assert (root / "disk" / text).read_text() == (root / "memory" / text).read_text(), text
+
+
+@pytest.mark.parametrize("name", params)
+def test_the_fingerprint_is_that_of_the_loaded_model(name: str, tmp_path: Path) -> None:
+    model, anatomy = dense(name)
+    model.save_pretrained(tmp_path / "source", max_shard_size="40KB")
+    assert checkpoint_fingerprint(tmp_path / "source") == models.fingerprint(model)
+    first = next(iter(units(anatomy.outline, "sublayer")))
+    export.save_checkpoint(tmp_path / "source", Plan.of([first]), tmp_path / "out")
+    assert checkpoint_fingerprint(tmp_path / "out") == models.fingerprint(apply(model, anatomy, [first]))
+
+
+def test_the_fingerprint_of_weights_that_are_computed_on_loading(tmp_path: Path) -> None:
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, use_swiglu_ffn=True)
+    model = Dinov2Model(config)
+    model.save_pretrained(tmp_path / "source")
+    assert any("weights_in" in name for name in load_file(tmp_path / "source" / WEIGHTS))
+    assert checkpoint_fingerprint(tmp_path / "source") == models.fingerprint(model)
 
 
 def test_the_empty_plan_copies(source: Path, tmp_path: Path) -> None:

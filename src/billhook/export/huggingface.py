@@ -58,9 +58,15 @@ def save_checkpoint(
 
     Memory and errors are those of ``surgery.checkpoint.apply_to_checkpoint``."""
     with models.building(out, overwrite) as folder:
-        small, anatomy, skips = rewrite(models.locate(source), plan, folder)
-        _put(_dressed(small.config, small, anatomy, skips, plan.target), small.config, folder)
+        write_checkpoint(models.locate(source), plan, folder)
     return Path(out)
+
+
+def write_checkpoint(source: Path, plan: Plan, folder: Path) -> Anatomy:
+    """As ``save_checkpoint``, from a folder into an existing empty one. Returns the anatomy of the source."""
+    small, anatomy, skips = rewrite(source, plan, folder)
+    _put(_dressed(small.config, small, anatomy, skips, plan.target), small.config, folder)
+    return anatomy
 
 
 def _dressed(config: Any, model: Any, anatomy: Anatomy, skips: frozenset[Address], target: Target) -> dict[str, Any]:

@@ -7,10 +7,13 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+
+from safetensors import safe_open
 
 from billhook.anatomy import Anatomy, discover
-from billhook.models import building, copy_extras, locate
+from billhook.models import building, copy_extras, fingerprint, locate
 from billhook.models.checks import read_config, weight_files
 from billhook.plan.address import Address
 from billhook.plan.check import survivors
@@ -19,7 +22,7 @@ from billhook.plan.plan import Plan
 from billhook.surgery.apply import apply
 from billhook.surgery.live import drops_of
 from billhook.surgery.names import live_names
-from billhook.surgery.reopen import skeleton, stock_view
+from billhook.surgery.reopen import load, skeleton, stock_view
 from billhook.surgery.shards import Stored, read_header, write_shard
 from billhook.surgery.skips import read_skips, skips_after, write_skips
 
@@ -62,6 +65,31 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> tuple
         _write_config(small.config, folder)
         copy_extras(source, folder)
     return small, anatomy, skips
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """What ``models.fingerprint`` says of the loaded model, read off the files a few values at a time.
+
+    Only a checkpoint that keeps tensors other than experts in a form from which the model computes its own is loaded
+    whole for it.
+    """
+    with stock_view(folder, read_config(folder)) as view:
+        files = weight_files(view)
+        model = skeleton(view)
+        stored = {name: path for path in files for name in read_header(path)[0]}
+        found = {live: name for name, live in live_names(model, stored, str(folder)).items()}
+        for pair in model.all_tied_weights_keys.items():
+            if known := [found[name] for name in pair if name in found]:
+                found |= dict.fromkeys(pair, known[0])
+        opened: dict[Path, Any] = {path: safe_open(path, framework="pt") for path in files}
+        tensors = {}
+        for name, parameter in model.named_parameters():
+            if ".experts." not in name:
+                tensor = opened[stored[found[name]]].get_tensor(found[name]) if name in found else None
+                if tensor is None or tensor.shape != parameter.shape:
+                    return fingerprint(load(folder).model)
+                tensors[name] = tensor
+        return fingerprint(cast(Any, SimpleNamespace(named_parameters=tensors.items)))
 
 
 def moved(live: Mapping[str, str | None], anatomy: Anatomy, drops: frozenset[Address]) -> dict[str, str | None]:
