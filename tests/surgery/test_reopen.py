@@ -114,7 +114,7 @@ def test_the_empty_plan_saves_identical_tensors(name: str, tmp_path: Path) -> No
     assert json.loads(texts[0]) == json.loads(texts[1])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "bart", "bert", "gemma3_image"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bart", "bert", "gemma3_image", "t5"])
 def test_a_second_cut_adds_to_the_first(name: str, tmp_path: Path) -> None:
     outline = dense(name)[1].outline
     stack = outline.stacks[-1].name

@@ -62,6 +62,9 @@ def refused_targets(config: Config, single_decoder: bool) -> dict[Target, str]:
     """Targets that no plan for this family can have, with the reason."""
     if config.model_type not in DECI_SHAPED or not single_decoder:
         return {Target.DECI: f"DeciLM loaders read {', '.join(sorted(DECI_SHAPED))} decoders only"}
+    types = getattr(config, "layer_types", None)
+    if "sliding_attention" in types if types is not None else getattr(config, "sliding_window", None):
+        return {Target.DECI: "DeciLM has no sliding windows"}
     if getattr(config, "mlp_bias", False):
         return {Target.DECI: "DeciLM has no biases in its MLPs"}
     return {}

@@ -143,6 +143,8 @@ def _wrapped(layers: nn.ModuleList) -> _Parts:
             kind, stub = "cross_attention", "pass_bias"
         elif "DenseReluDense" in inner:
             kind, stub = "mlp", "identity"
+        elif not any(True for _ in layer.parameters()):
+            continue  # a stub: this sublayer is gone already
         else:
             raise NotUnderstood(f"layer.{index} is neither attention nor MLP")
         name = f"layer.{index}"

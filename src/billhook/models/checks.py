@@ -71,8 +71,9 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def check_keys(info: dict[str, Any], source: str, cls: type) -> None:
-    """InputError if any weight of the model was not in the checkpoint, or the other way round, or has another shape."""
+def check_keys(info: dict[str, Any], source: str, cls: type) -> tuple[str, ...]:
+    """InputError if any weight of the model was not in the checkpoint, has another shape, or if a numbered part of the
+    checkpoint (a block, an expert) has no place in the model. Returns what else has none: the head of another task."""
     if missing := info["missing_keys"]:
         raise InputError(f"{source} lacks weights that {cls.__name__} needs: {_some(missing)}")
     if mismatched := info["mismatched_keys"]:
@@ -81,11 +82,13 @@ def check_keys(info: dict[str, Any], source: str, cls: type) -> None:
             f"{source}: weight {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}"
             + (f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else "")
         )
-    if unexpected := info["unexpected_keys"]:
+    unexpected = set(info["unexpected_keys"])
+    if numbered := {name for name in unexpected if any(part.isdecimal() for part in name.split("."))}:
         raise InputError(
-            f"{source} has weights that {cls.__name__} has no place for: {_some(unexpected)}; "
+            f"{source} has weights that {cls.__name__} has no place for: {_some(numbered)}; "
             "config.json must name the architecture that they belong to"
         )
+    return tuple(sorted(unexpected))
 
 
 def check_finite(model: nn.Module, source: str) -> None:

@@ -31,12 +31,14 @@ _TOKENIZER_FILES = (
 @dataclass(frozen=True)
 class Loaded:
     """A live model in eval mode. ``tokenizer`` is None where the folder has none; ``folder`` is where the files lie
-    (inside a cache for a hub id, a GGUF file or the demo)."""
+    (inside a cache for a hub id, a GGUF file or the demo). ``left_out`` names the weights in those files that the model
+    has no place for and that are no part of a block (the head of another task, say): a result will not have them."""
 
     model: Any
     tokenizer: Any | None
     source: str
     folder: Path
+    left_out: tuple[str, ...] = ()
 
 
 def load(
@@ -54,7 +56,7 @@ def load(
     checkpoint runs only with ``trust_remote_code``. ``wrap`` maps the stock class to the class that is instantiated.
 
     Raises InputError for anything that is not a whole, finite checkpoint: in particular no weight is ever left at its
-    random initialisation, and none of the file is ignored.
+    random initialisation, and no block of the file is ignored.
     """
     name = os.fspath(source)
     torch_dtype = _dtype(dtype)
@@ -65,14 +67,14 @@ def load(
         cls, config = _class(settings, folder, trust_remote_code and wrap is None)
         if wrap is not None:
             cls = wrap(cls)
-        model = _model(cls, config, folder, name, torch_dtype, trust_remote_code)
+        model, left_out = _model(cls, config, folder, name, torch_dtype, trust_remote_code)
         tokenizer = _tokenizer(folder, trust_remote_code)
     checks.check_finite(model, name)
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch built without the device asserts
         raise InputError(f"device {device} cannot be used: {_first_line(error)}") from error
-    return Loaded(model.eval(), tokenizer, name, folder)
+    return Loaded(model.eval(), tokenizer, name, folder, left_out)
 
 
 def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> Path:
@@ -123,7 +125,9 @@ def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any,
         ) from error
 
 
-def _model(cls: Any, config: Any, folder: Path, name: str, dtype: Any, trust_remote_code: bool) -> Any:
+def _model(
+    cls: Any, config: Any, folder: Path, name: str, dtype: Any, trust_remote_code: bool
+) -> tuple[Any, tuple[str, ...]]:
     try:
         model, info = cls.from_pretrained(
             folder,
@@ -136,8 +140,7 @@ def _model(cls: Any, config: Any, folder: Path, name: str, dtype: Any, trust_rem
         )
     except (OSError, RuntimeError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{name} cannot be loaded as {cls.__name__}: {_first_line(error)}") from error
-    checks.check_keys(info, name, type(model))
-    return model
+    return model, checks.check_keys(info, name, type(model))
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> Any | None:

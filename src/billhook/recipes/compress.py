@@ -105,7 +105,7 @@ def compress(
         costs=costs,
         search=choice.record,
         measures=measures(model, calibration, windows, seen, choice.importance),
-        environment=environment(model.model),
+        environment=environment(model),
     )
     run = proven(run, model, compressed, plan, texts, max_new_tokens, clock, progress)
     run = run.model_copy(update={"seconds": clock.seconds})

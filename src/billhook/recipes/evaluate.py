@@ -92,7 +92,7 @@ def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Ru
         asked=record.asked if record else None,
         costs={kind: Quantity(unit=UNITS[kind], dense=before[kind], compressed=after[kind]) for kind in UNITS},
         realised={kind: after[kind] / before[kind] for kind in UNITS if before[kind]},
-        environment=environment(model.model),
+        environment=environment(model),
     )
 
 

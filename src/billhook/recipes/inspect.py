@@ -46,7 +46,7 @@ def inspect(
         outline=model.anatomy.outline,
         plan=Plan(provenance=Provenance(seed=seed)),
         costs=quantities(model.anatomy.outline, ()),
-        environment=environment(model.model),
+        environment=environment(model),
     )
     if model.loaded.tokenizer is not None and model.anatomy.embedding is not None:
         with clock.step("measure"):

@@ -66,12 +66,15 @@ class Stopwatch:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + now() - begun, 2)
 
 
-def environment(model: Any) -> dict[str, str]:
-    """What the figures of a run depend on besides the plan."""
+def environment(opened: Opened) -> dict[str, str]:
+    """What the figures of a run depend on besides the plan, and which weights of the source the model has no place
+    for."""
+    model, left_out = opened.model, opened.loaded.left_out
     versions = {name: version(name) for name in ("billhook", "torch", "transformers")}
     return {
         **versions,
         "python": platform.python_version(),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"weights left out": ", ".join(left_out)} if left_out else {}),
     }

@@ -1,0 +1,58 @@
+"""The protocol that the figures share: SmolLM2-135M in bfloat16, WikiText-2, windows of 1,024, no BOS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from billhook.anatomy import Anatomy
+from billhook.data import Windows, calibration, windows
+from billhook.plan.address import Address
+from billhook.recipes.opened import Opened, opened
+from billhook.surgery import simulate
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LENGTH = 1024
+WINDOWS = 16
+
+
+@dataclass(frozen=True)
+class Bed:
+    """The model and the texts that a figure is taken on."""
+
+    model: Opened
+    test: Windows
+
+    @property
+    def live(self) -> Any:
+        return self.model.model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.model.anatomy
+
+    def calibrated(self, tokens: int, length: int = LENGTH, text: str = "wiki_calib.txt.gz", seed: int = 0) -> Windows:
+        return calibration(DATA / text, self.model.tokenizer, tokens=tokens, length=length, seed=seed)
+
+    def perplexity(self, drops: Iterable[Address] = (), test: Windows | None = None) -> float:
+        """Per token, over non-overlapping windows, the first token of each unpredicted."""
+        total, count = 0.0, 0
+        with torch.inference_mode(), simulate(self.live, self.anatomy, drops):
+            for ids in (test or self.test).ids:
+                logits = self.live(ids[None]).logits[0, :-1]
+                for part, targets in zip(logits.split(256), ids[1:].split(256), strict=True):
+                    total += torch.nn.functional.cross_entropy(part.float(), targets, reduction="sum").item()
+                count += len(ids) - 1
+        return math.exp(total / count)
+
+
+def bed(source: str = "demo") -> Bed:
+    """Everything ready. Needs the test data beside the checkout."""
+    model = opened(source, dtype="bfloat16", device="cpu", trust_remote_code=False)
+    test = windows(DATA / "wikitext2_raw_test.txt.gz", model.tokenizer, tokens=WINDOWS * LENGTH, length=LENGTH)
+    return Bed(model, test)
