@@ -124,6 +124,13 @@ def test_extra_weights_are_never_dropped(folder: Path) -> None:
     refused(folder, "no place", "model.layers.9.extra.weight")
 
 
+def test_the_head_of_another_task_is_left_out_by_name(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.update({"extra_head.weight": torch.ones(2, 2)}))
+    loaded = load(folder)
+    assert loaded.left_out == ("extra_head.weight",)
+    assert not hasattr(loaded.model, "extra_head")
+
+
 def test_wrong_shapes_are_named(folder: Path) -> None:
     edit_config(folder, intermediate_size=80)
     refused(folder, "mlp.down_proj.weight", "(36, 48)", "(36, 80)")
