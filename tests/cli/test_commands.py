@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from terminal import billhook, fake_recipe
 
 from billhook.plan.record import Run
 from billhook.plan.target import Target
+from billhook.recipes.catalogue import load
 
 RUN = example_run()
 COMMANDS = {
@@ -71,6 +73,12 @@ def test_json_of_generate_has_the_text(monkeypatch):
 def test_generate_prints_the_text_as_it_is(monkeypatch):
     fake_recipe(monkeypatch, "generate", "[bold]x[/] :smile: " + "long " * 40)
     assert billhook("generate", "out", "Why?").stdout == "[bold]x[/] :smile: " + "long " * 40 + "\n"
+
+
+def test_a_model_cannot_steer_the_terminal(monkeypatch):
+    fake_recipe(monkeypatch, "generate", "red \x1b[31m and\n a\x07 bell")
+    assert billhook("generate", "out", "Why?").stdout == "red \ufffd[31m and\n a\ufffd bell\n"
+    assert json.loads(billhook("generate", "out", "Why?", "--json").stdout)["text"] == "red \x1b[31m and\n a\x07 bell"
 
 
 def test_json_has_null_where_a_figure_is_not_finite(monkeypatch):
@@ -154,6 +162,45 @@ def test_help_is_there_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_recipes_are_listed_with_their_papers():
+    shown = billhook("recipes").stdout
+    listed = json.loads(billhook("recipes", "--json").stdout)["recipes"]
+    assert {"sublayer-greedy", "block-influence", "random"} <= {recipe["name"] for recipe in listed}
+    for recipe in listed:
+        assert recipe["name"] in shown
+        assert recipe["paper"] is None or recipe["paper"]["citation"].split(" ")[0] in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_recipe_that_is_shown_is_one_to_start_from(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(billhook("recipes", "show", "block-influence").stdout)
+    assert load(own) == load("block-influence")
+
+
+@pytest.mark.parametrize("name", ["magic", "../../../etc/passwd"])
+def test_a_recipe_that_is_not_there_cannot_be_shown(name):
+    result = billhook("recipes", "show", name)
+    assert result.exit_code == 2
+    assert name in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("--recipe block-i", "block-influence"), ("--target de", "deci")])
+def test_the_shell_completes(typed, offered):
+    variables = {"_TYPER_COMPLETE_ARGS": f"billhook compress {typed}", "_BILLHOOK_COMPLETE": "complete_zsh"}
+    code = "import sys; sys.argv = ['billhook']; from billhook.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables, check=False
+    )
+    assert f'"{offered}"' in done.stdout
+
+
+def test_apply_says_that_it_keeps_the_stored_type(monkeypatch):
+    fake_recipe(monkeypatch, "apply", RUN)
+    assert billhook(*COMMANDS["apply"]).stderr == ""
+    assert "keeps the type" in billhook(*COMMANDS["apply"], "--dtype", "float16").stderr
 
 
 def test_version():

@@ -18,6 +18,8 @@ from billhook.cli.compress import compress
 from billhook.cli.eval import evaluate
 from billhook.cli.generate import generate
 from billhook.cli.inspect import inspect
+from billhook.cli.output import printable
+from billhook.cli.recipes import recipes
 from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
@@ -37,14 +39,14 @@ class _Commands(TyperGroup):
             if error.errno not in _DISK:
                 raise
             place = f"{error.filename}: " if error.filename else ""
-            _fail(f"error: {place}{error.strerror}; nothing was left half-written", USAGE_ERROR)
+            _fail(f"error: {place}{error.strerror}", USAGE_ERROR)
         except KeyboardInterrupt:
             again = "; run the same command again to resume" if ctx.invoked_subcommand == "compress" else ""
             _fail(f"interrupted{again}", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"billhook: {' '.join(message.split())}", err=True)
+    typer.echo(f"billhook: {printable(' '.join(message.split()))}", err=True)
     raise typer.Exit(code)
 
 
@@ -61,6 +63,7 @@ app.command("apply", no_args_is_help=True)(apply)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)
 app.command("generate", no_args_is_help=True)(generate)
+app.add_typer(recipes)
 
 
 def _version(asked: bool) -> None:

@@ -28,11 +28,14 @@ def apply(
 ) -> None:
     """Carry out PLAN on MODEL and write the smaller checkpoint to DIR.
 
-    Weights are rewritten file by file, one tensor at a time: a model larger than the memory will do. Nothing is
-    measured; [bold]billhook eval[/] and [bold]billhook bench[/] do that.
+    Weights are rewritten one tensor at a time, in the type they are stored in, without building the model: --seed,
+    --dtype and --device change nothing here. Nothing is measured; [bold]billhook eval[/] and [bold]billhook bench[/]
+    do that.
 
     [dim]Example:[/] billhook apply demo out/demo/billhook.json --out out/again
     """
+    if dtype.chosen:
+        typer.echo(f"billhook: note: apply keeps the type that the weights are stored in, not {dtype}", err=True)
     with bars() as progress:
         from billhook.recipes.apply import apply as walk
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from billhook.cli import options
-from billhook.cli.output import print_json
+from billhook.cli.output import print_json, printable
 
 
 def generate(
@@ -40,4 +40,4 @@ def generate(
     if as_json:
         print_json({"text": text, "model": folder, "prompt": prompt, "seed": seed, "max_new_tokens": max_new_tokens})
     else:
-        typer.echo(text)
+        typer.echo(printable(text))

@@ -42,10 +42,13 @@ def importance(run: Run) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(no_wrap=True)
     table.add_column(style="dim", no_wrap=True)
+    title = ""
     for score, values in (run.measures.scores if run.measures else {}).items():
-        if table.row_count:
-            table.add_row()
-        table.add_row(Text(score.replace("_", " "), style="bold not dim"))
+        before, title = title, score.partition(", ")[0]  # the same over blocks and over sublayers stands together
+        if title != before:
+            if before:
+                table.add_row()
+            table.add_row(Text(title.replace("_", " ").replace("-", " "), style="bold not dim"))
         for stack in run.outline.stacks:
             for kind in ("block", *SUBLAYERS):
                 name = kind_name(kind) if len(run.outline.stacks) == 1 else f"{stack.name} {kind_name(kind)}"

@@ -35,6 +35,12 @@ def paths(out: Path | None) -> dict[str, str]:
     return {"out": str(out.absolute())} | {name: str(path) for name, path in found.items() if path.is_file()}
 
 
+def printable(text: str) -> str:
+    """The text without control characters, which what a model writes or a stranger's file holds could steer a terminal
+    with; line ends and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def print_views(*views: RenderableType) -> None:
     """What people read, with a blank line between the parts. Plain text is never wrapped, so that it can be copied."""
     console = Console(highlight=False, markup=False, emoji=False)

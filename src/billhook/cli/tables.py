@@ -11,7 +11,7 @@ from billhook.plan.record import Interval, Quantity, Run
 from billhook.report.headline import budget_name
 from billhook.report.numbers import number, percent, quantity
 
-NAME_WIDTH = 32
+NAME_WIDTH = 36
 Row = tuple[str, str, str, str]  # name, dense, compressed, what that means
 
 
@@ -90,4 +90,4 @@ def _speed(run: Run) -> Iterator[Row]:
 
 
 def _times(ratio: Interval) -> str:
-    return f"{number(ratio.value)}×  ({number(ratio.low)} to {number(ratio.high)})"
+    return f"{number(ratio.value)}× ({number(ratio.low)}–{number(ratio.high)})"

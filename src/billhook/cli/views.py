@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from billhook.cli.output import printable
 from billhook.plan.record import Generation, Run
 from billhook.report.cuts import dropped
 from billhook.report.loading import FOLDER, loading
@@ -24,7 +25,7 @@ def cut(run: Run) -> Table:
     """Asked, realised, what was cut and what it took, a line each."""
     asked = run.asked or run.plan.budget or ""
     kinds = [part.partition("=")[0].strip() for part in asked.split(",")]
-    kept = {kind: share for kind, share in run.realised.items() if kind in kinds} or run.realised
+    kept = {kind: share for kind, share in run.realised.items() if kind in kinds}  # the others stand in the table
     rows = {
         "asked": asked,
         "realised": ", ".join(f"{percent(share)} of {kind}" for kind, share in kept.items()),
@@ -57,7 +58,7 @@ def cut_line(run: Run) -> str:
 def side_by_side(generation: Generation) -> Table:
     """One prompt, and what each model makes of it."""
     table = Table(
-        title=Text(generation.prompt.strip(), style="italic"),
+        title=Text(printable(generation.prompt.strip()), style="italic"),
         title_justify="left",
         box=None,
         padding=(0, 2, 0, 0),
@@ -66,7 +67,7 @@ def side_by_side(generation: Generation) -> Table:
     )
     table.add_column("dense", width=37)
     table.add_column("compressed", width=37)
-    table.add_row(Text(generation.dense.strip()), Text(generation.compressed.strip()))
+    table.add_row(*(Text(printable(text.strip())) for text in (generation.dense, generation.compressed)))
     return table
 
 
