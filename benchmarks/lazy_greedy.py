@@ -1,11 +1,11 @@
 """Is lazy greedy with prefix reuse as good as plain greedy, for a fraction of the work?
 
 Drops a fifth of the block parameters of the demo model by single sublayers, once with plain greedy (every candidate
-evaluated anew after every removal, always through the whole model) and once with the lazy search of the recipe, and
+evaluated anew after every removal, always through the whole model) and once with the default recipe, and
 compares the work in block-token forwards and the perplexity on text that neither has seen. What plain greedy chooses
 does not depend on how its forwards are computed, so they are computed with prefix reuse here, and counted in full.
 
-    python benchmarks/lazy_greedy.py [MODEL] [TOKENS] [LENGTH]      (default: demo 2048 256)
+    python benchmarks/lazy_greedy.py [MODEL] [TOKENS] [LENGTH]      (default: demo 1536 512)
 
 About half an hour on two idle cores, nearly all of it for plain greedy; interrupted, it goes on where it was.
 """
@@ -18,10 +18,12 @@ from pathlib import Path
 from protocol import bed
 
 from billhook.measure.ablation import Ablator
+from billhook.measure.sums import Trace
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
+from billhook.recipes import catalogue
+from billhook.recipes.find import find
 from billhook.search import Ledger, Memo, greedy, pose
-from billhook.search.path import Found
 
 WORK, QUALITY = 12.0, 1.01
 
@@ -49,7 +51,7 @@ class Counted:
         return value
 
 
-def main(source: str = "demo", tokens: int = 2048, length: int = 256) -> int:
+def main(source: str = "demo", tokens: int = 1536, length: int = 512) -> int:
     b = bed(source)
     windows = b.calibrated(tokens, length)
     problem = pose(b.anatomy.outline, Budget.parse("params=0.8"))
@@ -57,13 +59,11 @@ def main(source: str = "demo", tokens: int = 2048, length: int = 256) -> int:
     place = Path(f"out/benchmarks/lazy-greedy-{tokens}-{length}")
     place.mkdir(parents=True, exist_ok=True)
 
-    def search(lazy: bool) -> Found:
-        objective = Ablator(b.live, b.anatomy, windows, "loss")
-        asked = objective if lazy else Counted(objective, blocks)
-        ledger = Ledger(place / f"{'lazy' if lazy else 'plain'}.jsonl", {"calibration": windows.fingerprint})
-        return greedy(problem, Memo(asked, ledger), lazy=lazy, progress=_tell)
-
-    found = {name: search(name == "lazy") for name in ("lazy", "plain")}
+    lazy, plain = catalogue.load("sublayer-greedy"), catalogue.load("sublayer-greedy-plain")
+    found = {"lazy": find(lazy, b.model, problem, windows, Trace(), seed=0, place=place, progress=_tell).found}
+    objective = Counted(Ablator(b.live, b.anatomy, windows, lazy.objective or "kl"), blocks)
+    ledger = Ledger(place / "plain.jsonl", {"calibration": windows.fingerprint})
+    found["plain"] = greedy(problem, Memo(objective, ledger), lazy=False, per=plain.choice.per, progress=_tell)
     dense = b.perplexity()
     print(
         f"\n{source}, {tokens} tokens of calibration in windows of {length}; WikiText-2 perplexity, dense {dense:.2f}"

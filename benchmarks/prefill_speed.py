@@ -1,7 +1,7 @@
 """Does dropping n of N blocks speed a prefill by what the blocks cost?
 
 Prints, for n = 3, 6, 10, the measured speed-up, the ideal one (from the measured time outside the blocks) and their
-ratio, which has to be at least 0.9. Takes about a minute on two idle CPU cores; on a busy machine set OMP_NUM_THREADS=1.
+ratio, which has to be at least 0.9. About a minute on two idle CPU cores; on a busy machine set OMP_NUM_THREADS=1.
 
     python benchmarks/prefill_speed.py [MODEL]      (default: the demo model)
 """

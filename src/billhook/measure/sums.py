@@ -72,7 +72,9 @@ class Trace:
         InputError if it was not taken for this stack.
         """
         if stack not in self.angles:
-            raise InputError(f"the trace has no angular distances of {stack}; it has {', '.join(self.angles) or 'none'}")
+            raise InputError(
+                f"the trace has no angular distances of {stack}; it has {', '.join(self.angles) or 'none'}"
+            )
         mean = self.angles[stack].total / self.angles[stack].count
         return [torch.diagonal(mean, n).tolist() for n in range(1, len(mean))]
 

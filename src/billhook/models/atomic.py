@@ -18,7 +18,7 @@ def check_out(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """The absolute path of ``out``; InputError if a result could not or must not be put there.
 
     An existing folder is only replaced with ``overwrite``, and only if it is empty or holds a model or a result of
-    Billhook. The folder above is created where it is missing.
+    Billhook. Nothing is made.
     """
     path = Path(out).absolute()
     if path.is_symlink() or (path.exists() and not path.is_dir()):
@@ -27,12 +27,11 @@ def check_out(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
         raise InputError(f"output folder {out} already exists; choose another, or replace it with --overwrite")
     if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OWN):
         raise InputError(f"output folder {out} holds something other than a model; it will not be replaced")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output folder {out} cannot be made: {error}") from error
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"output folder {out} cannot be made: {path.parent} is not writable")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"output folder {out} cannot be made: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"output folder {out} cannot be made: {above} is not writable")
     return path
 
 
@@ -46,6 +45,7 @@ def building(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[P
     """
     path = check_out(out, overwrite)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".building", dir=path.parent))
     except OSError as error:
         raise InputError(f"output folder {out} cannot be made: {error}") from error

@@ -60,7 +60,7 @@ def compress(
     chosen, aim = _settled(recipe, target)
     clock = Stopwatch()
     with clock.step("load"):
-        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")
@@ -112,16 +112,14 @@ def compress(
     with building(out, overwrite) as folder:
         save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)
         write_down(run, Path(folder))
-    shutil.rmtree(workplace(out))
+    shutil.rmtree(workplace(out), ignore_errors=True)
     return run
 
 
 def workplace(out: str | os.PathLike[str]) -> Path:
     """The hidden folder beside ``out`` in which an unfinished search keeps what it has paid for."""
     path = Path(out).absolute()
-    place = path.parent / f".{path.name}.search"
-    place.mkdir(exist_ok=True)
-    return place
+    return path.parent / f".{path.name}.search"
 
 
 def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple[Recipe, Target]:

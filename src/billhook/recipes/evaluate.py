@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from billhook.evaluate import evidence, generations
 from billhook.measure.cost import UNITS, CostModel
 from billhook.plan.errors import InputError
@@ -76,9 +78,14 @@ def calibrated_with(source: str | os.PathLike[str]) -> str:
 
 
 def recorded(source: str | os.PathLike[str]) -> Run | None:
-    """The record in a folder that Billhook wrote, None where there is none."""
+    """The record in a folder that Billhook wrote, None where there is none. InputError for a damaged one."""
     path = Path(source) / RECORD
-    return Run.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Run.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a record that this version of Billhook wrote; remove it to go on") from error
 
 
 def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Run:

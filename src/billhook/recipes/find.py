@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from billhook import search
 from billhook.data import Windows
 from billhook.measure.ablation import Ablator, ablation
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
+from billhook.plan.address import Address
 from billhook.plan.record import SearchRecord
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Greedy, OneShot, Recipe, Span
@@ -51,14 +54,8 @@ def find(
     importance: dict[str, dict[str, float]] = {}
     match choice:
         case Greedy():
-            ablator = Ablator(model.model, model.anatomy, windows, recipe.objective or "kl", progress=progress)
-            memo = Memo(ablator, _ledger(place, recipe, model, windows))
-            found = search.greedy(
-                problem, memo, lazy=choice.lazy, per=choice.per, refine=choice.refine, progress=progress
-            )
-            empty = memo.at(frozenset())
-            alone = {str(u): memo.at(frozenset(), u) - empty for u in problem.candidates}
-            importance[f"rise of {_objective(recipe)} if dropped"] = alone
+            found, rises = _greedy(recipe, choice, model, problem, windows, place, progress)
+            importance[f"rise of {_objective(recipe)} if dropped"] = {str(u): rise for u, rise in rises.items()}
         case OneShot():
             found = _one_shot(recipe, choice, model, problem, windows, seen, progress)
         case Span():
@@ -76,6 +73,52 @@ def find(
     return Choice(found, record, importance)
 
 
+def _greedy(
+    recipe: Recipe,
+    choice: Greedy,
+    model: Opened,
+    problem: Problem,
+    windows: Windows,
+    place: Path,
+    progress: Progress | None,
+) -> tuple[Found, dict[Address, float]]:
+    """The search, and by how much each unit alone raises the objective."""
+
+    def memo(over: Windows) -> Memo:
+        ablator = Ablator(model.model, model.anatomy, over, recipe.objective or "kl", progress=progress)
+        return Memo(ablator, _ledger(place, recipe, model, over))
+
+    first = memo(_share(windows, choice.screen))
+    empty = first.at(frozenset())
+    rises = {}
+    for number, unit in enumerate(problem.candidates, start=1):
+        rises[unit] = first.at(frozenset(), unit) - empty
+        if progress is not None:
+            progress("every unit once", number, len(problem.candidates))
+    screened = choice.screen < 1
+    full = memo(windows) if screened else first
+    found = search.greedy(
+        problem,
+        full,
+        lazy=choice.lazy,
+        per=choice.per,
+        refine=choice.refine,
+        estimates=rises,
+        progress=progress,
+    )
+    if screened:
+        steps = tuple(step.model_copy(update={"work": step.work + first.work}) for step in found.steps)
+        found = Found(found.drops, steps, found.work + first.work, found.evaluations + first.evaluations)
+    return found, rises
+
+
+def _share(windows: Windows, share: float) -> Windows:
+    """Evenly spread windows, this share of all of them and at least one."""
+    count = max(1, round(share * len(windows.ids)))
+    chosen = torch.arange(count) * len(windows.ids) // count
+    return windows if count == len(windows.ids) else Windows.of(windows.ids[chosen], f"{windows.name}, {share:.0%}")
+
+
 def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Ledger:
     """The ledger of this search: one file for everything that an evaluation of the objective depends on."""
     header: dict[str, object] = {
@@ -85,6 +128,7 @@ def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Led
         "calibration": windows.fingerprint,
         "objective": recipe.objective,
     }
+    place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
     return Ledger(place / f"{name}.jsonl", header)
 

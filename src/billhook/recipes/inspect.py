@@ -40,7 +40,7 @@ def inspect(
         check_out(out, overwrite)
     clock = Stopwatch()
     with clock.step("load"):
-        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
     run = Run(
         model=os.fspath(source),
         outline=model.anatomy.outline,

@@ -40,12 +40,14 @@ class OneShot(_Words):
 
 
 class Greedy(_Words):
-    """Drop the unit that hurts the objective least, look again, and so on; ``refine``: exchanges afterwards, for at
-    most so many times the work spent until then."""
+    """Drop the unit that hurts the objective least, look again, and so on. ``screen``: every unit is looked at first on
+    this share of the calibration only, and on all of it when it comes out on top. ``refine``: exchanges afterwards, for
+    at most so many times the work spent until then."""
 
     word: Literal["greedy"]
     lazy: bool = True
     per: Per = "budget"
+    screen: Annotated[float, Field(gt=0, le=1)] = 1.0
     refine: Annotated[float, Field(ge=0, le=10)] = 0.0
 
 
@@ -85,6 +87,8 @@ class Recipe(_Words):
             raise ValueError("a one-shot choice needs a score, and no other choice has one")
         if (self.objective is not None) != (self.choice.word == "greedy"):
             raise ValueError("a greedy choice needs an objective (kl, loss or stream), and no other choice has one")
+        if self.choice.word == "greedy" and self.choice.screen < 1 and not self.choice.lazy:
+            raise ValueError("plain greedy looks at every unit again each time: it has no use for screen")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.score is not None:

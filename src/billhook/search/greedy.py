@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from billhook.plan.address import Address
 from billhook.search.descend import descend, put_back
 from billhook.search.ledger import Memo
@@ -19,6 +21,7 @@ def greedy(
     lazy: bool = True,
     per: Per = "budget",
     refine: float = 0.0,
+    estimates: Mapping[Address, float] | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """Drop the unit with the lowest rise of the objective for what it gains of the budget (or simply the lowest rise,
@@ -29,9 +32,12 @@ def greedy(
     greedy takes the rise measured earlier for a lower bound and evaluates a candidate only when it comes out on top
     (Minoux 1978; CELF, Leskovec et al. 2007, section 3.2): exact where a unit never gets less important as others go,
     and close where it hardly does.
+
+    ``estimates`` are first figures for the rise of each unit, from a cheaper objective (fewer tokens, say); lazy greedy
+    takes them for the old ones. Their work is the caller's to count.
     """
     path = Path(problem)
-    rises: dict[Address, float] = {}
+    rises = dict(estimates or {})
     descend(path, memo, rises, lazy=lazy, per=per, progress=progress)
     put_back(path, memo)
     if refine > 0:

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
+from billhook.plan.errors import InputError
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 8 * 2**20  # bytes in memory at any time
 _METADATA = "__metadata__"
 
@@ -48,7 +53,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dict[str, str]) -> None:
-    """Write tensors under new names by copying their bytes. Holds one chunk in memory, whatever the tensors' sizes."""
+    """Write tensors under new names by copying their bytes. Holds one chunk in memory, whatever the tensors' sizes.
+
+    Raises InputError naming the first tensor that holds NaN or Inf.
+    """
     tensors = list(tensors)
     header: dict[str, object] = {_METADATA: metadata} if metadata else {}
     at = 0
@@ -59,17 +67,20 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dic
     text += b" " * (-len(text) % 8)  # data starts aligned
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for _, stored in tensors:
-            _copy(stored, out)
+        for name, stored in tensors:
+            _copy(name, stored, out)
 
 
-def _copy(stored: Stored, out: BinaryIO) -> None:
+def _copy(name: str, stored: Stored, out: BinaryIO) -> None:
+    dtype = _FLOATS.get(stored.dtype)
     with stored.file.open("rb") as source:
         source.seek(stored.begin)
         left = stored.size
         while left:
-            chunk = source.read(min(left, _CHUNK))
-            if not chunk:
+            chunk = bytearray(min(left, _CHUNK))
+            if source.readinto(chunk) != len(chunk):
                 raise OSError(f"{stored.file} ended {left} bytes early")
+            if dtype is not None and not torch.frombuffer(chunk, dtype=dtype).isfinite().all():
+                raise InputError(f"{stored.file}: weight {name} holds NaN or Inf; the checkpoint is damaged")
             out.write(chunk)
             left -= len(chunk)

@@ -1,0 +1,85 @@
+"""The whole walk: killed anywhere, it leaves nothing half-written and goes on to the same result."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from billhook.plan.errors import InputError
+from billhook.plan.record import Run
+from billhook.recipes.compress import compress, workplace
+
+KILL = """
+import os, signal, sys
+from billhook.recipes import compress as walk
+from billhook.search.ledger import Ledger
+
+def dying(function, after):
+    calls = iter(range(after))
+    def wrapped(*args, **kwargs):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapped
+
+where, source, out = sys.argv[1:]
+if where == "search":
+    Ledger.record = dying(Ledger.record, 9)
+else:
+    walk.write_down = dying(walk.write_down, 0)
+walk.compress(source, budget="params=0.7", out=out, max_new_tokens=4)
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return compress(tiny_lm, budget="params=0.7", out=out, max_new_tokens=4), out
+
+
+@pytest.mark.parametrize("where", ["search", "saving"])
+def test_killed_and_run_again(where: str, whole: tuple[Run, Path], tiny_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILL, where, tiny_lm, out], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    assert any(workplace(out).glob("*.jsonl"))
+
+    again = compress(tiny_lm, budget="params=0.7", out=out, max_new_tokens=4)
+    assert again.plan.dumps() == whole[0].plan.dumps()
+    assert again.search == whole[0].search
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (whole[1] / weights).read_bytes()
+    assert not workplace(out).exists()
+
+
+def test_the_record_is_what_was_returned(whole: tuple[Run, Path]) -> None:
+    run, out = whole
+    assert Run.model_validate_json((out / "billhook.json").read_text()) == run
+    assert {path.name for path in out.iterdir()} >= {"config.json", "README.md", "report.html", "model.safetensors"}
+    assert run.realised["params"] <= 0.7
+    assert [text.domain for text in run.evidence] == ["calibration", "other"]
+
+
+def test_evidence_is_about_text_that_the_search_never_saw(whole: tuple[Run, Path]) -> None:
+    run, _ = whole
+    assert run.measures is not None
+    assert run.measures.calibration == "builtin"
+    assert run.evidence[0].name == "builtin, last 20%"
+
+
+def test_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="target uniform"):
+        compress("no/such model", budget="params=0.8", out=tmp_path / "out", recipe="sublayer-greedy", target="uniform")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("target", "unit"), [("uniform", "block"), ("remote", "sublayer")])
+def test_recipe_follows_from_target(target: str, unit: str, tiny_lm: Path, tmp_path: Path) -> None:
+    run = compress(tiny_lm, budget="params=0.7", out=tmp_path / "out", target=target, max_new_tokens=4)
+    assert run.plan.target == target
+    assert any(drop.sublayer for drop in run.plan.drops) == (unit == "sublayer")
