@@ -26,6 +26,7 @@ _METADATA = "__metadata__"
 class Stored:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32)."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +47,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop(_METADATA, {})
     start = 8 + length
     tensors = {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
+        name: Stored(name, path, entry["dtype"], tuple(entry["shape"]), *(start + at for at in entry["data_offsets"]))
         for name, entry in header.items()
     }
     return dict(sorted(tensors.items(), key=lambda item: item[1].begin)), metadata
@@ -67,11 +68,11 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dic
     text += b" " * (-len(text) % 8)  # data starts aligned
     with path.open("wb") as out:
         out.write(struct.pack("<Q", len(text)) + text)
-        for name, stored in tensors:
-            _copy(name, stored, out)
+        for _, stored in tensors:
+            _copy(stored, out)
 
 
-def _copy(name: str, stored: Stored, out: BinaryIO) -> None:
+def _copy(stored: Stored, out: BinaryIO) -> None:
     dtype = _FLOATS.get(stored.dtype)
     with stored.file.open("rb") as source:
         source.seek(stored.begin)
@@ -81,6 +82,6 @@ def _copy(name: str, stored: Stored, out: BinaryIO) -> None:
             if source.readinto(chunk) != len(chunk):
                 raise OSError(f"{stored.file} ended {left} bytes early")
             if dtype is not None and not torch.frombuffer(chunk, dtype=dtype).isfinite().all():
-                raise InputError(f"{stored.file}: weight {name} holds NaN or Inf; the checkpoint is damaged")
+                raise InputError(f"{stored.file}: weight {stored.name} holds NaN or Inf; the checkpoint is damaged")
             out.write(chunk)
             left -= len(chunk)
