@@ -275,6 +275,15 @@ def test_a_folder_that_holds_something_else_is_kept_even_with_overwrite(tiny_lm,
     refused(compress(tiny_lm, "--overwrite"), "out", "something other than a model")
 
 
+@pytest.mark.parametrize("out", ["model", "model/../model", "."])
+def test_the_model_that_is_read_is_never_replaced(copy, here, out):
+    shutil.copy(copy() / "config.json", here)  # the folder above could pass for a model, too
+    refused(compress("model", "--overwrite", out=out), "holds the model")
+    refused(["inspect", "model", "--out", out, "--overwrite"], "holds the model")
+    Path("plan.json").write_text(Plan.of(["decoder.1"]).dumps())
+    refused(["apply", "model", "plan.json", "--out", out, "--overwrite"], "holds the model")
+
+
 def test_a_target_below_a_file(tiny_lm, here):
     (here / "file").touch()
     refused(compress(tiny_lm, out="file/out"), "file/out")

@@ -14,13 +14,18 @@ from billhook.plan.errors import InputError
 _OWN = ("billhook.json", "config.json")  # what marks a folder as a result that may be replaced
 
 
-def check_out(out: str | os.PathLike[str], overwrite: bool = False) -> Path:
+def check_out(
+    out: str | os.PathLike[str], overwrite: bool = False, source: str | os.PathLike[str] | None = None
+) -> Path:
     """The absolute path of ``out``; InputError if a result could not or must not be put there.
 
     An existing folder is only replaced with ``overwrite``, and only if it is empty or holds a model or a result of
-    Billhook. Nothing is made.
+    Billhook; never with one that is, or holds, the ``source`` that is read. Nothing is made.
     """
     path = Path(out).absolute()
+    origin = Path(source).expanduser().resolve() if source is not None else None
+    if origin is not None and origin.exists() and path.resolve() in (origin, *origin.parents):
+        raise InputError(f"output folder {out} holds the model that is read; name another folder")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"output {out} exists and is not a folder; name a new folder")
     if path.is_dir() and not overwrite:

@@ -36,7 +36,7 @@ def apply(
     ``plan`` is a plan, its file, or a ``billhook.json`` (or the folder it lies in). Nothing is measured: ``billhook
     eval`` does that. Raises InputError for a plan that was made for another model, or that drops nothing.
     """
-    check_out(out, overwrite)
+    check_out(out, overwrite, source)
     if not isinstance(plan, Plan):
         plan = Plan.read(plan)
     if target is not None:

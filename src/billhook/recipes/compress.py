@@ -55,7 +55,7 @@ def compress(
     target is taken. Everything that can be refused is refused before the search; an interrupted search goes on from its
     last finished evaluation when the same call is made again (its ledger lies beside ``out`` until then).
     """
-    check_out(out, overwrite)
+    check_out(out, overwrite, source)
     limits = Budget.parse(budget)
     chosen, aim = _settled(recipe, target)
     clock = Stopwatch()

@@ -37,7 +37,7 @@ def inspect(
     the page are written there.
     """
     if out is not None:
-        check_out(out, overwrite)
+        check_out(out, overwrite, source)
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
