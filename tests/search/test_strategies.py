@@ -183,7 +183,7 @@ def test_a_model_that_breaks_is_an_error() -> None:
 
 def test_progress_ends_at_its_total() -> None:
     heard: list[tuple[str, int, int]] = []
-    greedy(problem(8), Memo(Synthetic(8)), progress=lambda *call: heard.append(call))
+    greedy(problem(8), Memo(Synthetic(8)), refine=0.5, progress=lambda *call: heard.append(call))
     ends = {label: (done, total) for label, done, total in heard}
     assert all(done == total for done, total in ends.values())
-    assert len(ends) == 2
+    assert len(ends) == 3
