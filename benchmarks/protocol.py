@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from billhook.anatomy import Anatomy
-from billhook.data import Windows, calibration, windows
+from billhook.data import Windows, windows
 from billhook.plan.address import Address
 from billhook.recipes.opened import Opened, opened
 from billhook.surgery import simulate
@@ -36,8 +36,9 @@ class Bed:
     def anatomy(self) -> Anatomy:
         return self.model.anatomy
 
-    def calibrated(self, tokens: int, length: int = LENGTH, text: str = "wiki_calib.txt.gz", seed: int = 0) -> Windows:
-        return calibration(DATA / text, self.model.tokenizer, tokens=tokens, length=length, seed=seed)
+    def calibrated(self, tokens: int, length: int = LENGTH, text: str = "wiki_calib.txt.gz", skip: int = 0) -> Windows:
+        """The first windows of a text, after ``skip`` of them."""
+        return windows(DATA / text, self.model.tokenizer, tokens=tokens, length=length, skip=skip)
 
     def perplexity(self, drops: Iterable[Address] = (), test: Windows | None = None) -> float:
         """Per token, over non-overlapping windows, the first token of each unpredicted."""

@@ -139,6 +139,19 @@ def test_overlap_is_found_wherever_windows_are_cut() -> None:
         check_overlap(shifted, calibrated)
 
 
+@pytest.mark.parametrize(("shared", "refused"), [(0, False), (20, False), (100, True)])
+def test_a_little_overlap_is_tolerated_and_a_tenth_is_not(shared: int, refused: bool) -> None:
+    ids = torch.randint(0, 10**6, (1023,), generator=torch.Generator().manual_seed(0))  # 1,000 runs of 24
+    evaluated = Windows.of(ids.view(1, -1), "evaluated")
+    calibrated = Windows.of(torch.cat([ids[: shared + 23], -1 - ids[:23]]).view(1, -1), "calibrated")
+    assert overlap(evaluated, calibrated) == pytest.approx(shared / 1000)
+    if refused:
+        with pytest.raises(InputError, match="10% of it stands in the calibration text"):
+            check_overlap(evaluated, calibrated)
+    else:
+        check_overlap(evaluated, calibrated)
+
+
 def test_a_text_that_repeats_itself_is_refused_for_evaluation() -> None:
     text = Text("loop", (builtin().parts[0],) * 400)
     calibrated = calibration(text, PLAIN, tokens=2048, length=64)

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from billhook.anatomy import discover
 from billhook.evaluate import DEFAULT, bench
 from billhook.evaluate.memory import memory_of, tensor_bytes
-from billhook.evaluate.workload import decode, prefill, prompt_ids, ready
+from billhook.evaluate.workload import decode, fitting, prefill, prompt_ids, ready
 from billhook.measure import latency
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -199,3 +199,13 @@ def test_refusals(dense):
     nothing = Workload(name="nothing", batch=0, prompt_tokens=3, new_tokens=0)
     with pytest.raises(InputError, match="workload nothing needs at least one sequence"):
         bench(dense, dense, workloads=[nothing])
+
+
+def test_default_workloads_fit_short_positions():
+    model = build("llama")
+    positions = model.config.max_position_embeddings
+    assert positions < max(w.prompt_tokens for w in DEFAULT)
+    fitted = fitting(model)
+    assert all(w.prompt_tokens + w.new_tokens <= positions for w in fitted)
+    assert [w.new_tokens for w in fitted] == [w.new_tokens for w in DEFAULT]
+    assert [t.workload for t in bench(model, model, rounds=1)] == list(fitted)

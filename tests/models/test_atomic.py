@@ -49,10 +49,10 @@ def test_an_existing_target_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_overwrite_replaces_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "billhook.json").write_text("{}")
     (out / "stale").write_text("old")
     with building(out, overwrite=True) as fresh:
-        assert names(out) == {"config.json", "stale"}
+        assert names(out) == {"billhook.json", "stale"}
         (fresh / "new").write_text("1")
     assert names(out) == {"new"} and names(tmp_path) == {"out"}
 
@@ -60,11 +60,11 @@ def test_overwrite_replaces_whole(tmp_path: Path) -> None:
 def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("old")
+    (out / "billhook.json").write_text("old")
     with pytest.raises(ZeroDivisionError), building(out, overwrite=True) as fresh:
-        (fresh / "config.json").write_text("new")
+        (fresh / "billhook.json").write_text("new")
         raise ZeroDivisionError
-    assert (out / "config.json").read_text() == "old" and names(tmp_path) == {"out"}
+    assert (out / "billhook.json").read_text() == "old" and names(tmp_path) == {"out"}
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None
     out = tmp_path / "out"
     with pytest.raises(InputError, match="already exists"), building(out):
         out.mkdir()
-        (out / "config.json").write_text("another run's")
-    assert names(tmp_path) == {"out"} and names(out) == {"config.json"}
+        (out / "billhook.json").write_text("another run's")
+    assert names(tmp_path) == {"out"} and names(out) == {"billhook.json"}
 
 
 def test_impossible_places_are_refused(tmp_path: Path) -> None:
@@ -103,12 +103,24 @@ def test_a_killed_process_leaves_no_target(tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from billhook.models.atomic import building\n"
         "with building(sys.argv[1]) as fresh:\n"
-        "    (fresh / 'config.json').write_text('half')\n"
+        "    (fresh / 'billhook.json').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
     with building(out) as fresh:
-        (fresh / "config.json").write_text("whole")
-    assert (out / "config.json").read_text() == "whole"
+        (fresh / "billhook.json").write_text("whole")
+    assert (out / "billhook.json").read_text() == "whole"
+
+
+def test_a_config_of_something_else_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(InputError, match="something other than a model"),
+        building(tmp_path / "project", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "project" / "thesis.txt").read_text() == "years of work"

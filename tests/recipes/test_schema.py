@@ -56,9 +56,7 @@ def test_a_recipe_of_the_user(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_gets_the_list() -> None:
-    with pytest.raises(
-        InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of sublayer-greedy"
-    ):
+    with pytest.raises(InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of sublayer-greedy"):
         load("shortgpt")
 
 

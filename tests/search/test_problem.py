@@ -91,6 +91,17 @@ def test_steps_record_the_realised_budget() -> None:
     assert path.found().drops == {Address("decoder", 1, "attention")}
 
 
+@pytest.mark.parametrize("dearest", [0, 1, 2])
+def test_of_what_is_spare_the_most_important_comes_back_first(dearest: int) -> None:
+    posed = pose(outline(4), Budget.parse("params=0.6875"), "sublayer")  # 500 of 1600 have to go
+    attentions = [Address("decoder", i, "attention") for i in range(3)]
+    mlp = Address("decoder", 3, "mlp")
+    path = Path(posed, {*attentions, mlp})
+    path.trim(lambda unit: 2.0 if unit == attentions[dearest] else 1.0, work=7)
+    assert path.drops == {*attentions, mlp} - {attentions[dearest]}, "and only one of them is spare"
+    assert [(step.restored, step.work) for step in path.steps] == [((str(attentions[dearest]),), 7)]
+
+
 def test_a_block_that_went_in_parts_is_found_as_a_block() -> None:
     path = Path(problem(4, "params=0.5"))
     for kind in ("attention", "mlp"):

@@ -14,7 +14,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.ideal import kept_share, without_blocks
 from billhook.evaluate.intervals import quartiles
 from billhook.evaluate.memory import memory_of
-from billhook.evaluate.workload import DEFAULT, prompt_ids, ready
+from billhook.evaluate.workload import fitting, prompt_ids, ready
 from billhook.measure.latency import interleaved
 from billhook.measure.patch import observing
 from billhook.plan.errors import InputError
@@ -30,15 +30,15 @@ def bench(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
     *,
-    workloads: Sequence[Workload] = DEFAULT,
+    workloads: Sequence[Workload] | None = None,
     rounds: int = ROUNDS,
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> tuple[Timing, ...]:
     """Time two causal language models on each workload, interleaved: dense, compressed, compressed, dense, ...
 
-    A prefill reads batch × prompt_tokens at once; a decode is new_tokens single-token steps on a real cache of
-    prompt_tokens, its length forced. Speed-up is the median over rounds of dense / compressed seconds with quartiles;
+    Without ``workloads`` those are ``workload.fitting``. A prefill reads batch × prompt_tokens at once; a decode is
+    new_tokens single-token steps on a real cache of prompt_tokens, its length forced. Speed-up is the median over rounds of dense / compressed seconds with quartiles;
     tokens per second come from the median times and count prompt tokens in a prefill, new tokens in a decode.
 
     Where ``plan`` is what was done to the compressed model and drops whole blocks only, ``ideal_speedup`` is the median
@@ -52,6 +52,8 @@ def bench(
     """
     for model in (dense, compressed):
         require_causal(model, "bench")
+    workloads = fitting(dense) if workloads is None else workloads
+    for model in (dense, compressed):
         for workload in workloads:
             _check(workload, model)
     if rounds < 1:

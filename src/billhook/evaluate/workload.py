@@ -21,6 +21,16 @@ DECODE_8 = Workload(name="decode, batch 8", batch=8, prompt_tokens=128, new_toke
 DEFAULT = (PREFILL, DECODE_1, DECODE_8)
 
 
+def fitting(model: PreTrainedModel) -> tuple[Workload, ...]:
+    """The default workloads, their prompts cut to the positions that the model has."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return DEFAULT
+    return tuple(
+        w.model_copy(update={"prompt_tokens": min(w.prompt_tokens, positions - w.new_tokens)}) for w in DEFAULT
+    )
+
+
 def prompt_ids(workload: Workload, model: PreTrainedModel) -> Tensor:
     """Random ordinary tokens [batch, prompt_tokens], the same in every run.
 

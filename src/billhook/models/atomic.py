@@ -11,8 +11,6 @@ from pathlib import Path
 
 from billhook.plan.errors import InputError
 
-_OWN = ("billhook.json", "config.json")  # what marks a folder as a result that may be replaced
-
 
 def check_out(
     out: str | os.PathLike[str], overwrite: bool = False, source: str | os.PathLike[str] | None = None
@@ -30,7 +28,7 @@ def check_out(
         raise InputError(f"output {out} exists and is not a folder; name a new folder")
     if path.is_dir() and not overwrite:
         raise InputError(f"output folder {out} already exists; choose another, or replace it with --overwrite")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).is_file() for name in _OWN):
+    if path.is_dir() and any(path.iterdir()) and not _replaceable(path):
         raise InputError(f"output folder {out} holds something other than a model; it will not be replaced")
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir():
@@ -38,6 +36,13 @@ def check_out(
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"output folder {out} cannot be made: {above} is not writable")
     return path
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is a result of Billhook or a model: a ``config.json`` alone may belong to anything."""
+    if (folder / "billhook.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 @contextmanager

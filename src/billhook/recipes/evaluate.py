@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from billhook.evaluate import evidence, generations
 from billhook.measure.cost import UNITS, CostModel
+from billhook.models import fingerprint
 from billhook.plan.errors import InputError
-from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.record import Quantity, Run
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
@@ -95,15 +95,9 @@ def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Ru
     return Run(
         model=os.fspath(source),
         outline=dense.anatomy.outline,
-        plan=record.plan if record and fits(record.plan, dense.anatomy.outline) else Plan(),
+        plan=record.plan if record and record.plan.provenance.model == fingerprint(dense.model) else Plan(),
         asked=record.asked if record else None,
         costs={kind: Quantity(unit=UNITS[kind], dense=before[kind], compressed=after[kind]) for kind in UNITS},
         realised={kind: after[kind] / before[kind] for kind in UNITS if before[kind]},
         environment=environment(model),
     )
-
-
-def fits(plan: Plan, outline: Outline) -> bool:
-    """Whether every unit of a plan is a part of this model: it was made for the model compared with, not another."""
-    known = {address for address, _ in (*outline.blocks(), *outline.sublayers())}
-    return plan.drops <= known

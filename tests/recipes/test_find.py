@@ -1,0 +1,62 @@
+"""From a recipe to units: the first look at a share of the calibration, and what it is charged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import VOCABULARY, build
+
+from billhook.anatomy import discover
+from billhook.data import Windows
+from billhook.measure.ablation import Ablator
+from billhook.measure.sums import Trace
+from billhook.plan.address import Address
+from billhook.plan.budget import Budget
+from billhook.recipes.find import _share, find
+from billhook.recipes.schema import Greedy, Recipe
+from billhook.search import Memo, greedy, pose
+
+
+def numbered(count: int) -> Windows:
+    """Windows that hold nothing but their own number."""
+    return Windows.of(torch.arange(count).unsqueeze(1).expand(-1, 4), "numbered")
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "chosen"),
+    [(8, 0.25, [0, 4]), (10, 0.3, [0, 3, 6]), (8, 0.75, [0, 1, 2, 4, 5, 6]), (8, 0.01, [0]), (1, 0.5, [0])],
+)
+def test_a_share_is_spread_evenly_and_never_empty(count: int, share: float, chosen: list[int]) -> None:
+    assert _share(numbered(count), share).ids[:, 0].tolist() == chosen
+
+
+def test_a_share_has_its_own_name_and_fingerprint_and_the_whole_keeps_its() -> None:
+    windows = numbered(8)
+    assert _share(windows, 1.0) is windows
+    part = _share(windows, 0.25)
+    assert part.name == "numbered, 25%"
+    assert part.fingerprint == Windows.of(windows.ids[[0, 4]], "again").fingerprint != windows.fingerprint
+
+
+def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:
+    ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
+    windows = Windows.of(ids, "noise")
+    model = build("llama")
+    anatomy = discover(model)
+    problem = pose(anatomy.outline, Budget.parse("blocks=3"), "block")
+    choice = Greedy(word="greedy", screen=0.5)
+    recipe = Recipe(name="mine", title="Mine", unit="block", objective="kl", choice=choice)
+    opened = SimpleNamespace(model=model, anatomy=anatomy)
+    found = find(recipe, opened, problem, windows, Trace(), seed=0, place=tmp_path, progress=None)
+
+    [rises] = found.importance.values()
+    estimates = {Address.parse(unit): rise for unit, rise in rises.items()}
+    alone = greedy(problem, Memo(Ablator(model, anatomy, windows)), estimates=estimates)
+    look = 2 * 12 * (5 + 4 + 3 + 2 + 1 + 0)  # dense and each of the 5 blocks alone, on half of the windows
+    assert [step.work for step in found.record.steps] == [step.work + look for step in alone.steps]
+    assert [step.units for step in found.record.steps] == [step.units for step in alone.steps]
+    assert found.record.work == alone.work + look
+    assert found.record.evaluations == alone.evaluations + 6
