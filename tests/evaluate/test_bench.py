@@ -191,7 +191,7 @@ def test_progress(dense):
 
 def test_refusals(dense):
     with pytest.raises(InputError, match="workload prefill takes 512 tokens, but LlamaForCausalLM has 64 positions"):
-        bench(dense, dense)
+        bench(dense, dense, workloads=[DEFAULT[0]])
     with pytest.raises(InputError, match="bench needs at least 1 round, not 0"):
         bench(dense, dense, workloads=[PREFILL], rounds=0)
     with pytest.raises(InputError, match="bench needs a causal language model: BertForMaskedLM"):

@@ -38,8 +38,9 @@ def bench(
     """Time two causal language models on each workload, interleaved: dense, compressed, compressed, dense, ...
 
     Without ``workloads`` those are ``workload.fitting``. A prefill reads batch × prompt_tokens at once; a decode is
-    new_tokens single-token steps on a real cache of prompt_tokens, its length forced. Speed-up is the median over rounds of dense / compressed seconds with quartiles;
-    tokens per second come from the median times and count prompt tokens in a prefill, new tokens in a decode.
+    new_tokens single-token steps on a real cache of prompt_tokens, its length forced. Speed-up is the median over
+    rounds of dense / compressed seconds with quartiles; tokens per second come from the median times and count prompt
+    tokens in a prefill, new tokens in a decode.
 
     Where ``plan`` is what was done to the compressed model and drops whole blocks only, ``ideal_speedup`` is the median
     of t / (t_outside + (t - t_outside) × share of blocks kept), with t the dense time and t_outside that of the dense
