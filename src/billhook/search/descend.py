@@ -30,6 +30,7 @@ def descend(
     figure if rises do not fall and every further unit costs at least what the cheapest does for its gain.
     """
     total = len(path.problem.candidates)
+    unseen = any(unit not in rises for unit in path.problem.candidates)
     while not path.met:
         now = memo.at(path.drops)
         gains = path.open(barred)
@@ -50,7 +51,7 @@ def descend(
                 break
             rises[unit] = memo.at(path.drops, unit) - now
             fresh.add(unit)
-            if progress is not None and not path.drops:
+            if progress is not None and unseen and not path.drops:
                 progress("every unit once", len(fresh), total)
         if rises[unit] == math.inf:
             raise InputError(f"budget {path.problem.budget} is too small: every unit that may go now breaks the model")
