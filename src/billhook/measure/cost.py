@@ -15,7 +15,7 @@ from billhook.plan.record import Quantity
 
 Costs = dict[str, float]
 UNITS = {
-    "params": "parameters in the blocks",
+    "params": "parameters",
     "size": "bytes",
     "flops": "FLOPs",
     "kv_bytes": "bytes per token",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,14 +49,9 @@ def opened(
     dtype: str | None,
     device: str,
     trust_remote_code: bool,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> Opened:
     """Load a model, what Billhook saved included, and find its parts."""
-    if progress is not None:
-        progress("load", 0, 1)
     loaded = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if progress is not None:
-        progress("load", 1, 1)
     return Opened(loaded, discover(loaded.model))
 
 
