@@ -60,7 +60,7 @@ def compress(
     chosen, aim = _settled(recipe, target)
     clock = Stopwatch()
     with clock.step("load"):
-        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")

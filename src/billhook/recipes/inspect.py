@@ -40,7 +40,7 @@ def inspect(
         check_out(out, overwrite, source)
     clock = Stopwatch()
     with clock.step("load"):
-        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress)
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     run = Run(
         model=os.fspath(source),
         outline=model.anatomy.outline,

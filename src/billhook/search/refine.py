@@ -10,14 +10,11 @@ from billhook.search.ledger import Memo
 from billhook.search.objective import Progress
 from billhook.search.path import Path
 
-_GROUP = 4  # an MLP weighs about as much as three attentions
-
 
 def refine(path: Path, memo: Memo, rises: dict[Address, float], *, work: int, progress: Progress | None = None) -> None:
     """Local search around a solution, in place: put one dropped unit back, meet the budget anew by lazy greedy without
-    it, and keep the result if the objective is lower than before; then the same with the two to four dearest units at
-    once, so that several small ones can make way for a large one. Ends when no such exchange helps, or before the next
-    one when ``work`` block-token forwards have been spent.
+    it, and keep the result if the objective is lower than before. Ends when no exchange of one unit helps, or before
+    the next one when ``work`` block-token forwards have been spent.
 
     Units are tried in order of relief: by how much the objective falls when the unit comes back, for what that takes
     from the budget. The unit that greedy took first, when little else was gone, often turns out the dearest. Old rises
@@ -46,19 +43,17 @@ def _exchange(path: Path, memo: Memo, rises: dict[Address, float], spent: Callab
             return False
         share = path.problem.missing(path.problem.costs.of(path.drops - {unit}))
         relief[unit] = (best - memo.at(path.drops - {unit})) / max(share, 1e-9)
-    dearest = sorted(relief, key=lambda u: (-relief[u], u))
-    groups = [dearest[:count] for count in range(2, 1 + min(_GROUP, len(dearest)))]
-    for back in [[unit] for unit in dearest] + groups:
+    for unit in sorted(relief, key=lambda u: (-relief[u], u)):
         if spent():
             return False
-        trial = Path(path.problem, path.drops - set(back))
+        trial = Path(path.problem, path.drops - {unit})
         known = dict(rises)
-        descend(trial, memo, known, barred=back[0], below=best)
+        descend(trial, memo, known, barred=unit, below=best)
         if trial.met:
             put_back(trial, memo)
         if trial.met and memo.at(trial.drops) < best:
             rises.update(known)
-            gone, returned = trial.drops - path.drops, path.drops - trial.drops
-            path.step(gone, returned, objective=memo.at(trial.drops), work=memo.work)
+            gone, back = trial.drops - path.drops, path.drops - trial.drops
+            path.step(gone, back, objective=memo.at(trial.drops), work=memo.work)
             return True
     return False
