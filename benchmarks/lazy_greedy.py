@@ -33,22 +33,14 @@ class Counted:
 
     def __init__(self, objective: Ablator, blocks: int) -> None:
         self.objective, self.blocks, self.work = objective, blocks, objective.work
-        self.state: frozenset[Address] = frozenset()
 
-    def value(self) -> float:
-        return self._counted(self.state, self.objective.value())
-
-    def with_drop(self, unit: Address) -> float:
-        return self._counted(self.state | {unit}, self.objective.with_drop(unit))
-
-    def move(self, drops: frozenset[Address]) -> None:
-        self.state = drops
-        self.objective.move(drops)
-
-    def _counted(self, drops: frozenset[Address], value: float) -> float:
+    def at(self, drops: frozenset[Address]) -> float:
         gone = {u.parent for u in drops if {Address("decoder", u.block, k) for k in ("attention", "mlp")} <= drops}
         self.work += (self.blocks - len(gone)) * self.objective.replay.tokens
-        return value
+        return self.objective.at(drops)
+
+    def move(self, drops: frozenset[Address]) -> None:
+        self.objective.move(drops)
 
 
 def main(source: str = "demo", tokens: int = 1536, length: int = 512) -> int:

@@ -44,14 +44,12 @@ class Synthetic:
         shake = random.Random(f"{self.seed} {[str(d) for d in drops]}").uniform(-self.noise, self.noise)
         return sum(map(self.weight, drops)) + near + shake
 
-    def value(self) -> float:
-        return self._ask(self._state)
-
-    def with_drop(self, unit: Address) -> float:
-        asked = self._state | {unit}
-        self.work += self._after(asked)
-        self._last = asked
-        return self._ask(asked)
+    def at(self, drops: Drops) -> float:
+        self.work += self._after(drops)
+        self._last = drops
+        self.asked.append(drops)
+        time.sleep(self.pause)
+        return self.figure(drops)
 
     def move(self, drops: Drops) -> None:
         if drops != self._last:
@@ -61,11 +59,6 @@ class Synthetic:
 
     def _after(self, drops: Drops) -> int:
         return self.blocks - min((u.block for u in drops ^ self._state), default=self.blocks)
-
-    def _ask(self, drops: Drops) -> float:
-        self.asked.append(drops)
-        time.sleep(self.pause)
-        return self.figure(drops)
 
 
 def problem(blocks: int, budget: str = "params=0.8", unit: str = "sublayer", **fields: object) -> Problem:

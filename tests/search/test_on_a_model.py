@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,11 @@ class Mortal(Ablator):
 
     life = 10**9
 
-    def with_drop(self, unit: Address) -> float:
+    def at(self, drops: Iterable[Address]) -> float:
         self.life -= 1
         if self.life < 0:
             raise Killed
-        return super().with_drop(unit)
+        return super().at(drops)
 
 
 def search(ledger: Ledger | None = None, life: int = 10**9, lazy: bool = True) -> tuple[Found, Mortal]:

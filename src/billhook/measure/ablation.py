@@ -53,7 +53,11 @@ class Ablator:
 
     def with_drop(self, unit: Address) -> float:
         """The figure of the current state with this unit dropped as well; the state stays."""
-        return self._judge(self.replay.without(unit))
+        return self.at(self.replay.state | {unit})
+
+    def at(self, drops: Iterable[Address]) -> float:
+        """The figure with exactly these drops; the state stays."""
+        return self._judge(self.replay.under(drops))
 
     def move(self, drops: Iterable[Address]) -> None:
         """Commit exactly these drops; units committed before and not among them come back."""

@@ -97,7 +97,14 @@ class Replay:
 
         Costs the blocks after the first one affected (that one included, if only a sublayer of it goes).
         """
-        self._last = self._suffix(self.state | self._checked(units))
+        return self.under(self.state | self._checked(units))
+
+    def under(self, drops: Iterable[Address]) -> list[Tensor]:
+        """The stream after the last block with exactly these drops; the state stays.
+
+        Costs the blocks from the first one on in which they differ from the state.
+        """
+        self._last = self._suffix(self._checked(drops))
         return [streams[-1] for streams in self._last.streams]
 
     def commit(self, *units: Address) -> None:

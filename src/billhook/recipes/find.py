@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from billhook.models import fingerprint
 from billhook.plan.address import Address
 from billhook.plan.record import SearchRecord
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Greedy, OneShot, Recipe, Span
+from billhook.recipes.schema import Evolve, Greedy, OneShot, Recipe, Span
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
@@ -52,10 +53,13 @@ def find(
     """
     choice = recipe.choice
     importance: dict[str, dict[str, float]] = {}
+    search_on = partial(_memo, recipe, model, place=place, progress=progress)
     match choice:
         case Greedy():
-            found, rises = _greedy(recipe, choice, model, problem, windows, place, progress)
+            found, rises = _greedy(choice, problem, windows, search_on, progress)
             importance[f"rise of {_objective(recipe)} if dropped"] = {str(u): rise for u, rise in rises.items()}
+        case Evolve():
+            found = _evolve(choice, problem, windows, search_on, seed, progress)
         case OneShot():
             found = _one_shot(recipe, choice, model, problem, windows, seen, progress)
         case Span():
@@ -74,25 +78,14 @@ def find(
 
 
 def _greedy(
-    recipe: Recipe,
-    choice: Greedy,
-    model: Opened,
-    problem: Problem,
-    windows: Windows,
-    place: Path,
-    progress: Progress | None,
+    choice: Greedy, problem: Problem, windows: Windows, memo: Callable[[Windows], Memo], progress: Progress | None
 ) -> tuple[Found, dict[Address, float]]:
     """The search, and by how much each unit alone raises the objective."""
-
-    def memo(over: Windows) -> Memo:
-        ablator = Ablator(model.model, model.anatomy, over, recipe.objective or "kl", progress=progress)
-        return Memo(ablator, _ledger(place, recipe, model, over))
-
     first = memo(_share(windows, choice.screen))
     empty = first.at(frozenset())
     rises = {}
     for number, unit in enumerate(problem.candidates, start=1):
-        rises[unit] = first.at(frozenset(), unit) - empty
+        rises[unit] = first.at(frozenset({unit}), frozenset()) - empty
         if progress is not None:
             progress("every unit once", number, len(problem.candidates))
     screened = choice.screen < 1
@@ -110,6 +103,34 @@ def _greedy(
         steps = tuple(step.model_copy(update={"work": step.work + first.work}) for step in found.steps)
         found = Found(found.drops, steps, found.work + first.work, found.evaluations + first.evaluations)
     return found, rises
+
+
+def _evolve(
+    choice: Evolve,
+    problem: Problem,
+    windows: Windows,
+    memo: Callable[[Windows], Memo],
+    seed: int,
+    progress: Progress | None,
+) -> Found:
+    start = _greedy(choice.start, problem, windows, memo, progress)[0] if choice.start else None
+    stages = [search.Stage(memo(_share(windows, screen.share)), screen.survivors) for screen in choice.screens]
+    return search.evolve(
+        problem,
+        [*stages, search.Stage(memo(windows), 1)],
+        generations=choice.generations,
+        offspring=choice.offspring,
+        patience=choice.patience,
+        seed=seed,
+        start=start,
+        progress=progress,
+    )
+
+
+def _memo(recipe: Recipe, model: Opened, windows: Windows, *, place: Path, progress: Progress | None) -> Memo:
+    """The recipe's objective over these windows, with the ledger that keeps what it was paid for."""
+    ablator = Ablator(model.model, model.anatomy, windows, recipe.objective or "kl", progress=progress)
+    return Memo(ablator, _ledger(place, recipe, model, windows))
 
 
 def _share(windows: Windows, share: float) -> Windows:

@@ -50,6 +50,32 @@ class Greedy(_Words):
     screen: Annotated[float, Field(gt=0, le=1)] = 1.0
     refine: Annotated[float, Field(ge=0, le=10)] = 0.0
 
+    @model_validator(mode="after")
+    def _screens_only_where_lazy(self) -> Self:
+        if self.screen < 1 and not self.lazy:
+            raise ValueError("plain greedy looks at every unit again each time: it has no use for screen")
+        return self
+
+
+class Screen(_Words):
+    """Who is looked at on a ``share`` of the calibration, and how many ``survivors`` go on to the next look."""
+
+    share: Annotated[float, Field(gt=0, lt=1)]
+    survivors: Annotated[int, Field(ge=1)]
+
+
+class Evolve(_Words):
+    """Mutants of the best solution so far, ``offspring`` of them a generation, first looked at on little text
+    (``screens``), the survivors on all of it. Ends after ``generations``, or ``patience`` of them without progress.
+    Begins at what a greedy choice finds, or at random."""
+
+    word: Literal["evolve"]
+    generations: Annotated[int, Field(ge=1)]
+    offspring: Annotated[int, Field(ge=2)]
+    patience: Annotated[int, Field(ge=1)]
+    screens: tuple[Screen, ...] = ()
+    start: Greedy | None = None
+
 
 class Span(_Words):
     """The run of adjacent blocks over which the stream turns least."""
@@ -66,8 +92,9 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice has a ``score``, a greedy one an ``objective`` (what the drops are to keep low: the divergence
-    from the dense model's next tokens ``kl``, the ``loss`` on the text, or the error of the last ``stream``).
+    A one-shot choice has a ``score``; a greedy or evolutionary one has an ``objective``, which the drops are to keep
+    low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, or the error of the last
+    ``stream``.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -76,7 +103,7 @@ class Recipe(_Words):
     unit: Unit
     score: Score | None = None
     objective: Kind | None = None
-    choice: Annotated[OneShot | Greedy | Span | Baseline, Field(discriminator="word")]
+    choice: Annotated[OneShot | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
     act: Literal["drop"] = "drop"
     heal: Literal["none"] = "none"
     note: Line | None = None
@@ -85,10 +112,8 @@ class Recipe(_Words):
     def _fits_together(self) -> Self:
         if (self.score is not None) != (self.choice.word == "one-shot"):
             raise ValueError("a one-shot choice needs a score, and no other choice has one")
-        if (self.objective is not None) != (self.choice.word == "greedy"):
-            raise ValueError("a greedy choice needs an objective (kl, loss or stream), and no other choice has one")
-        if self.choice.word == "greedy" and self.choice.screen < 1 and not self.choice.lazy:
-            raise ValueError("plain greedy looks at every unit again each time: it has no use for screen")
+        if (self.objective is not None) != (self.choice.word in ("greedy", "evolve")):
+            raise ValueError("a greedy or evolve choice needs an objective (kl, loss or stream), no other has one")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.score is not None:

@@ -1,6 +1,7 @@
 """One file a strategy; the objective they ask; the ledger that survives a crash."""
 
 from billhook.search.baselines import at_random, evenly_spaced, first, last, span
+from billhook.search.evolve import Stage, evolve
 from billhook.search.greedy import greedy
 from billhook.search.ledger import Ledger, Memo
 from billhook.search.objective import Objective
@@ -14,8 +15,10 @@ __all__ = [
     "Memo",
     "Objective",
     "Problem",
+    "Stage",
     "at_random",
     "evenly_spaced",
+    "evolve",
     "first",
     "greedy",
     "last",

@@ -49,13 +49,13 @@ def descend(
                 return
             if unit in fresh:
                 break
-            rises[unit] = memo.at(path.drops, unit) - now
+            rises[unit] = memo.at(path.drops | {unit}, path.drops) - now
             fresh.add(unit)
             if progress is not None and unseen and not path.drops:
                 progress("every unit once", len(fresh), total)
         if rises[unit] == math.inf:
             raise InputError(f"budget {path.problem.budget} is too small: every unit that may go now breaks the model")
-        path.step([unit], score=rises[unit], objective=memo.at(path.drops, unit), work=memo.work)
+        path.step([unit], score=rises[unit], objective=memo.at(path.drops | {unit}, path.drops), work=memo.work)
         if progress is not None:
             progress("search", round(1000 * path.progress), 1000)
 

@@ -86,44 +86,45 @@ class Memo:
         self._objective = objective
         self._ledger = ledger
         self._known: dict[Key, float] = {}
-        self._position: tuple[Drops, Address | None] | None = None  # of the last paid evaluation, replayed or not
+        self._position: tuple[Drops, Drops] | None = None  # base and drops of the last paid evaluation, replayed or not
         self._awake = True
         self.work = objective.work
         self.evaluations = 0
 
-    def at(self, base: Drops, unit: Address | None = None) -> float:
-        """The figure with ``base`` dropped, and ``unit`` if there is one. Further units on one base are cheapest
-        asked for one after another: a new base is moved to."""
-        key = _key(base if unit is None else base | {unit})
+    def at(self, drops: Drops, base: Drops | None = None) -> float:
+        """The figure with ``drops`` dropped, reached from ``base``, by default from there itself. Figures that share
+        one base are cheapest asked for one after another: a new base is moved to."""
+        base = drops if base is None else base
+        key = _key(drops)
         if key in self._known:
             return self._known[key]
         if self._ledger is not None and key in self._ledger.entries:
             value, work = self._ledger.entries[key]
             self._awake = False
         else:
-            value, work = self._evaluate(base, unit, key)
+            value, work = self._evaluate(base, drops, key)
             if self._ledger is not None:
                 self._ledger.record(key, value, work)
-        self._position = base, unit
+        self._position = base, drops
         self._known[key] = value
         self.work += work
         self.evaluations += 1
         return value
 
-    def _evaluate(self, base: Drops, unit: Address | None, key: Key) -> tuple[float, int]:
+    def _evaluate(self, base: Drops, drops: Drops, key: Key) -> tuple[float, int]:
         if not self._awake and self._position is not None:
             self._ask(*self._position, moved=True)
         self._awake = True
         before = self._objective.work
-        value = self._ask(base, unit, moved=self._position is None or self._position[0] != base)
+        value = self._ask(base, drops, moved=self._position is None or self._position[0] != base)
         if math.isnan(value):
             raise InputError(f"the objective is NaN with these units dropped: {', '.join(key)}")
         return value, self._objective.work - before
 
-    def _ask(self, base: Drops, unit: Address | None, moved: bool) -> float:
+    def _ask(self, base: Drops, drops: Drops, moved: bool) -> float:
         if moved:
             self._objective.move(base)
-        return self._objective.value() if unit is None else self._objective.with_drop(unit)
+        return self._objective.at(drops)
 
 
 def _difference(row: object, header: Mapping[str, object]) -> str:

@@ -16,16 +16,14 @@ class Objective(Protocol):
 
     The figure is a function of what is dropped alone. ``work`` counts block-token forwards so far; what a call adds to
     it may depend on the committed drops and on the call before, on nothing else, so that a resumed search counts alike.
+    The less a set of drops differs from the committed one, and the deeper, the cheaper it is.
     """
 
     @property
     def work(self) -> int: ...
 
-    def value(self) -> float:
-        """The figure with the committed drops."""
-
-    def with_drop(self, unit: Address) -> float:
-        """The figure with ``unit`` dropped as well; nothing is committed."""
+    def at(self, drops: Drops) -> float:
+        """The figure with exactly these drops; nothing is committed."""
 
     def move(self, drops: Drops) -> None:
         """Commit exactly these drops, units committed before and not among them coming back."""
