@@ -8,7 +8,7 @@ from families import build
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.evaluate import evidence
+from billhook.evaluate import evidence, evidence_of_each
 from billhook.evaluate.intervals import mean_interval
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -51,6 +51,12 @@ def test_perplexity_by_plain_cross_entropy(dense, compressed, result):
     assert result[0].perplexity_dense.value == pytest.approx(math.exp(losses[0]), rel=1e-5)
     assert result[0].perplexity_compressed.value == pytest.approx(math.exp(losses[1]), rel=1e-5)
     assert result[0].perplexity_ratio.value == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-5)
+
+
+def test_several_models_at_once_are_judged_as_one_after_another(dense, compressed, result):
+    texts = [("calibration", windows()), ("other", windows(seed=4, name="another"))]
+    other = cut(dense, "decoder.1")
+    assert evidence_of_each(dense, [other, compressed], texts) == [evidence(dense, other, texts), result]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from billhook.cli.apply import apply
 from billhook.cli.bench import bench
+from billhook.cli.compare import compare
 from billhook.cli.compress import compress
 from billhook.cli.eval import evaluate
 from billhook.cli.generate import generate
@@ -41,8 +42,8 @@ class _Commands(TyperGroup):
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"error: {place}{error.strerror}", USAGE_ERROR)
         except KeyboardInterrupt:
-            again = "; run the same command again to resume" if ctx.invoked_subcommand == "compress" else ""
-            _fail(f"interrupted{again}", INTERRUPTED)
+            resumes = ctx.invoked_subcommand in ("compress", "compare")
+            _fail(f"interrupted{'; run the same command again to resume' if resumes else ''}", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("compress", no_args_is_help=True)(compress)
+app.command("compare", no_args_is_help=True)(compare)
 app.command("apply", no_args_is_help=True)(apply)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)

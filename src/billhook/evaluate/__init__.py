@@ -1,8 +1,8 @@
 """The proof: dense and compressed model on the same items, in one process."""
 
 from billhook.evaluate.bench import bench
-from billhook.evaluate.evidence import evidence
+from billhook.evaluate.evidence import evidence, evidence_of_each
 from billhook.evaluate.generations import PROMPTS, generate, generations
 from billhook.evaluate.workload import DEFAULT
 
-__all__ = ["DEFAULT", "PROMPTS", "bench", "evidence", "generate", "generations"]
+__all__ = ["DEFAULT", "PROMPTS", "bench", "evidence", "evidence_of_each", "generate", "generations"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Literal
 
 import numpy as np
@@ -48,36 +49,61 @@ def evidence(
     Raises InputError for models that are not causal language models or differ in vocabulary, for fewer than two
     windows (they have no interval), and where a model returns NaN.
     """
-    for model in (dense, compressed):
+    return evidence_of_each(dense, [compressed], texts, progress=progress)[0]
+
+
+def evidence_of_each(
+    dense: PreTrainedModel,
+    candidates: Sequence[PreTrainedModel],
+    texts: Sequence[tuple[Domain, Windows]],
+    *,
+    progress: Progress | None = None,
+) -> list[tuple[TextEvidence, ...]]:
+    """As ``evidence``, of several compressed models: the dense one runs once for all of them."""
+    for model in (dense, *candidates):
         require_causal(model, "evidence on text")
-    if vocabulary(dense) != vocabulary(compressed):
-        raise InputError(
-            f"the models have {vocabulary(dense)} and {vocabulary(compressed)} tokens in their vocabularies; "
-            "evidence needs a compressed model with the dense model's own"
-        )
+        if vocabulary(dense) != vocabulary(model):
+            raise InputError(
+                f"the models have {vocabulary(dense)} and {vocabulary(model)} tokens in their vocabularies; "
+                "evidence needs a compressed model with the dense model's own"
+            )
     for _, windows in texts:
         _check(windows, vocabulary(dense))
-    with observing(dense), observing(compressed):
-        return tuple(_on_text(dense, compressed, domain, windows, progress) for domain, windows in texts)
+    with ExitStack() as watched:
+        for model in (dense, *candidates):
+            watched.enter_context(observing(model))
+        found = [_on_text(dense, candidates, domain, windows, progress) for domain, windows in texts]
+    return list(zip(*found, strict=True))
 
 
 def _on_text(
-    dense: PreTrainedModel, compressed: PreTrainedModel, domain: Domain, windows: Windows, progress: Progress | None
-) -> TextEvidence:
-    count, length = windows.ids.shape
+    dense: PreTrainedModel,
+    candidates: Sequence[PreTrainedModel],
+    domain: Domain,
+    windows: Windows,
+    progress: Progress | None,
+) -> list[TextEvidence]:
+    """One for each candidate."""
     rows = []
     for index, ids in enumerate(windows.ids):
-        row = _on_window(dense, compressed, ids[None])
-        for who, loss in (("dense", row[0]), ("compressed", row[1])):
-            if not np.isfinite(loss):
+        row = _on_window(dense, candidates, ids[None])
+        for who, column in (("dense", 0), ("compressed", 1)):
+            damaged = row[~np.isfinite(row[:, column]), column]
+            if damaged.size:
                 raise InputError(
-                    f"the {who} model's log-likelihood of window {index} of {windows.name} is {loss}; "
+                    f"the {who} model's log-likelihood of window {index} of {windows.name} is {damaged[0]}; "
                     "its weights must be finite and its dtype must hold its activations"
                 )
         rows.append(row)
         if progress is not None:
-            progress(f"evidence on {windows.name}", index + 1, count)
-    loss_dense, loss_compressed, kl, top1 = np.stack(rows).T
+            progress(f"evidence on {windows.name}", index + 1, len(windows.ids))
+    return [_summary(dense, domain, windows, figures) for figures in np.stack(rows, axis=1)]
+
+
+def _summary(dense: PreTrainedModel, domain: Domain, windows: Windows, figures: NDArray[np.float64]) -> TextEvidence:
+    """Of one candidate, from its figures [windows, 4]."""
+    count, length = windows.ids.shape
+    loss_dense, loss_compressed, kl, top1 = figures.T
     return TextEvidence(
         name=windows.name,
         domain=domain,
@@ -92,17 +118,20 @@ def _on_text(
     )
 
 
-def _on_window(dense: PreTrainedModel, compressed: PreTrainedModel, ids: Tensor) -> NDArray[np.float64]:
-    """Means over the predicted tokens of ids [1, T]: dense loss, compressed loss, KL, share of equal top-1."""
+def _on_window(dense: PreTrainedModel, candidates: Sequence[PreTrainedModel], ids: Tensor) -> NDArray[np.float64]:
+    """Means over the predicted tokens of ids [1, T], for each candidate [c, 4]: dense loss, compressed loss, KL, share
+    of equal top-1."""
     predicted = ids.shape[1] - 1
     of_dense = logits_by_slice(dense, ids.to(dense.device))
-    of_compressed = logits_by_slice(compressed, ids.to(compressed.device))
+    of_each = [logits_by_slice(model, ids.to(model.device)) for model in candidates]
     step = max(1, SLICE_VALUES // vocabulary(dense))
-    sums = np.zeros(4)
+    sums = np.zeros((len(candidates), 4))
     for start in range(0, predicted, step):
         here = slice(start, min(start + step, predicted))
         wanted = ids[0, here.start + 1 : here.stop + 1].to(dense.device)
-        sums += _sums(of_dense(here)[0], of_compressed(here)[0].to(dense.device), wanted)
+        right = of_dense(here)[0]
+        for place, of_one in enumerate(of_each):
+            sums[place] += _sums(right, of_one(here)[0].to(dense.device), wanted)
     return sums / predicted
 
 

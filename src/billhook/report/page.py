@@ -21,6 +21,11 @@ def page(run: Run) -> str:
     Sections whose part of ``run`` is absent are left out. A run whose plan cuts nothing and that holds only measures
     reads as an inspection. Every string from the run is escaped.
     """
+    return rendered("page.html", _context(run))
+
+
+def rendered(template: str, context: dict[str, Any]) -> str:
+    """A template of this room, with the style, the script and (if ``drawing``) plotly inside."""
     environment = Environment(
         loader=PackageLoader("billhook.report"),
         autoescape=True,
@@ -31,7 +36,14 @@ def page(run: Run) -> str:
     environment.filters |= {"number": numbers.number, "percent": numbers.percent, "spread": numbers.spread,
                             "quantity": numbers.quantity, "cost": numbers.bare, "kind": palette.kind_name,
                             "budget": headline.budget_name, "spec": _spec}  # fmt: skip
-    return environment.get_template("page.html").render(_context(run))
+    shared = {
+        "palette": palette,
+        "style": Markup(_asset("style.css")),
+        "script": Markup(_asset("draw.js")),
+        # nothing to draw, nothing to carry along
+        "plotly": Markup(get_plotlyjs()) if context["drawing"] else None,
+    }
+    return environment.get_template(template).render(shared | context)
 
 
 def write_report(run: Run, folder: Path) -> Path:
@@ -65,11 +77,7 @@ def _context(run: Run) -> dict[str, Any]:
         "loading": loading.loading(run),
         "commands": loading.commands(run),
         "facts": provenance.facts(run),
-        "palette": palette,
-        "style": Markup(_asset("style.css")),
-        "script": Markup(_asset("draw.js")),
-        # nothing to draw, nothing to carry along
-        "plotly": Markup(get_plotlyjs()) if any(pictures.values()) else None,
+        "drawing": any(pictures.values()),
     }
 
 

@@ -1,0 +1,74 @@
+"""``billhook compare``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from billhook.cli import options
+from billhook.cli.output import print_json, print_views
+from billhook.cli.progress import bars
+
+if TYPE_CHECKING:
+    from billhook.plan.comparison import Entry
+
+_BUDGETS = "One or more budgets, each a fraction of dense or a number with its unit: params=0.9,0.8,0.7."
+_RECIPES = "A method to take part: a name or a YAML file; give it again for more. All that come along, if not given."
+
+
+def compare(
+    model: options.Model,
+    budget: Annotated[str, typer.Option(metavar="KIND=NUMBER,...", show_default=False, help=_BUDGETS)],
+    out: options.Out,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE", show_default=False, autocompletion=options.recipe_names, help=_RECIPES),
+    ] = None,
+    calibration: options.Calibration = "builtin",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Run every method on MODEL at each budget, and say which cuts it best.
+
+    DIR gets comparison.html and comparison.json. Random and evenly spaced removal always take part. Each result is
+    told as it comes; an interrupted run continues where it was when the same command is given again.
+
+    [dim]Example:[/] billhook compare demo --budget params=0.9,0.8,0.7 --out out/comparison
+    """
+    with bars() as progress:
+        from billhook.recipes.compare import compare as walk
+
+        result = walk(
+            model,
+            budgets=budget,
+            out=out,
+            recipes=recipe or (),
+            calibration=calibration,
+            seed=seed,
+            dtype=dtype.chosen,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            told=_tell,
+        )
+    if as_json:
+        paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
+        print_json({**json.loads(result.model_dump_json()), "paths": paths})
+        return
+    from billhook.cli.comparison import advice, tables
+
+    print_views(*tables(result), advice(result, out))
+
+
+def _tell(entry: Entry) -> None:
+    """One line on standard error; the bars stay below it."""
+    what = entry.refused or f"{entry.damage:.3g} times the perplexity of dense, search {entry.work:,} block-tokens"
+    typer.echo(f"{entry.recipe} {entry.asked}: {what}", file=sys.stderr)

@@ -1,0 +1,48 @@
+"""The tables and the advice at the end of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from billhook.plan.comparison import Comparison
+from billhook.report.comparison import budget_in_words, passes
+from billhook.report.figures_comparison import kept, name
+from billhook.report.numbers import number, percent
+from billhook.report.recommendation import recommendation
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """One a budget: every method, the least damage on top."""
+    return [_table(comparison, budget) for budget in comparison.budgets if comparison.at(budget)]
+
+
+def advice(comparison: Comparison, out: Path) -> Text:
+    """The recommendation, and where the page is."""
+    page = Text.assemble((str(out / "comparison.html"), "bold"), ("  the pictures; open it in a browser", "dim"))
+    return Text("\n\n").join([Text("\n".join(recommendation(comparison))), page])
+
+
+def _table(comparison: Comparison, budget: str) -> Table:
+    entries = comparison.at(budget)
+    table = Table(
+        title=Text(f"keeping {budget_in_words(budget)}", style="bold"),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+        header_style="dim",
+    )
+    table.add_column("method", no_wrap=True)
+    table.add_column("kept", justify="right")
+    for text in entries[0].evidence:
+        table.add_column(f"perplexity ×\n{text.name}", justify="right")
+    table.add_column("search\npasses", justify="right")
+    for entry in entries:
+        ratios = [number(text.perplexity_ratio.value) for text in entry.evidence]
+        style = "dim" if entry.baseline else ""
+        cells = [name(entry, comparison), percent(kept(entry)), *ratios, number(passes(entry, comparison), 2)]
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table

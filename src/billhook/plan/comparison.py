@@ -1,0 +1,65 @@
+"""What a comparison of methods leaves behind: the content of ``comparison.json`` and of its page. Pure data."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from billhook.plan.outline import Outline
+from billhook.plan.record import TextEvidence
+from billhook.plan.target import Target
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Entry(_Record):
+    """One recipe at one budget: what it dropped, what finding that took, and how well the model works without it.
+
+    ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
+    ``refused`` says why and there is nothing else. ``work`` counts block-token forwards of the search alone;
+    ``seconds`` are those of the search in this run, fewer where another recipe had paid for the same figures.
+    """
+
+    recipe: str
+    seed: int
+    baseline: bool
+    asked: str
+    target: Target
+    refused: str = ""
+    drops: tuple[str, ...] = ()
+    realised: dict[str, float] = {}
+    work: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    evidence: tuple[TextEvidence, ...] = ()
+
+    @property
+    def damage(self) -> float:
+        """How many times the perplexity of dense, at the geometric mean over the texts. 1 is no damage."""
+        product = 1.0
+        for text in self.evidence:
+            product *= text.perplexity_ratio.value
+        return float(product ** (1 / len(self.evidence)))
+
+
+class Comparison(_Record):
+    """Every recipe at every budget, on one model and one calibration."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    outline: Outline
+    calibration: str
+    tokens: int
+    budgets: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    titles: dict[str, str]
+    environment: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+
+    def at(self, budget: str) -> list[Entry]:
+        """The entries that met a budget, the least damaged first."""
+        met = (entry for entry in self.entries if entry.asked == budget and not entry.refused)
+        return sorted(met, key=lambda entry: (entry.damage, entry.recipe, entry.seed))

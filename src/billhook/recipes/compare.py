@@ -1,0 +1,218 @@
+"""``billhook compare``: every method on the user's own model and text, side by side."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from billhook.data import Windows
+from billhook.data import calibration as windows_of
+from billhook.data.calibrate import Domain
+from billhook.evaluate import evidence_of_each
+from billhook.evaluate.causal import require_causal
+from billhook.measure.cost import quantities
+from billhook.measure.sums import Trace
+from billhook.models import building, check_out, fingerprint
+from billhook.plan.address import Address
+from billhook.plan.budget import Budget
+from billhook.plan.comparison import Comparison, Entry
+from billhook.plan.errors import InputError
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.compress import workplace
+from billhook.recipes.find import find
+from billhook.recipes.measures import watch
+from billhook.recipes.opened import Opened, Stopwatch, environment, opened
+from billhook.recipes.proof import judged_on
+from billhook.recipes.schema import Baseline, Recipe
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.report.comparison import write_comparison
+from billhook.search import pose
+from billhook.surgery import apply
+
+Progress = Callable[[str, int, int], None]
+RANDOM_SEEDS = 3  # one draw says nothing of chance
+
+
+def compare(
+    source: str | os.PathLike[str],
+    *,
+    budgets: str,
+    out: str | os.PathLike[str],
+    recipes: Sequence[str | os.PathLike[str]] = (),
+    calibration: str = "builtin",
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    told: Callable[[Entry], None] | None = None,
+) -> Comparison:
+    """Run ``recipes`` (by default all that come with Billhook) and the baselines at each budget, judge every result
+    against the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
+
+    ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The random
+    baseline is drawn several times. ``told`` hears of each entry when it is done. A recipe that cannot meet a budget on
+    this model is an entry that says why. Interrupted, the same call goes on after the last finished recipe, and within
+    it after the last finished evaluation; recipes with the same objective share their figures.
+
+    Cost: each search, and for each recipe one pass of the dense model and one of each result over the evaluation text.
+    """
+    check_out(out, overwrite, source)
+    asked = split_budgets(budgets)
+    chosen = [catalogue.load(name) for name in dict.fromkeys([*(recipes or catalogue.names()), *BASELINES])]
+    clock = Stopwatch()
+    with clock.step("load"):
+        model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    require_causal(model.model, "compare")
+    with clock.step("measure"):
+        windows = windows_of(
+            calibration,
+            model.tokenizer,
+            tokens=CALIBRATION_TOKENS,
+            length=model.length(CALIBRATION_LENGTH),
+            seed=seed,
+            model=model.model,
+            progress=progress,
+        )
+        texts = judged_on(model, calibration, windows, seed, progress)
+        seen = watch(model, windows, progress)
+    place = workplace(out)
+    draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
+    entries: list[Entry] = []
+    for number, (recipe, drawn) in enumerate(draws):
+        if progress is not None:
+            progress("recipes", number, len(draws))
+        kept = place / f"{_key(recipe, asked, drawn, model, windows, texts)}.json"
+        if kept.exists():
+            new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+        else:
+            with clock.step("recipes"):
+                new = _judged(recipe, asked, drawn, model, windows, seen, texts, place, progress)
+            _keep(kept, new)
+        for entry in new:
+            if told is not None:
+                told(entry)
+        entries += new
+    if progress is not None:
+        progress("recipes", len(draws), len(draws))
+    result = Comparison(
+        model=os.fspath(source),
+        outline=model.anatomy.outline,
+        calibration=calibration,
+        tokens=windows.ids.numel(),
+        budgets=tuple(asked),
+        entries=tuple(entries),
+        titles={recipe.name: recipe.title for recipe in chosen},
+        environment=environment(model),
+        seconds=clock.seconds,
+    )
+    with building(out, overwrite) as folder:
+        write_comparison(result, Path(folder))
+    shutil.rmtree(place, ignore_errors=True)
+    return result
+
+
+#: Stand in every comparison.
+BASELINES = ("random", "evenly-spaced", "first", "last")
+
+
+def split_budgets(text: str) -> list[str]:
+    """``params=0.9,0.8`` -> ``["params=0.9", "params=0.8"]``, each of them a budget of its own."""
+    found: list[str] = []
+    kind = ""
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        kind = name if equals else kind
+        if not kind:
+            raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
+        found.append(str(Budget.parse(f"{kind}={number}")))
+    return list(dict.fromkeys(found))
+
+
+def _judged(
+    recipe: Recipe,
+    budgets: Sequence[str],
+    seed: int,
+    model: Opened,
+    windows: Windows,
+    seen: Trace,
+    texts: Sequence[tuple[Domain, Windows]],
+    place: Path,
+    progress: Progress | None,
+) -> list[Entry]:
+    """The entries of one recipe, one a budget."""
+    target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
+    entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
+    met = [entry for entry in entries if not entry.refused]
+    compressed = [apply(model.model, model.anatomy, map(Address.parse, entry.drops)) for entry in met]
+    proofs = iter(evidence_of_each(model.model, compressed, texts, progress=progress) if met else ())
+    return [entry if entry.refused else entry.model_copy(update={"evidence": next(proofs)}) for entry in entries]
+
+
+def _searched(
+    recipe: Recipe,
+    budget: str,
+    seed: int,
+    target: Target,
+    model: Opened,
+    windows: Windows,
+    seen: Trace,
+    place: Path,
+    progress: Progress | None,
+) -> Entry:
+    entry = Entry(
+        recipe=recipe.name, seed=seed, baseline=isinstance(recipe.choice, Baseline), asked=budget, target=target
+    )
+    clock = Stopwatch()
+    try:
+        with clock.step("search"):
+            problem = pose(model.anatomy.outline, Budget.parse(budget), recipe.unit, target, stack="decoder")
+            choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+    except InputError as error:
+        return entry.model_copy(update={"refused": str(error)})
+    drops = choice.found.drops
+    costs = quantities(model.anatomy.outline, drops)
+    return entry.model_copy(
+        update={
+            "drops": tuple(str(unit) for unit in sorted(drops)),
+            "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            "work": choice.found.work,
+            "evaluations": choice.found.evaluations,
+            "seconds": clock.seconds["search"],
+        }
+    )
+
+
+def _key(
+    recipe: Recipe,
+    budgets: Sequence[str],
+    seed: int,
+    model: Opened,
+    windows: Windows,
+    texts: Sequence[tuple[Domain, Windows]],
+) -> str:
+    """Names everything that the entries of a recipe depend on."""
+    parts: dict[str, object] = {
+        "recipe": recipe.model_dump(mode="json"),
+        "budgets": budgets,
+        "seed": seed,
+        "model": fingerprint(model.model),
+        "environment": environment(model),
+        "calibration": windows.fingerprint,
+        "texts": [text.fingerprint for _, text in texts],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _keep(path: Path, entries: Sequence[Entry]) -> None:
+    """Written beside its place and renamed: a half-written file is never read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps([entry.model_dump(mode="json") for entry in entries]), encoding="utf-8")
+    fresh.replace(path)

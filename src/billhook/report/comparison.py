@@ -1,0 +1,156 @@
+"""The page of a comparison: every method beside every other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from billhook.plan.address import Address
+from billhook.plan.budget import Budget
+from billhook.plan.check import normalise
+from billhook.plan.comparison import Comparison, Entry
+from billhook.plan.record import TextEvidence
+from billhook.plan.target import Target
+from billhook.report.cuts import is_cut
+from billhook.report.figures_comparison import front, kept, name, quality
+from billhook.report.headline import budget_name
+from billhook.report.numbers import duration, number, percent
+from billhook.report.page import rendered
+from billhook.report.recommendation import recommendation
+
+LOADS = {Target.UNIFORM: "any engine", Target.REMOTE: "transformers, remote code"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str
+    cut: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in the grid: for each block of the stack, the cells of its sublayers."""
+
+    name: str
+    baseline: bool
+    blocks: tuple[tuple[Cell, ...], ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which units each method dropped from one stack."""
+
+    name: str
+    blocks: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method in the table of a budget."""
+
+    name: str
+    kept: float
+    evidence: tuple[TextEvidence, ...]
+    passes: str
+    loads: str
+    drops: tuple[str, ...]
+    on_front: bool
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """A comparison as one self-contained HTML page; every string from it is escaped."""
+    return rendered("comparison.html", _context(comparison))
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """``comparison.json`` and ``comparison.html`` into an existing folder."""
+    (folder / "comparison.json").write_text(comparison.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "comparison.html").write_text(comparison_page(comparison), encoding="utf-8")
+
+
+def budget_in_words(budget: str) -> str:
+    """``params=0.8`` as "80.0% of the block parameters"."""
+    limits = Budget.parse(budget).limits
+    if len(limits) == 1 and limits[0].relative:
+        return f"{percent(limits[0].amount)} of {budget_name(limits[0].kind)}"
+    return budget
+
+
+def passes(entry: Entry, comparison: Comparison) -> float:
+    """The work of a search in passes of the whole stack over the calibration."""
+    blocks = len(comparison.outline.stack("decoder").blocks)
+    return entry.work / (blocks * comparison.tokens)
+
+
+def _context(comparison: Comparison) -> dict[str, Any]:
+    judged = next((entry for entry in comparison.entries if entry.evidence), None)
+    drawn = quality(comparison)
+    advice = recommendation(comparison)
+    return {
+        "title": f"{comparison.model}: which method cuts it best",
+        "verdict": advice[0],
+        "texts": [text.name for text in judged.evidence] if judged else [],
+        "pictures": drawn,
+        "parts": [_part(comparison, budget) for budget in comparison.budgets],
+        "recommendation": advice,
+        "facts": _facts(comparison),
+        "drawing": bool(drawn),
+    }
+
+
+def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
+    entries = comparison.at(budget)
+    best = front(comparison)
+    return {
+        "name": f"Keeping {budget_in_words(budget)}",
+        "stacks": _grids(comparison, entries),
+        "entries": [
+            Line(
+                name=name(entry, comparison),
+                kept=kept(entry),
+                evidence=entry.evidence,
+                passes=number(passes(entry, comparison), 2),
+                loads=LOADS[entry.target],
+                drops=entry.drops,
+                on_front=entry in best,
+            )
+            for entry in entries
+        ],
+        "refused": [(e.recipe, e.refused) for e in comparison.entries if e.asked == budget and e.refused],
+    }
+
+
+def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
+    """A grid for each stack from which something is dropped."""
+    drops = [normalise(map(Address.parse, entry.drops), comparison.outline) for entry in entries]
+    touched = {unit.stack for gone in drops for unit in gone}
+    grids = []
+    for stack in comparison.outline.stacks:
+        if stack.name not in touched:
+            continue
+        rows = []
+        for entry, gone in zip(entries, drops, strict=True):
+            blocks = []
+            for index, block in enumerate(stack.blocks):
+                units = [Address(stack.name, index, kind) for kind in block.sublayers]
+                blocks.append(tuple(Cell(u.sublayer or "", is_cut(u, gone), str(u)) for u in units))
+            rows.append(Row(name(entry, comparison), entry.baseline, tuple(blocks)))
+        grids.append(Grid(stack.name, len(stack.blocks), tuple(rows)))
+    return grids
+
+
+def _facts(comparison: Comparison) -> list[tuple[str, str]]:
+    judged = next((entry.evidence for entry in comparison.entries if entry.evidence), ())
+    command = f"billhook compare {comparison.model} --budget {','.join(comparison.budgets)}"
+    found = [
+        ("command", f"{command} --calibration {comparison.calibration} --out DIR"),
+        ("calibration", f"{comparison.calibration}, {comparison.tokens:,} tokens"),
+        *((f"judged on {text.name}", f"{text.tokens:,} tokens; {text.protocol}") for text in judged),
+        *((f"time: {step}", duration(seconds)) for step, seconds in comparison.seconds.items()),
+        *((title, value) for title, value in comparison.environment.items()),
+    ]
+    return [*found, *comparison.titles.items()]

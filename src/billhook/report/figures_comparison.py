@@ -1,0 +1,75 @@
+"""Quality against budget, a line a method, and the front that none is below."""
+
+from __future__ import annotations
+
+import math
+
+import plotly.graph_objects as go
+
+from billhook.plan.budget import Budget
+from billhook.plan.comparison import Comparison, Entry
+from billhook.report.figures import Picture, picture, plain
+from billhook.report.headline import budget_name
+from billhook.report.numbers import number
+from billhook.report.palette import COMPRESSED, CUT, OTHER
+
+
+def name(entry: Entry, comparison: Comparison) -> str:
+    """The recipe, with its seed where it was drawn more than once."""
+    seeds = {other.seed for other in comparison.entries if other.recipe == entry.recipe}
+    return f"{entry.recipe} (seed {entry.seed})" if len(seeds) > 1 else entry.recipe
+
+
+def kept(entry: Entry) -> float:
+    """What an entry keeps of the first thing its budget limits, as a fraction of dense."""
+    return entry.realised[Budget.parse(entry.asked).limits[0].kind]
+
+
+def front(comparison: Comparison) -> list[Entry]:
+    """The Pareto front: the entries for which none keeps as little or less with less damage, the largest first."""
+    found: list[Entry] = []
+    best = float("inf")
+    for entry in sorted((e for e in comparison.entries if e.evidence), key=lambda e: (kept(e), e.damage, e.recipe)):
+        if entry.damage < best:
+            best = entry.damage
+            found.append(entry)
+    return found[::-1]
+
+
+def quality(comparison: Comparison) -> list[Picture]:
+    """Damage against what is kept; empty where nothing was judged."""
+    lines: dict[str, list[Entry]] = {}
+    for entry in comparison.entries:
+        if entry.evidence:
+            lines.setdefault(name(entry, comparison), []).append(entry)
+    if not lines:
+        return []
+    figure = go.Figure()
+    best = front(comparison)
+    on_front = {name(entry, comparison) for entry in best}
+    for label, entries in lines.items():
+        entries = sorted(entries, key=kept, reverse=True)
+        colour = OTHER if entries[0].baseline else COMPRESSED if label in on_front else CUT
+        figure.add_scatter(
+            x=[kept(e) for e in entries], y=[e.damage for e in entries], name=plain(label), mode="lines+markers",
+            line={"width": 1.2, "color": colour, "dash": "dot" if entries[0].baseline else "solid"},
+            marker={"size": 6, "color": colour}, opacity=1.0 if label in on_front else 0.55, showlegend=False,
+            hovertemplate=f"{plain(label)}: %{{x:.1%}} kept, %{{y:.3g}} times the perplexity<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[kept(e) for e in best], y=[e.damage for e in best], mode="lines", showlegend=False, hoverinfo="skip",
+        line={"width": 4, "color": COMPRESSED}, opacity=0.35,
+    )  # fmt: skip
+    # annotations on a logarithmic axis are placed by the exponent
+    for label in {name(entry, comparison): None for entry in best}:
+        entry = min(lines[label], key=kept)
+        figure.add_annotation(
+            x=kept(entry), y=math.log10(entry.damage), text=f"{plain(label)} {number(entry.damage)}×", showarrow=False,
+            xanchor="right", yanchor="top", font={"color": COMPRESSED},
+        )  # fmt: skip
+    shares = [kept(e) for entries in lines.values() for e in entries]
+    kind = budget_name(Budget.parse(comparison.budgets[0]).limits[0].kind)
+    room = 0.35 * max(1 - min(shares), 0.05)
+    figure.update_xaxes(title_text=f"{kind} kept", tickformat=".0%", range=[1, min(shares) - room])
+    figure.update_yaxes(title_text="perplexity, times dense", type="log", nticks=8)
+    return [picture("quality", "", figure, 520)]

@@ -1,0 +1,73 @@
+"""What a comparison comes to, in plain sentences computed from its numbers."""
+
+from __future__ import annotations
+
+import math
+
+from billhook.plan.comparison import Comparison, Entry
+from billhook.plan.target import Target
+from billhook.report.figures_comparison import name
+from billhook.report.numbers import number
+
+
+def recommendation(comparison: Comparison) -> list[str]:
+    """At least one sentence. First the best method overall, by the rank that it holds on average over the budgets;
+    then each budget; then who fails to beat evenly spaced removal, which looks at nothing."""
+    budgets = [budget for budget in comparison.budgets if comparison.at(budget)]
+    if not budgets:
+        return ["No method could meet any of these budgets on this model."]
+    sentences = [_overall(comparison, budgets)]
+    sentences += [_at(comparison, budget) for budget in budgets]
+    idle = _idle(comparison, budgets)
+    if idle:
+        sentences.append(f"No better than evenly spaced removal somewhere: {'; '.join(idle)}.")
+    return sentences
+
+
+def _overall(comparison: Comparison, budgets: list[str]) -> str:
+    best = _best_over(comparison, budgets, None)
+    if best is None:
+        return f"Use {name(comparison.at(budgets[0])[0], comparison)}; no method met every budget."
+    words = f"Use {best}: over these budgets its perplexity is the lowest on average"
+    plain = _best_over(comparison, budgets, Target.UNIFORM)
+    if plain is not None and plain != best:
+        words += f". If the result must load in any engine, use {plain}"
+    return f"{words}."
+
+
+def _best_over(comparison: Comparison, budgets: list[str], target: Target | None) -> str | None:
+    """The method with the least damage at the geometric mean over all budgets; None if none met them all."""
+    damages: dict[str, list[float]] = {}
+    for budget in budgets:
+        for entry in comparison.at(budget):
+            if target in (None, entry.target):
+                damages.setdefault(name(entry, comparison), []).append(math.log(entry.damage))
+    complete = {who: sum(logs) for who, logs in damages.items() if len(logs) == len(budgets)}
+    return min(complete, key=lambda who: (complete[who], who)) if complete else None
+
+
+def _at(comparison: Comparison, budget: str) -> str:
+    first, *others = comparison.at(budget)
+    words = f"At {budget}, {name(first, comparison)} is best with {number(first.damage)} times the perplexity of dense"
+    close = [name(entry, comparison) for entry in others if _overlap(entry, first)]
+    if close:
+        words += f"; within its 95% interval on every text: {', '.join(close)}"
+    return f"{words}."
+
+
+def _overlap(one: Entry, other: Entry) -> bool:
+    """Whether the intervals of both meet on every text."""
+    pairs = [(a.perplexity_ratio, b.perplexity_ratio) for a, b in zip(one.evidence, other.evidence, strict=True)]
+    return all(a.low <= b.high and b.low <= a.high for a, b in pairs)
+
+
+def _idle(comparison: Comparison, budgets: list[str]) -> list[str]:
+    """``["first at params=0.9 and params=0.8", ...]``; of the methods that look at something."""
+    where: dict[str, list[str]] = {}
+    for budget in budgets:
+        entries = comparison.at(budget)
+        even = next((entry for entry in entries if entry.recipe == "evenly-spaced"), None)
+        for entry in entries:
+            if even is not None and not entry.baseline and entry.damage >= even.damage:
+                where.setdefault(name(entry, comparison), []).append(budget)
+    return [f"{who} at {' and '.join(places)}" for who, places in where.items()]

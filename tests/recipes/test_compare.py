@@ -1,0 +1,133 @@
+"""Every method side by side: all take part, the figures are those of one run, an interrupted one goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from billhook.anatomy import discover
+from billhook.data import calibration, evaluation
+from billhook.evaluate import evidence
+from billhook.plan.address import Address
+from billhook.plan.comparison import Comparison
+from billhook.plan.errors import InputError
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
+from billhook.recipes.compress import workplace
+from billhook.recipes.settings import CALIBRATION_TOKENS, EVALUATION_TOKENS
+from billhook.surgery import apply
+
+FEW = ("block-influence", "sublayer-greedy", "block-greedy")
+BUDGETS = "params=0.9,0.6"
+
+KILL = """
+import os, signal, sys
+from billhook.recipes import compare as walk
+
+def dying(path, entries, keep=walk._keep, calls=iter(range(2))):
+    keep(path, entries)
+    if next(calls, None) is None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+walk._keep = dying
+walk.compare(sys.argv[1], budgets=sys.argv[3], out=sys.argv[2], recipes=sys.argv[4:])
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
+    out = tmp_path_factory.mktemp("compared") / "out"
+    return compare(tiny_lm, budgets=BUDGETS, out=out, recipes=FEW), out
+
+
+def test_every_method_and_baseline_at_every_budget(whole: tuple[Comparison, Path]) -> None:
+    found, _ = whole
+    expected = {(name, budget) for name in (*FEW, *BASELINES) for budget in ("params=0.9", "params=0.6")}
+    assert {(entry.recipe, entry.asked) for entry in found.entries} == expected
+    assert sum(entry.recipe == "random" for entry in found.entries) == RANDOM_SEEDS * 2
+    assert {e.recipe for e in found.entries if e.baseline} == set(BASELINES)
+    for entry in found.entries:
+        assert entry.refused or entry.realised["params"] <= float(entry.asked.partition("=")[2])
+
+
+def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison, Path], tiny_lm: Path) -> None:
+    found, _ = whole
+    entry = next(e for e in found.entries if e.recipe == "sublayer-greedy" and e.asked == "params=0.6")
+    dense = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    length = dense.config.max_position_embeddings
+    on = calibration("builtin", tokenizer, tokens=CALIBRATION_TOKENS, length=min(1024, length))
+    texts = evaluation("builtin", tokenizer, tokens=EVALUATION_TOKENS, length=min(1024, length), calibrated_on=on)
+    smaller = apply(dense, discover(dense), [Address.parse(unit) for unit in entry.drops])
+    assert evidence(dense, smaller, texts) == entry.evidence
+
+
+def test_what_was_written_is_what_was_returned(whole: tuple[Comparison, Path]) -> None:
+    found, out = whole
+    assert Comparison.model_validate_json((out / "comparison.json").read_text()) == found
+    assert sorted(path.name for path in out.iterdir()) == ["comparison.html", "comparison.json"]
+    assert not workplace(out).exists()
+
+
+def test_killed_and_run_again(whole: tuple[Comparison, Path], tiny_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILL, tiny_lm, out, BUDGETS, *FEW], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    kept = [json.loads(path.read_text()) for path in workplace(out).glob("*.json")]
+    assert len(kept) == 3
+    again = compare(tiny_lm, budgets=BUDGETS, out=out, recipes=FEW)
+    bare = {"seconds": 0.0}
+    assert [e.model_copy(update=bare) for e in again.entries] == [e.model_copy(update=bare) for e in whole[0].entries]
+    assert {entry["seconds"] for rows in kept for entry in rows} <= {entry.seconds for entry in again.entries}
+
+
+def test_a_method_that_cannot_meet_a_budget_says_why(tiny_lm: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("name: own\ntitle: Own\nunit: attention\nscore: {word: block-influence}\nchoice: {word: one-shot}\n")
+    told = []
+    found = compare(tiny_lm, budgets="params=0.3", out=tmp_path / "out", recipes=[own], told=told.append)
+    entry = found.entries[0]
+    assert "cannot be met" in entry.refused
+    assert not entry.drops and not entry.evidence
+    assert told == list(found.entries)
+
+
+def test_all_that_come_along_take_part(tiny_lm: Path, tmp_path: Path) -> None:
+    found = compare(tiny_lm, budgets="params=0.8", out=tmp_path / "out")
+    assert {entry.recipe for entry in found.entries} == set(catalogue.names())
+    assert {e.target for e in found.entries} == {Target.UNIFORM, Target.REMOTE}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("params=0.9,0.8", ["params=0.9", "params=0.8"]),
+        ("params=0.9, blocks=24,20", ["params=0.9", "blocks=24", "blocks=20"]),
+        ("params=0.8,0.8", ["params=0.8"]),
+    ],
+)
+def test_budgets_side_by_side(text: str, expected: list[str]) -> None:
+    assert split_budgets(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.9,0.8", "do not begin with a kind"),
+        ("params=0.9,1.5", "1.5"),
+        ("joy=0.9", "joy"),
+        ("params=0.9,", "params="),
+    ],
+)
+def test_bad_budgets(text: str, message: str, tiny_lm: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        compare(tiny_lm, budgets=text, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
