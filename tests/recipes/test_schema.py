@@ -14,7 +14,6 @@ def test_the_recipes_that_come_along() -> None:
     assert names()[0] == DEFAULT
     assert set(names()) == {
         "sublayer-greedy",
-        "sublayer-greedy-plain",
         "evopress",
         "block-greedy",
         "block-influence",
@@ -32,8 +31,9 @@ def test_the_recipes_that_come_along() -> None:
         assert len(source_of(name).splitlines()) <= 25
 
 
-def test_the_default_is_lazy_and_the_plain_one_is_not() -> None:
-    lazy, plain = load(DEFAULT).choice, load("sublayer-greedy-plain").choice
+def test_the_default_is_lazy_and_the_plain_one_of_the_benchmarks_is_not() -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    lazy, plain = load(DEFAULT).choice, load(benchmarks / "sublayer-greedy-plain.yaml").choice
     assert isinstance(lazy, Greedy) and isinstance(plain, Greedy)
     assert lazy.lazy and lazy.screen < 1
     assert not plain.lazy and plain.refine == 0
