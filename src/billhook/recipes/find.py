@@ -18,7 +18,7 @@ from billhook.models import fingerprint
 from billhook.plan.address import Address
 from billhook.plan.record import SearchRecord
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Greedy, OneShot, Recipe, Span
+from billhook.recipes.schema import Greedy, Knapsack, OneShot, Recipe, Span
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
@@ -56,8 +56,12 @@ def find(
         case Greedy():
             found, rises = _greedy(recipe, choice, model, problem, windows, place, progress)
             importance[f"rise of {_objective(recipe)} if dropped"] = {str(u): rise for u, rise in rises.items()}
-        case OneShot():
-            found = _one_shot(recipe, choice, model, problem, windows, seen, progress)
+        case OneShot() | Knapsack():
+            scores, work = _scores(recipe, model, problem, windows, seen, progress)
+            if isinstance(choice, Knapsack):
+                found = search.knapsack(problem, scores, work=work)
+            else:
+                found = search.one_shot(problem, scores, per=choice.per, work=work)
         case Span():
             angular = {name: seen.angular(name) for name in seen.angles}
             found = search.span(problem, angular, work=seen.work)
@@ -133,29 +137,29 @@ def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Led
     return Ledger(place / f"{name}.jsonl", header)
 
 
-def _one_shot(
-    recipe: Recipe,
-    choice: OneShot,
-    model: Opened,
-    problem: Problem,
-    windows: Windows,
-    seen: Trace,
-    progress: Progress | None,
-) -> Found:
+def _scores(
+    recipe: Recipe, model: Opened, problem: Problem, windows: Windows, seen: Trace, progress: Progress | None
+) -> tuple[dict[Address, float], int]:
+    """The score of each unit, and the work behind it."""
     score = named(recipe.score.word if recipe.score else "")
     if score.needs == "damage":
         kind = score.check(recipe.score_parameters)["of"]
         ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
         rises = ablation(ablator, problem.candidates, progress)
         seen = Trace.of_damage(kind, rises, windows.ids.numel()) + Trace(work=ablator.work)
-    scores = score(seen, model.anatomy, **recipe.score_parameters)
-    return search.one_shot(problem, scores, per=choice.per, work=seen.work)
+    return score(seen, model.anatomy, **recipe.score_parameters), seen.work
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:
     if word == "random":
         return search.at_random(problem, seed)
-    return {"evenly-spaced": search.evenly_spaced, "first": search.first, "last": search.last}[word](problem)
+    words = {
+        "evenly-spaced": search.evenly_spaced,
+        "evenly-kept": search.evenly_kept,
+        "first": search.first,
+        "last": search.last,
+    }
+    return words[word](problem)
 
 
 def _objective(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
 """One file a strategy; the objective they ask; the ledger that survives a crash."""
 
-from billhook.search.baselines import at_random, evenly_spaced, first, last, span
+from billhook.search.baselines import at_random, evenly_kept, evenly_spaced, first, last, span
 from billhook.search.greedy import greedy
+from billhook.search.knapsack import knapsack
 from billhook.search.ledger import Ledger, Memo
 from billhook.search.objective import Objective
 from billhook.search.one_shot import one_shot
@@ -15,9 +16,11 @@ __all__ = [
     "Objective",
     "Problem",
     "at_random",
+    "evenly_kept",
     "evenly_spaced",
     "first",
     "greedy",
+    "knapsack",
     "last",
     "one_shot",
     "pose",

@@ -22,9 +22,7 @@ def one_shot(problem: Problem, scores: Mapping[Address, float], *, per: Per = "u
     ``scores``: high is important; a unit without a score is unknown and stays. Ties break by address. ``work`` is what
     the scores cost. Raises InputError for a NaN score, or where the scored units do not suffice.
     """
-    for unit, score in sorted(scores.items()):
-        if math.isnan(score):
-            raise InputError(f"the score of unit {unit} is NaN")
+    check_scores(scores)
     path = Path(problem)
     gains = path.open()
     rank = {u: scores[u] / (gains[u] if per == "budget" else 1.0) for u in gains if u in scores}
@@ -36,3 +34,10 @@ def one_shot(problem: Problem, scores: Mapping[Address, float], *, per: Per = "u
         path.step([unit], score=scores[unit], work=work)
     path.trim(rank.__getitem__, work=work)
     return path.found(work)
+
+
+def check_scores(scores: Mapping[Address, float]) -> None:
+    """InputError for the first score that is NaN."""
+    for unit, score in sorted(scores.items()):
+        if math.isnan(score):
+            raise InputError(f"the score of unit {unit} is NaN")
