@@ -12,10 +12,12 @@ import torch
 
 from billhook import search
 from billhook.data import Windows
-from billhook.measure.ablation import Ablator, ablation
+from billhook.measure.ablation import Ablator, Kind, ablation
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
+from billhook.plan.budget import Budget
+from billhook.plan.errors import InputError
 from billhook.plan.record import SearchRecord
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Greedy, Knapsack, OneShot, Recipe, Span
@@ -48,18 +50,27 @@ def find(
     """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
-    is run again on the same things. The work of the trace counts where the choice rests on it.
+    is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
+    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path.
     """
+    require_path(recipe, problem.budget)
     choice = recipe.choice
+    objective = recipe.objective
     importance: dict[str, dict[str, float]] = {}
     match choice:
         case Greedy():
             found, rises = _greedy(recipe, choice, model, problem, windows, place, progress)
-            importance[f"rise of {_objective(recipe)} if dropped"] = {str(u): rise for u, rise in rises.items()}
+            importance[f"rise of {_objective(recipe, objective)} if dropped"] = {
+                str(u): rise for u, rise in rises.items()
+            }
         case OneShot() | Knapsack():
             scores, work = _scores(recipe, model, problem, windows, seen, progress)
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
+            elif problem.budget.until_cliff:
+                objective = "kl"
+                memo = _memo(objective, model, windows, place, progress)
+                found = search.ranked_until_cliff(problem, scores, memo, per=choice.per, work=work, progress=progress)
             else:
                 found = search.one_shot(problem, scores, per=choice.per, work=work)
         case Span():
@@ -69,12 +80,21 @@ def find(
             found = _baseline(choice.word, problem, seed)
     record = SearchRecord(
         recipe=recipe.name,
-        objective=_objective(recipe),
+        objective=_objective(recipe, objective),
         steps=found.steps,
         work=found.work,
         evaluations=found.evaluations,
     )
     return Choice(found, record, importance)
+
+
+def require_path(recipe: Recipe, budget: Budget) -> None:
+    """InputError for ``until=cliff`` with a choice that does not go one unit at a time by what it knows of them."""
+    if budget.until_cliff and not isinstance(recipe.choice, Greedy | OneShot):
+        raise InputError(
+            f"budget {budget} follows a path of single steps; recipe {recipe.name} ({recipe.choice.word}) has none: "
+            f"use a greedy or one-shot recipe, or give an amount"
+        )
 
 
 def _greedy(
@@ -88,11 +108,8 @@ def _greedy(
 ) -> tuple[Found, dict[Address, float]]:
     """The search, and by how much each unit alone raises the objective."""
 
-    def memo(over: Windows) -> Memo:
-        ablator = Ablator(model.model, model.anatomy, over, recipe.objective or "kl", progress=progress)
-        return Memo(ablator, _ledger(place, recipe, model, over))
-
-    first = memo(_share(windows, choice.screen))
+    kind = recipe.objective or "kl"
+    first = _memo(kind, model, _share(windows, choice.screen), place, progress)
     empty = first.at(frozenset())
     rises = {}
     for number, unit in enumerate(problem.candidates, start=1):
@@ -100,16 +117,21 @@ def _greedy(
         if progress is not None:
             progress("every unit once", number, len(problem.candidates))
     screened = choice.screen < 1
-    full = memo(windows) if screened else first
-    found = search.greedy(
-        problem,
-        full,
-        lazy=choice.lazy,
-        per=choice.per,
-        refine=choice.refine,
-        estimates=rises,
-        progress=progress,
-    )
+    full = _memo(kind, model, windows, place, progress) if screened else first
+    if problem.budget.until_cliff:
+        found = search.greedy_until_cliff(
+            problem, full, lazy=choice.lazy, per=choice.per, estimates=rises, progress=progress
+        )
+    else:
+        found = search.greedy(
+            problem,
+            full,
+            lazy=choice.lazy,
+            per=choice.per,
+            refine=choice.refine,
+            estimates=rises,
+            progress=progress,
+        )
     if screened:
         steps = tuple(step.model_copy(update={"work": step.work + first.work}) for step in found.steps)
         found = Found(found.drops, steps, found.work + first.work, found.evaluations + first.evaluations)
@@ -123,14 +145,20 @@ def _share(windows: Windows, share: float) -> Windows:
     return windows if count == len(windows.ids) else Windows.of(windows.ids[chosen], f"{windows.name}, {share:.0%}")
 
 
-def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Ledger:
+def _memo(kind: Kind, model: Opened, windows: Windows, place: Path, progress: Progress | None) -> Memo:
+    """An objective over windows, with its ledger."""
+    ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
+    return Memo(ablator, _ledger(place, kind, model, windows))
+
+
+def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
     """The ledger of this search: one file for everything that an evaluation of the objective depends on."""
     header: dict[str, object] = {
         "model": fingerprint(model.model),
         "dtype": str(model.model.dtype),
         "device": str(model.model.device),
         "calibration": windows.fingerprint,
-        "objective": recipe.objective,
+        "objective": kind,
     }
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
@@ -162,8 +190,8 @@ def _baseline(word: str, problem: Problem, seed: int) -> Found:
     return words[word](problem)
 
 
-def _objective(recipe: Recipe) -> str:
+def _objective(recipe: Recipe, kind: Kind | None) -> str:
     names = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
-    if recipe.objective is not None:
-        return names[recipe.objective]
+    if kind is not None:
+        return names[kind]
     return recipe.score.word if recipe.score else "none"

@@ -8,6 +8,7 @@ from billhook.search.objective import Objective
 from billhook.search.one_shot import one_shot
 from billhook.search.path import Found
 from billhook.search.problem import Problem, pose
+from billhook.search.until_cliff import greedy_until_cliff, ranked_until_cliff
 
 __all__ = [
     "Found",
@@ -20,9 +21,11 @@ __all__ = [
     "evenly_spaced",
     "first",
     "greedy",
+    "greedy_until_cliff",
     "knapsack",
     "last",
     "one_shot",
     "pose",
+    "ranked_until_cliff",
     "span",
 ]

@@ -9,7 +9,7 @@ from statistics import median
 from billhook.plan.record import Step
 
 KIND = "params"
-FREE = 1.0
+FREE = 0.5
 FACTOR = 3.0
 LEAST = 3
 
@@ -22,8 +22,8 @@ def cliff(steps: Sequence[Step], *, free: float = FREE, factor: float = FACTOR, 
     ``factor`` times the usual growth, the median over the steps before, but at least 1. So a path whose rates double
     with every step has none, however high it gets, and one that was flat has one where they go up threefold at once.
 
-    Rates below ``free`` (for objectives in nats: a nat for the whole of the blocks, a hundredth for a hundredth) count
-    as that much: jumps among steps that cost next to nothing are no cliff. The first ``least`` steps are only looked
+    Rates below ``free`` (for objectives in nats: half a nat for all of the blocks, 0.005 for a hundredth) count as that
+    much: jumps among steps that cost next to nothing are no cliff. The first ``least`` steps are only looked
     at to know what is usual. Steps that free no parameters, or whose objective was not measured, are passed over.
 
     A rule of this project; the drop it is meant for is described in "What Matters in Transformers?" (arXiv 2406.15786).
