@@ -40,7 +40,10 @@ def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: int = 0) -
     )
     print(f"{'dense':<24} {'':<12} {1:>8} {b.perplexity():>10.2f} {b.perplexity(test=c4):>7.2f}", flush=True)
     asked = [("block-influence", f"blocks={n}") for n in (27, 24, 22)]
-    asked += [(name, "params=0.8") for name in sorted(catalogue.names(), key=lambda n: n not in ("sublayer-greedy", *BASELINES))]
+    asked += [
+        (name, "params=0.8")
+        for name in sorted(catalogue.names(), key=lambda n: n not in ("sublayer-greedy", *BASELINES))
+    ]
     for name, budget in asked:
         recipe = catalogue.load(name)
         problem = pose(b.anatomy.outline, Budget.parse(budget), recipe.unit)

@@ -51,7 +51,10 @@ def main(source: str = "demo", tokens: int = 1536, length: int = 512) -> int:
     place = Path(f"out/benchmarks/lazy-greedy-{tokens}-{length}")
     place.mkdir(parents=True, exist_ok=True)
 
-    lazy, plain = catalogue.load("sublayer-greedy"), catalogue.load(Path(__file__).with_name("sublayer-greedy-plain.yaml"))
+    lazy, plain = (
+        catalogue.load("sublayer-greedy"),
+        catalogue.load(Path(__file__).with_name("sublayer-greedy-plain.yaml")),
+    )
     found = {"lazy": find(lazy, b.model, problem, windows, Trace(), seed=0, place=place, progress=_tell).found}
     objective = Counted(Ablator(b.live, b.anatomy, windows, lazy.objective or "kl"), blocks)
     ledger = Ledger(place / "plain.jsonl", {"calibration": windows.fingerprint})

@@ -57,6 +57,10 @@ def test_amounts(text: str, ceilings: dict[str, float]) -> None:
         ("latency=0.8", "budget latency needs a measured model"),
         ("memory=0.8", "budget memory needs a measured model"),
         ("params=0.8,params=0.7", "names params twice"),
+        ("until=", "budget 'until=': until is written until=cliff, with no limit beside it"),
+        ("until=dawn", "until is written until=cliff"),
+        ("until=cliff,params=0.8", "with no limit beside it"),
+        ("params=0.8, until = cliff", "with no limit beside it"),
     ],
 )
 def test_what_is_no_budget_gets_one_clear_line(text: str, message: str) -> None:
@@ -105,3 +109,13 @@ def test_realised_fractions() -> None:
 def test_text_and_back(text: str) -> None:
     assert str(Budget.parse(text)) == text
     assert Budget.parse(str(Budget.parse(text))) == Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["until=cliff", " until = cliff "])
+def test_until_the_cliff_is_no_limit(text: str) -> None:
+    budget = Budget.parse(text)
+    assert budget.until_cliff and budget.limits == ()
+    assert str(budget) == "until=cliff"
+    assert Budget.parse(str(budget)) == budget
+    assert budget.ceilings(DENSE) == {}
+    assert not Budget.parse("params=0.8").until_cliff

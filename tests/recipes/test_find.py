@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.measure.ablation import Ablator
 from billhook.measure.sums import Trace
+from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
-from billhook.recipes.find import _share, find
-from billhook.recipes.schema import Greedy, Recipe
+from billhook.plan.errors import InputError
+from billhook.recipes.catalogue import load
+from billhook.recipes.find import _share, find, require_path
+from billhook.recipes.schema import Greedy, OneShot, Recipe
 from billhook.search import Memo, greedy, pose
+from billhook.search.cliff import cliff
 
 
 def numbered(count: int) -> Windows:
@@ -60,3 +65,37 @@ def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:
     assert [step.units for step in found.record.steps] == [step.units for step in alone.steps]
     assert found.record.work == alone.work + look
     assert found.record.evaluations == alone.evaluations + 6
+
+
+def with_idle_attentions(idle: set[int]) -> Any:
+    """Attentions that write next to nothing, and others that do."""
+    model = build("llama")
+    with torch.no_grad():
+        for block in idle:
+            model.model.layers[block].self_attn.o_proj.weight.mul_(1e-5)
+    return model
+
+
+@pytest.mark.parametrize("choice", [Greedy(word="greedy"), Greedy(word="greedy", screen=0.5), OneShot(word="one-shot")])
+def test_until_the_cliff_takes_the_idle_attentions_and_no_more(choice: Any, tmp_path: Path) -> None:
+    model = with_idle_attentions({0, 2, 3})
+    anatomy = discover(model)
+    ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
+    windows = Windows.of(ids, "noise")
+    problem = pose(anatomy.outline, Budget.parse("until=cliff"), "attention")
+    words: dict[str, Any] = {"score": {"word": "block-influence"}} if choice.word == "one-shot" else {"objective": "kl"}
+    recipe = Recipe(name="mine", title="Mine", unit="attention", choice=choice, **words)
+    seen = trace(model, anatomy, windows, ["sublayer"])
+    opened: Any = SimpleNamespace(model=model, anatomy=anatomy)
+    found = find(recipe, opened, problem, windows, seen, seed=0, place=tmp_path, progress=None)
+    assert found.found.drops == {Address("decoder", block, "attention") for block in (0, 2, 3)}
+    assert found.record.objective == "divergence from dense"
+    assert cliff(found.record.steps) == 3
+    assert list(tmp_path.glob("*.jsonl")), "paid figures are kept"
+
+
+@pytest.mark.parametrize("name", ["random", "angular-span", "additive-knapsack", "unified-skip"])
+def test_until_the_cliff_needs_a_path(name: str) -> None:
+    with pytest.raises(InputError, match=f"recipe {name} .* has none: use a greedy or one-shot recipe"):
+        require_path(load(name), Budget.parse("until=cliff"))
+    require_path(load(name), Budget.parse("params=0.8"))

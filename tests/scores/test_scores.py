@@ -101,6 +101,17 @@ def test_update_norm_relative_to_the_output() -> None:
     assert named("update-norm")(seen, ANATOMY) == seen.means("update")
 
 
+def test_of_units_that_hurt_alike_the_deeper_one_is_less_important() -> None:
+    alike = Trace.of_damage("kl", {unit(f"decoder.{i}"): 1.0 for i in range(5)}, 4)
+    scores = named("position-weighted")(alike, ANATOMY)
+    assert list(scores.values()) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    sublayers = Trace.of_damage("stream", {unit("decoder.1.mlp"): 1.0, unit("decoder.4.attention"): 3.0}, 4)
+    scores = named("position-weighted")(sublayers, ANATOMY, unit="sublayer", of="stream")
+    assert list(scores.values()) == pytest.approx([0.8, 0.6])
+    with pytest.raises(InputError, match="parameter of of score position-weighted"):
+        named("position-weighted")(alike, ANATOMY, of="loss")
+
+
 def test_order_of_windows_does_not_matter() -> None:
     model = build("llama")
     turned = Windows.of(WINDOWS.ids.flip(0), "test")

@@ -21,9 +21,11 @@ from billhook.search import (
     Memo,
     Problem,
     at_random,
+    evenly_kept,
     evenly_spaced,
     first,
     greedy,
+    knapsack,
     last,
     one_shot,
     pose,
@@ -34,6 +36,7 @@ Strategy = Callable[[Problem, Synthetic], Found]
 STRATEGIES: dict[str, Strategy] = {
     "one shot": lambda p, o: one_shot(p, {u: o.weight(u) for u in p.candidates}),
     "one shot per budget": lambda p, o: one_shot(p, {u: o.weight(u) for u in p.candidates}, per="budget"),
+    "knapsack": lambda p, o: knapsack(p, {u: o.weight(u) for u in p.candidates}),
     "lazy": lambda p, o: greedy(p, Memo(o)),
     "plain": lambda p, o: greedy(p, Memo(o), lazy=False),
     "lazy per unit": lambda p, o: greedy(p, Memo(o), per="unit"),
@@ -151,6 +154,26 @@ def test_evenly_spaced_units_meet_the_budget(blocks: int, fraction: float, unit:
     if unit == "block":
         gaps = {b - a for a, b in itertools.pairwise(blocks_of(found))}
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+@given(st.integers(4, 40), st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_stays_is_evenly_spread_and_so_are_both_ends(blocks: int, data: st.DataObject) -> None:
+    left = data.draw(st.integers(2, blocks - 1))
+    found = evenly_kept(problem(blocks, f"blocks={left}", "block"))
+    stays = sorted(set(range(blocks)) - set(blocks_of(found)))
+    assert len(stays) == left, "no more goes than has to"
+    assert (stays[0], stays[-1]) == (0, blocks - 1)
+    gaps = {b - a for a, b in itertools.pairwise(stays)}
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_the_ends_are_not_skipped_for_any_budget() -> None:
+    assert blocks_of(evenly_kept(problem(12, "blocks=8", "block"))) == [1, 4, 7, 10]
+    assert blocks_of(evenly_kept(problem(12, "blocks=4", "block"))) == [1, 2, 3, 5, 6, 8, 9, 10]
+    assert 0 in blocks_of(evenly_spaced(problem(12, "blocks=4", "block")))
+    with pytest.raises(InputError, match="cannot be met if the first and the last unit stay"):
+        evenly_kept(problem(5, "blocks=1", "block"))
 
 
 def test_the_span_is_the_shortest_that_suffices_at_the_smallest_angle() -> None:

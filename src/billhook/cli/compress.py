@@ -12,7 +12,8 @@ from billhook.cli.progress import bars
 
 _BUDGET = (
     "What the result may cost: a fraction of dense (params=0.8) or a number with its unit (size=100MB). "
-    "Kinds: params, size, flops, kv_bytes, blocks; several with commas between."
+    "Kinds: params, size, flops, kv_bytes, blocks; several with commas between. "
+    "Or until=cliff: cut until the next step costs out of proportion."
 )
 
 

@@ -25,6 +25,7 @@ def cut(run: Run) -> Table:
     """Asked, realised, what was cut and what it took, a line each."""
     asked = run.asked or run.plan.budget or ""
     kinds = [part.partition("=")[0].strip() for part in asked.split(",")]
+    kinds = [kind for kind in kinds if kind in run.realised] or ["params"]  # until=cliff names none
     kept = {kind: share for kind, share in run.realised.items() if kind in kinds}  # the others stand in the table
     rows = {
         "asked": asked,

@@ -53,12 +53,7 @@ class Teacher:
 
         Raises InputError if the model does not predict the next token of its own inputs, or none is to be predicted.
         """
-        anatomy = replay.anatomy
-        if anatomy.head is None or not replay.stack.causal or "decoder_input_ids" in replay.batches[0]:
-            raise InputError(
-                f"divergence and loss need a decoder-only language model, which this {anatomy.family} model is not; "
-                f"the error of the stream can be measured instead"
-            )
+        require_next_tokens(replay)
         self._replay = replay
         self._predicting = [real[:, :-1] & real[:, 1:] for real in replay.real]
         self._chunk = min(chunk, max(real.shape[1] for real in replay.real))  # no position beyond those of the inputs
@@ -98,6 +93,16 @@ class Teacher:
         for tensor, predicting in zip(tensors, self._predicting, strict=True):
             rows = tensor[predicting]
             yield from (rows[i : i + self._chunk] for i in range(0, len(rows), self._chunk))
+
+
+def require_next_tokens(replay: Replay) -> None:
+    """InputError if the model does not predict the next token of its own inputs."""
+    anatomy = replay.anatomy
+    if anatomy.head is None or not replay.stack.causal or "decoder_input_ids" in replay.batches[0]:
+        raise InputError(
+            f"what a model predicts needs a decoder-only language model, which this {anatomy.family} model is not; "
+            f"the error of the stream can be measured instead"
+        )
 
 
 def _log_probabilities(logits: Tensor, chosen: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

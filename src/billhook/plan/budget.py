@@ -18,6 +18,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "blocks": {"": 1.0},
 }
 _EXAMPLES = {"params": "80M", "size": "100MB", "flops": "20G", "kv_bytes": "16KiB", "blocks": "24"}
+_UNTIL_CLIFF = "until=cliff"
 _MEASURED = ("memory", "latency")
 KINDS = tuple(_UNITS)
 _AMOUNT = re.compile(r"([+-]?[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
@@ -37,17 +38,24 @@ class Limit:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the result may cost; all limits must hold. Read with ``Budget.parse``."""
+    """What the result may cost; all limits must hold. Or no limit, ``until_cliff``: cut until the next step costs out
+    of proportion to those before it. Read with ``Budget.parse``."""
 
     limits: tuple[Limit, ...]
+    until_cliff: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``KIND=AMOUNT``, several separated by commas: ``params=0.8``, ``size=100MB,kv_bytes=0.5``.
 
         An amount is a fraction of dense (between 0 and 1, exclusive) or an absolute number with its unit; only
-        ``blocks`` counts without one. Raises InputError with the first thing that is wrong.
+        ``blocks`` counts without one. ``until=cliff`` stands alone. Raises InputError with the first thing that is
+        wrong.
         """
+        if any(part.partition("=")[0].strip() == "until" for part in text.split(",")):
+            if "".join(text.split()) != _UNTIL_CLIFF:
+                raise InputError(f"budget {text!r}: until is written {_UNTIL_CLIFF}, with no limit beside it")
+            return cls((), until_cliff=True)
         limits = tuple(_parse_limit(part.strip()) for part in text.split(","))
         kinds = [limit.kind for limit in limits]
         for kind in kinds:
@@ -56,10 +64,10 @@ class Budget:
         return cls(limits)
 
     def __str__(self) -> str:
-        return ",".join(limit.text for limit in self.limits)
+        return _UNTIL_CLIFF if self.until_cliff else ",".join(limit.text for limit in self.limits)
 
     def ceilings(self, dense: Mapping[str, float]) -> dict[str, float]:
-        """The limits in absolute terms, given the costs of the dense model.
+        """The limits in absolute terms, given the costs of the dense model; none for ``until=cliff``.
 
         Raises InputError where a limit asks for no reduction of this model."""
         return {limit.kind: _ceiling(limit, dense[limit.kind]) for limit in self.limits}

@@ -20,7 +20,7 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find
+from billhook.recipes.find import find, require_path
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on, proven, write_down
@@ -48,7 +48,7 @@ def compress(
     max_new_tokens: int = 40,
     progress: Progress | None = None,
 ) -> Run:
-    """Cut a model down to a budget and leave checkpoint, record, card and report in ``out``.
+    """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
@@ -58,6 +58,7 @@ def compress(
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
     chosen, aim = _settled(recipe, target)
+    require_path(chosen, limits)
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -13,13 +13,15 @@ import torch
 
 from billhook import search
 from billhook.data import Windows
-from billhook.measure.ablation import Ablator, ablation
+from billhook.measure.ablation import Ablator, Kind, ablation
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
+from billhook.plan.budget import Budget
+from billhook.plan.errors import InputError
 from billhook.plan.record import SearchRecord
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Evolve, Greedy, OneShot, Recipe, Span
+from billhook.recipes.schema import Evolve, Greedy, Knapsack, OneShot, Recipe, Span
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
@@ -49,19 +51,32 @@ def find(
     """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
-    is run again on the same things. The work of the trace counts where the choice rests on it.
+    is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
+    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path.
     """
+    require_path(recipe, problem.budget)
     choice = recipe.choice
+    objective = recipe.objective
     importance: dict[str, dict[str, float]] = {}
-    search_on = partial(_memo, recipe, model, place=place, progress=progress)
+    search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
     match choice:
         case Greedy():
             found, rises = _greedy(choice, problem, windows, search_on, progress)
-            importance[f"rise of {_objective(recipe)} if dropped"] = {str(u): rise for u, rise in rises.items()}
+            importance[f"rise of {_objective(recipe, objective)} if dropped"] = {
+                str(u): rise for u, rise in rises.items()
+            }
         case Evolve():
             found = _evolve(choice, problem, windows, search_on, seed, progress)
-        case OneShot():
-            found = _one_shot(recipe, choice, model, problem, windows, seen, progress)
+        case OneShot() | Knapsack():
+            scores, work = _scores(recipe, model, problem, windows, seen, progress)
+            if isinstance(choice, Knapsack):
+                found = search.knapsack(problem, scores, work=work)
+            elif problem.budget.until_cliff:
+                objective = "kl"
+                memo = _memo(objective, model, place, progress, windows)
+                found = search.ranked_until_cliff(problem, scores, memo, per=choice.per, work=work, progress=progress)
+            else:
+                found = search.one_shot(problem, scores, per=choice.per, work=work)
         case Span():
             angular = {name: seen.angular(name) for name in seen.angles}
             found = search.span(problem, angular, work=seen.work)
@@ -69,12 +84,21 @@ def find(
             found = _baseline(choice.word, problem, seed)
     record = SearchRecord(
         recipe=recipe.name,
-        objective=_objective(recipe),
+        objective=_objective(recipe, objective),
         steps=found.steps,
         work=found.work,
         evaluations=found.evaluations,
     )
     return Choice(found, record, importance)
+
+
+def require_path(recipe: Recipe, budget: Budget) -> None:
+    """InputError for ``until=cliff`` with a choice that does not go one unit at a time by what it knows of them."""
+    if budget.until_cliff and not isinstance(recipe.choice, Greedy | OneShot):
+        raise InputError(
+            f"budget {budget} follows a path of single steps; recipe {recipe.name} ({recipe.choice.word}) has none: "
+            f"use a greedy or one-shot recipe, or give an amount"
+        )
 
 
 def _greedy(
@@ -90,15 +114,20 @@ def _greedy(
             progress("every unit once", number, len(problem.candidates))
     screened = choice.screen < 1
     full = memo(windows) if screened else first
-    found = search.greedy(
-        problem,
-        full,
-        lazy=choice.lazy,
-        per=choice.per,
-        refine=choice.refine,
-        estimates=rises,
-        progress=progress,
-    )
+    if problem.budget.until_cliff:
+        found = search.greedy_until_cliff(
+            problem, full, lazy=choice.lazy, per=choice.per, estimates=rises, progress=progress
+        )
+    else:
+        found = search.greedy(
+            problem,
+            full,
+            lazy=choice.lazy,
+            per=choice.per,
+            refine=choice.refine,
+            estimates=rises,
+            progress=progress,
+        )
     if screened:
         steps = tuple(step.model_copy(update={"work": step.work + first.work}) for step in found.steps)
         found = Found(found.drops, steps, found.work + first.work, found.evaluations + first.evaluations)
@@ -127,12 +156,6 @@ def _evolve(
     )
 
 
-def _memo(recipe: Recipe, model: Opened, windows: Windows, *, place: Path, progress: Progress | None) -> Memo:
-    """The recipe's objective over these windows, with the ledger that keeps what it was paid for."""
-    ablator = Ablator(model.model, model.anatomy, windows, recipe.objective or "kl", progress=progress)
-    return Memo(ablator, _ledger(place, recipe, model, windows))
-
-
 def _share(windows: Windows, share: float) -> Windows:
     """Evenly spread windows, this share of all of them and at least one."""
     count = max(1, round(share * len(windows.ids)))
@@ -140,47 +163,53 @@ def _share(windows: Windows, share: float) -> Windows:
     return windows if count == len(windows.ids) else Windows.of(windows.ids[chosen], f"{windows.name}, {share:.0%}")
 
 
-def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Ledger:
+def _memo(kind: Kind, model: Opened, place: Path, progress: Progress | None, windows: Windows) -> Memo:
+    """An objective over windows, with the ledger that keeps what it was paid for."""
+    ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
+    return Memo(ablator, _ledger(place, kind, model, windows))
+
+
+def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
     """The ledger of this search: one file for everything that an evaluation of the objective depends on."""
     header: dict[str, object] = {
         "model": fingerprint(model.model),
         "dtype": str(model.model.dtype),
         "device": str(model.model.device),
         "calibration": windows.fingerprint,
-        "objective": recipe.objective,
+        "objective": kind,
     }
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
     return Ledger(place / f"{name}.jsonl", header)
 
 
-def _one_shot(
-    recipe: Recipe,
-    choice: OneShot,
-    model: Opened,
-    problem: Problem,
-    windows: Windows,
-    seen: Trace,
-    progress: Progress | None,
-) -> Found:
+def _scores(
+    recipe: Recipe, model: Opened, problem: Problem, windows: Windows, seen: Trace, progress: Progress | None
+) -> tuple[dict[Address, float], int]:
+    """The score of each unit, and the work behind it."""
     score = named(recipe.score.word if recipe.score else "")
     if score.needs == "damage":
         kind = score.check(recipe.score_parameters)["of"]
         ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
         rises = ablation(ablator, problem.candidates, progress)
         seen = Trace.of_damage(kind, rises, windows.ids.numel()) + Trace(work=ablator.work)
-    scores = score(seen, model.anatomy, **recipe.score_parameters)
-    return search.one_shot(problem, scores, per=choice.per, work=seen.work)
+    return score(seen, model.anatomy, **recipe.score_parameters), seen.work
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:
     if word == "random":
         return search.at_random(problem, seed)
-    return {"evenly-spaced": search.evenly_spaced, "first": search.first, "last": search.last}[word](problem)
+    words = {
+        "evenly-spaced": search.evenly_spaced,
+        "evenly-kept": search.evenly_kept,
+        "first": search.first,
+        "last": search.last,
+    }
+    return words[word](problem)
 
 
-def _objective(recipe: Recipe) -> str:
+def _objective(recipe: Recipe, kind: Kind | None) -> str:
     names = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
-    if recipe.objective is not None:
-        return names[recipe.objective]
+    if kind is not None:
+        return names[kind]
     return recipe.score.word if recipe.score else "none"

@@ -39,6 +39,12 @@ class OneShot(_Words):
     per: Per = "unit"
 
 
+class Knapsack(_Words):
+    """Of all sets of units that meet the budget, drop the one whose scores add up to least."""
+
+    word: Literal["knapsack"]
+
+
 class Greedy(_Words):
     """Drop the unit that hurts the objective least, look again, and so on. ``screen``: every unit is looked at first on
     this share of the calibration only, and on all of it when it comes out on top. ``refine``: exchanges afterwards, for
@@ -86,15 +92,15 @@ class Span(_Words):
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
-    word: Literal["random", "evenly-spaced", "first", "last"]
+    word: Literal["random", "evenly-spaced", "evenly-kept", "first", "last"]
 
 
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice has a ``score``; a greedy or evolutionary one has an ``objective``, which the drops are to keep
-    low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, or the error of the last
-    ``stream``.
+    A one-shot choice and a knapsack have a ``score``; a greedy or evolutionary one has an ``objective``, which the
+    drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, or the
+    error of the last ``stream``.
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -103,15 +109,15 @@ class Recipe(_Words):
     unit: Unit
     score: Score | None = None
     objective: Kind | None = None
-    choice: Annotated[OneShot | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
+    choice: Annotated[OneShot | Knapsack | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
     act: Literal["drop"] = "drop"
     heal: Literal["none"] = "none"
     note: Line | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.score is not None) != (self.choice.word == "one-shot"):
-            raise ValueError("a one-shot choice needs a score, and no other choice has one")
+        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack")):
+            raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         if (self.objective is not None) != (self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (kl, loss or stream), no other has one")
         if self.choice.word == "span" and self.unit != "block":

@@ -7,6 +7,7 @@ import textwrap
 import plotly.graph_objects as go
 
 from billhook.plan.address import Address
+from billhook.plan.budget import Budget
 from billhook.plan.check import normalise
 from billhook.plan.record import Run, SearchRecord, Step, Timing
 from billhook.report.cuts import dropped
@@ -47,6 +48,12 @@ def search_path(run: Run) -> list[Picture]:
         figure.add_scatter(
             x=[step.realised[budget]], y=[step.objective], mode="markers", name="the plan", marker=RING | {"size": 16},
             hoverinfo="skip",
+        )  # fmt: skip
+    if stop is not None and stop + 1 in dict(seen) and run.asked and Budget.parse(run.asked).until_cliff:
+        step = dict(seen)[stop + 1]
+        figure.add_scatter(
+            x=[step.realised[budget]], y=[step.objective], mode="markers", name="the cliff",
+            marker={"symbol": "x", "size": 12, "color": CUT}, hoverinfo="skip",
         )  # fmt: skip
     asked = asked_fractions(run).get(budget)
     if asked is not None:

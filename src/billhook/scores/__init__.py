@@ -6,6 +6,7 @@ A unit that the calibration never reached has no score: it is unknown, and nothi
 from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
 from billhook.scores.divergence import divergence
+from billhook.scores.position_weighted import position_weighted
 from billhook.scores.registry import SCORES, Score, Unit, named, score
 from billhook.scores.update_norm import update_norm
 
@@ -18,6 +19,7 @@ __all__ = [
     "block_influence",
     "divergence",
     "named",
+    "position_weighted",
     "score",
     "update_norm",
 ]

@@ -42,6 +42,24 @@ def evenly_spaced(problem: Problem) -> Found:
     raise InputError(f"budget {problem.budget} cannot be met by units at equal distances")
 
 
+def evenly_kept(problem: Problem) -> Found:
+    """As few units as the budget allows, so that those that stay lie at equal distances from the first candidate to the
+    last, which both stay: k of N candidates are those numbered i (N - 1) / (k - 1), rounded half up.
+
+    Source: the Unified Layer Skipping of Liu et al. 2024 (arXiv 2404.06954). The authors' code turns the distance into
+    a whole number first, which at a mild target leaves one run of skipped blocks near the end; here it stays exact.
+    """
+    total = len(problem.candidates)
+    for kept in range(total - 1, 1, -1):
+        stay = {(2 * i * (total - 1) + kept - 1) // (2 * (kept - 1)) for i in range(kept)}
+        chosen = [unit for number, unit in enumerate(problem.candidates) if number not in stay]
+        if _solves(problem, chosen):
+            path = Path(problem)
+            path.step(chosen)
+            return path.found()
+    raise InputError(f"budget {problem.budget} cannot be met if the first and the last unit stay")
+
+
 def span(problem: Problem, angular: Mapping[str, Sequence[Sequence[float]]], *, work: int = 0) -> Found:
     """The run of adjacent blocks that turns the stream least (Gromov et al. 2024, "The Unreasonable Ineffectiveness of
     the Deeper Layers", section 3.2), as short as the budget allows.

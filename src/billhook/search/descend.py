@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -21,20 +22,23 @@ def descend(
     per: Per = "budget",
     barred: Address | None = None,
     below: float = math.inf,
+    until: Callable[[], bool] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Drop units until the budget is met, each time the one with the lowest rise of the objective for its gain.
 
     ``rises`` holds the last measured rise of each unit and is kept up to date; units not in it are measured first.
     ``barred`` is not dropped. The descent is given up, with the budget not met, once no way on can stay ``below`` that
-    figure if rises do not fall and every further unit costs at least what the cheapest does for its gain.
+    figure if rises do not fall and every further unit costs at least what the cheapest does for its gain. With
+    ``until`` it also ends, and nothing is wrong, where this is true after a step or where no unit is left that would
+    not break the model.
     """
     total = len(path.problem.candidates)
     unseen = any(unit not in rises for unit in path.problem.candidates)
-    while not path.met:
+    while not path.met and not (until is not None and until()):
         now = memo.at(path.drops)
         gains = path.open(barred)
-        if not gains and below < math.inf:
+        if not gains and (below < math.inf or until is not None):
             return
         if not gains:
             raise InputError(f"budget {path.problem.budget} cannot be met: no unit that may still go brings it nearer")
@@ -53,6 +57,8 @@ def descend(
             fresh.add(unit)
             if progress is not None and unseen and not path.drops:
                 progress("every unit once", len(fresh), total)
+        if rises[unit] == math.inf and until is not None:
+            return
         if rises[unit] == math.inf:
             raise InputError(f"budget {path.problem.budget} is too small: every unit that may go now breaks the model")
         path.step([unit], score=rises[unit], objective=memo.at(path.drops | {unit}, path.drops), work=memo.work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from billhook.measure.cost import NEW_TOKENS, PROMPT_TOKENS, CostModel, Costs
 from billhook.plan.address import Address
@@ -56,7 +56,8 @@ def pose(
     new_tokens: int = NEW_TOKENS,
 ) -> Problem:
     """The task of meeting ``budget`` by dropping units of one kind ("block", "sublayer", "attention", "mlp", ...), of
-    one stack where it is named, for ``target``; FLOPs and cache are counted for the given workload.
+    one stack where it is named, for ``target``; FLOPs and cache are counted for the given workload. For the budget
+    ``until=cliff`` the ceiling is what is left when everything has gone that may: as far as a search can look.
 
     Raises InputError where it has no solution, before anything is searched.
     """
@@ -68,6 +69,10 @@ def pose(
     costs = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     problem = Problem(outline, budget, costs, budget.ceilings(costs.dense), candidates)
     least = costs.of(_all_that_can_go(problem))
+    if budget.until_cliff:
+        if least["params"] >= costs.dense["params"]:
+            raise InputError(f"budget {budget}: no {unit} of {where} may go without the others")
+        return replace(problem, ceilings={"params": least["params"]})
     for kind, ceiling in problem.ceilings.items():
         if not any(costs.saving(candidate)[kind] > 0 for candidate in candidates):
             raise InputError(f"budget {budget}: dropping one {unit} of {where} saves no {kind}; use another unit")
