@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from billhook.plan.address import Address
+from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import (
@@ -197,3 +198,38 @@ def hostile_run() -> Run:
             "seconds": {attack: 1.0},
         }
     )
+
+
+def comparison(blocks: int = 30, hostile: bool = False) -> Comparison:
+    """Five methods at two budgets; one of them cannot meet the second."""
+    paper, entries = outline(blocks), []
+    methods = {"sublayer-greedy": 2.0, "block-greedy": 2.6, "block-influence": 3.4, "evenly-spaced": 3.2, "random": 9.0}
+    nasty = "</script><script>owned = 1</script><b>" if hostile else ""
+    for share, steepness in ((0.9, 0.5), (0.8, 1.0)):
+        for recipe, factor in methods.items():
+            for seed in range(3 if recipe == "random" else 1):
+                sublayers = recipe == "sublayer-greedy"
+                damage = (factor + seed) ** steepness
+                every = max(1, round(1 / (1 - share)))
+                drops = [f"decoder.{i}.mlp" if sublayers else f"decoder.{i}" for i in range(seed, blocks, every)]
+                entry = Entry(
+                    recipe=recipe, seed=seed, baseline=recipe in ("evenly-spaced", "random"), asked=f"params={share}",
+                    target=Target.REMOTE if sublayers else Target.UNIFORM, drops=tuple(drops),
+                    realised={"params": share - 0.004}, work=3_000_000 if sublayers else 92_160, evaluations=100,
+                    seconds=12.0,
+                    evidence=(
+                        _evidence(f"builtin{nasty}", "calibration", 14.9, 14.9 * damage, damage, 0.5),
+                        _evidence("docstrings", "other", 17.0, 17.0 * damage * 1.1, damage, 0.4),
+                    ),
+                )  # fmt: skip
+                entries.append(entry)
+    refused = Entry(
+        recipe="attention-drop", seed=0, baseline=False, asked="params=0.8", target=Target.REMOTE,
+        refused=f"budget params=0.8 cannot be met{nasty}",
+    )  # fmt: skip
+    return Comparison(
+        model=f"a model{nasty}", outline=paper, calibration="builtin", tokens=3072,
+        budgets=("params=0.9", "params=0.8"), entries=(*entries, refused),
+        titles=dict.fromkeys([*methods, "attention-drop"], f"A title{nasty}"), environment={"torch": "2"},
+        seconds={"recipes": 700.0},
+    )  # fmt: skip

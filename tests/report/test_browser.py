@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example import example_run, hostile_run, inspection, two_stacks
+from example import comparison, example_run, hostile_run, inspection, two_stacks
 
 from billhook.plan.record import Run
+from billhook.report.comparison import comparison_page
 from billhook.report.page import page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
@@ -96,6 +97,16 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def test_draws_everything_and_asks_for_nothing(browser: Browser, run: Run, width: int, plots: list[int]) -> None:
     assert browser.open(page(run), width) == Seen(console=[], requests=[], drawn=plots)
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("hostile", [False, True])
+def test_a_comparison_draws_everything(browser: Browser, width: int, hostile: bool) -> None:
+    compared = comparison_page(comparison(hostile=hostile))
+    assert browser.open(compared, width) == Seen(console=[], requests=[], drawn=[1, 0, 0])
+    assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.driver.execute_script("return window.owned") is None
+    assert browser.driver.execute_script("return document.querySelectorAll('.grid .cell.cut').length") > 100
 
 
 def test_hostile_text_is_shown_not_run(browser: Browser) -> None:

@@ -1,0 +1,95 @@
+"""The page of a comparison says what its numbers say."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from example import comparison
+
+from billhook.plan.comparison import Comparison, Entry
+from billhook.plan.record import Interval
+from billhook.plan.target import Target
+from billhook.report.comparison import budget_in_words, comparison_page, passes
+from billhook.report.figures_comparison import front, kept, quality
+from billhook.report.recommendation import recommendation
+
+
+def only(found: Comparison, *recipes: str) -> Comparison:
+    return found.model_copy(update={"entries": tuple(e for e in found.entries if e.recipe in recipes)})
+
+
+def with_damage(entry: Entry, damage: float, spread: float = 0.0) -> Entry:
+    ratio = Interval(value=damage, low=damage - spread, high=damage + spread)
+    texts = tuple(text.model_copy(update={"perplexity_ratio": ratio}) for text in entry.evidence)
+    return entry.model_copy(update={"evidence": texts})
+
+
+def test_damage_is_the_geometric_mean_over_the_texts() -> None:
+    entry = comparison().entries[0]
+    ratios = [text.perplexity_ratio.value for text in entry.evidence]
+    assert entry.damage == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
+
+
+def test_entries_stand_in_the_order_of_their_damage_and_the_refused_apart() -> None:
+    found = comparison()
+    damages = [entry.damage for entry in found.at("params=0.8")]
+    assert damages == sorted(damages)
+    assert len(damages) == 7
+    page = comparison_page(found)
+    assert "attention-drop</b> does not apply: budget params=0.8 cannot be met" in page
+
+
+def test_nothing_is_below_the_front() -> None:
+    found = comparison()
+    best = front(found)
+    assert [entry.recipe for entry in best] == ["sublayer-greedy", "sublayer-greedy"]
+    for entry in (e for e in found.entries if e.evidence):
+        assert any(kept(b) <= kept(entry) and b.damage <= entry.damage for b in best)
+
+
+def test_the_advice_names_the_best_and_the_best_that_loads_anywhere() -> None:
+    first, *rest = recommendation(comparison())
+    assert first.startswith("Use sublayer-greedy: ")
+    assert first.endswith("If the result must load in any engine, use block-greedy.")
+    assert "At params=0.9, sublayer-greedy is best with" in rest[0]
+    assert "No better than evenly spaced removal somewhere: block-influence at params=0.9 and params=0.8." in rest
+
+
+def test_a_method_within_the_interval_of_the_best_is_named() -> None:
+    found = comparison()
+    two = [e for e in found.at("params=0.8") if e.recipe in ("sublayer-greedy", "block-greedy")]
+    close = found.model_copy(update={"budgets": ("params=0.8",)})
+    for spread, told in ((0.5, True), (0.01, False)):
+        entries = (with_damage(two[0], 2.0, spread), with_damage(two[1], 2.4, spread))
+        advice = recommendation(close.model_copy(update={"entries": entries}))
+        assert ("within its 95% interval on every text: block-greedy" in advice[1]) is told
+
+
+def test_the_best_overall_must_have_met_every_budget() -> None:
+    found = comparison()
+    lost = tuple(
+        e.model_copy(update={"refused": "no", "evidence": ()})
+        if (e.recipe, e.asked) == ("sublayer-greedy", "params=0.8")
+        else e
+        for e in found.entries
+    )
+    assert recommendation(found.model_copy(update={"entries": lost}))[0].startswith("Use block-greedy: ")
+
+
+def test_no_method_at_all() -> None:
+    found = only(comparison(), "attention-drop")
+    assert recommendation(found) == ["No method could meet any of these budgets on this model."]
+    assert quality(found) == []
+    assert "plotly" not in comparison_page(found).lower()
+
+
+def test_work_is_told_in_passes_over_the_calibration() -> None:
+    found = comparison()
+    entry = next(e for e in found.entries if e.target is Target.REMOTE and e.evidence)
+    assert passes(entry, found) == pytest.approx(3_000_000 / (30 * 3072))
+
+
+def test_budgets_in_words() -> None:
+    assert budget_in_words("params=0.8") == "80.0% of block parameters"
+    assert budget_in_words("size=100MB") == "size=100MB"
