@@ -65,7 +65,7 @@ def quality(comparison: Comparison) -> list[Picture]:
         entry = min(lines[label], key=kept)
         figure.add_annotation(
             x=kept(entry), y=math.log10(entry.damage), text=f"{plain(label)} {number(entry.damage)}×", showarrow=False,
-            xanchor="right", yanchor="top", font={"color": COMPRESSED},
+            xanchor="left", yanchor="middle", xshift=8, font={"color": COMPRESSED},
         )  # fmt: skip
     shares = [kept(e) for entries in lines.values() for e in entries]
     kind = budget_name(Budget.parse(comparison.budgets[0]).limits[0].kind)
