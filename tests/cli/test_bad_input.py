@@ -195,6 +195,10 @@ def test_a_plan_that_leaves_nothing(tiny_lm):
     refused(apply(tiny_lm, Plan.of([f"decoder.{i}" for i in range(5)])), "decoder", "at least one")
 
 
+def test_a_plan_that_drops_nothing(tiny_lm):
+    refused(apply(tiny_lm, Plan()), "nothing")
+
+
 def test_a_plan_of_another_model(tiny_lm):
     plan = Plan.of(["decoder.1"]).model_copy(update={"provenance": Provenance(model="0" * 64)})
     refused(apply(tiny_lm, plan), "another model")

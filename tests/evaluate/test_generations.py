@@ -1,7 +1,7 @@
 import pytest
 import torch
 from families import VOCABULARY, build
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from billhook.evaluate import PROMPTS, generate, generations
@@ -42,6 +42,31 @@ def test_greedy_continuation_without_the_prompt(model):
 def test_chat_template_is_used_where_there_is_one(model):
     text = generate(model, tokenizer(CHAT), "w7 w8", 6)
     assert text == tokenizer().decode(by_hand(model, [40, 7, 8, 41, 42], 6))
+
+
+@pytest.mark.parametrize(
+    ("template", "adds_bos", "begun"),
+    [
+        (None, True, [1, 7, 8]),
+        (None, False, [7, 8]),
+        ("<bos> " + CHAT, True, [1, 40, 7, 8, 41, 42]),
+        ("<bos> " + CHAT, False, [1, 40, 7, 8, 41, 42]),
+        (CHAT, True, [40, 7, 8, 41, 42]),
+    ],
+)
+def test_one_bos_where_the_tokenizer_says_so(model, template, adds_bos, begun):
+    """The template has the say where there is one; never two."""
+    asked = tokenizer(template)
+    asked.add_special_tokens({"bos_token": "<bos>"})
+    if adds_bos:
+        asked.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    seen = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0][0].tolist()))
+    generate(model, asked, "w7 w8", 1)
+    hook.remove()
+    assert seen[0] == begun
 
 
 def test_stored_settings_do_not_spoil_greedy():

@@ -25,6 +25,7 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 
 from billhook import export, models
 from billhook.anatomy import Anatomy, discover
+from billhook.measure.cost import cost
 from billhook.models import building
 from billhook.plan.check import units
 from billhook.plan.errors import InputError
@@ -62,6 +63,17 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] |
     return tensors
 
 
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of each stored tensor."""
+    return {name: tensor.nbytes for name, tensor in load_file(path).items()}
+
+
+def stored_buffers(model: PreTrainedModel) -> int:
+    """Bytes of what is stored and is no parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in parameters)
+
+
 @pytest.mark.parametrize("name", params)
 @given(data=st.data())
 @few
@@ -77,6 +89,10 @@ def test_every_family_and_form(name: str, data: st.DataObject) -> None:
         files = {path.name for path in (root / "memory").iterdir()}
         assert {path.name for path in (root / "disk").iterdir()} == files
         assert_same_tensors(load_file(root / "disk" / WEIGHTS), load_file(root / "memory" / WEIGHTS))
+        before, after = (sizes(root / folder / WEIGHTS) for folder in ("source", "disk"))
+        gone = 4 * (cost(anatomy.outline)["params"] - cost(anatomy.outline, plan.drops)["params"])
+        gone += stored_buffers(model) - stored_buffers(apply(model, anatomy, plan))
+        assert sum(before.values()) == sum(after.values()) + gone, "every byte is kept or was dropped by name"
         for text in files - {WEIGHTS}:
             assert (root / "disk" / text).read_text() == (root / "memory" / text).read_text(), text
 
