@@ -263,6 +263,17 @@ def test_other_models_of_the_class_are_unaffected(name: str) -> None:
         assert not torch.equal(logits(name, model, 2, None), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_cut_breaks_no_graph(name: str) -> None:
+    """The forward of a model with stubs is one graph to the compiler, as the dense model's is."""
+    model, anatomy = dense(name)
+    applied = apply(model, anatomy, [Address("decoder", 0, "attention"), Address("decoder", 2, "mlp")])
+    torch.compiler.reset()
+    inputs = FAMILIES[name].inputs(model, 2, None)
+    compiled = torch.compile(applied, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, use_cache=False)[0], applied(**inputs, use_cache=False)[0])
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])
 def test_an_impossible_plan_is_refused_before_anything_happens(name: str) -> None:
     model, anatomy = dense(name)
