@@ -13,7 +13,8 @@ import torch
 
 from billhook.plan.errors import InputError
 from billhook.plan.record import Run
-from billhook.recipes.compress import compress, workplace
+from billhook.recipes.compress import compress
+from billhook.recipes.workplace import workplace
 
 KILL = """
 import os, signal, sys

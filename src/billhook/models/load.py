@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from billhook.models import checks, hub
+from billhook.models.atomic import put_back
 from billhook.models.demo import demo
 from billhook.models.gguf import unpacked
 from billhook.models.quiet import quiet
@@ -83,6 +84,7 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
     if name == "demo":
         return demo()
     path = Path(name).expanduser()
+    put_back(path)
     if path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":

@@ -17,7 +17,7 @@ from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
 from billhook.plan.record import SearchRecord
-from billhook.recipes.opened import Opened
+from billhook.recipes.opened import Opened, versions
 from billhook.recipes.schema import Greedy, OneShot, Recipe, Span
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
@@ -127,6 +127,7 @@ def _ledger(place: Path, recipe: Recipe, model: Opened, windows: Windows) -> Led
         "device": str(model.model.device),
         "calibration": windows.fingerprint,
         "objective": recipe.objective,
+        **versions(),
     }
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
