@@ -106,7 +106,7 @@ def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any,
     architecture = named[0]
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         if auto_map and not own_code:
             raise InputError(
                 f"{folder} needs the Python code it came with ({settings.get('model_type')!r} is not part of "
