@@ -31,7 +31,7 @@ from billhook.plan.check import units
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply, checkpoint
-from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint
+from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint, rewrite
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 PLAN = Plan.of(["decoder.1", "decoder.3.mlp", "decoder.0.attention"])
@@ -191,6 +191,17 @@ def test_what_the_model_ignores_stays_behind(source: Path, tmp_path: Path) -> No
     edit(source, lambda t: t | {"model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(5)})
     apply_to_checkpoint(source, Plan.of(["decoder.1"]), tmp_path / "out")
     assert not any("inv_freq" in name for name in load_file(tmp_path / "out" / WEIGHTS))
+
+
+def test_the_head_of_another_task_stays_behind_as_in_loading(tmp_path: Path) -> None:
+    dense("bert")[0].save_pretrained(tmp_path / "source")
+    head = {"cls.seq_relationship.weight": torch.ones(2, 3), "cls.seq_relationship.bias": torch.ones(2)}
+    edit(tmp_path / "source", lambda tensors: tensors | head)
+    (tmp_path / "out").mkdir()
+    done = rewrite(tmp_path / "source", Plan.of(["encoder.1"]), tmp_path / "out")
+    assert done.left_out == models.load(tmp_path / "source").left_out == tuple(sorted(head))
+    assert not head.keys() & load_file(tmp_path / "out" / WEIGHTS).keys()
+    assert models.load(tmp_path / "out").left_out == ()
 
 
 def test_the_other_files_come_along(tiny_lm: Path, tmp_path: Path) -> None:

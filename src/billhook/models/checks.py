@@ -104,7 +104,12 @@ def check_keys(info: dict[str, Any], source: str, cls: type) -> tuple[str, ...]:
             f"{source}: weight {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}"
             + (f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else "")
         )
-    unexpected = set(info["unexpected_keys"])
+    return left_out(info["unexpected_keys"], source, cls)
+
+
+def left_out(unexpected: Collection[str], source: str, cls: type) -> tuple[str, ...]:
+    """The stored weights that the model has no place for, in order: the head of another task. InputError if one belongs
+    to a numbered part (a block, an expert)."""
     if numbered := {name for name in unexpected if any(part.isdecimal() for part in name.split("."))}:
         raise InputError(
             f"{source} has weights that {cls.__name__} has no place for: {_some(numbered)}; "
