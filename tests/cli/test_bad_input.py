@@ -263,6 +263,25 @@ def test_a_calibration_text_that_is_damaged(tiny_lm, here):
     refused(compress(tiny_lm, "--calibration", "text.jsonl"), "text.jsonl")
 
 
+# the length
+
+
+def test_more_new_tokens_than_the_model_has_positions(tiny_lm, monkeypatch):
+    refused(["generate", tiny_lm, "Why?", "--max-new-tokens", 600], "max_new_tokens is 600", "512 positions", "at most")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setattr("billhook.recipes.compress.find", never)
+    refused(compress(tiny_lm, "--max-new-tokens", 600), "max_new_tokens is 600", "512 positions", "at most")
+
+
+@pytest.mark.parametrize("amount", [0, -1])
+def test_no_new_tokens(tiny_lm, amount):
+    refused(["generate", tiny_lm, "Why?", "--max-new-tokens", amount], "--max-new-tokens")
+    refused(compress(tiny_lm, "--max-new-tokens", amount), "--max-new-tokens")
+
+
 # the place
 
 

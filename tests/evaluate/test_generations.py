@@ -90,6 +90,15 @@ def test_encoder_decoders_write_too():
     assert generate(build("t5"), tokenizer(), "w7 w8 w9", 4)
 
 
+def test_what_the_positions_cannot_hold_is_refused(model):
+    limit = model.config.max_position_embeddings
+    assert len(generate(model, tokenizer(), "w7 w8", limit - 2).split()) == limit - 2
+    with pytest.raises(InputError) as caught:
+        generate(model, tokenizer(), "w7 w8", limit - 1)
+    assert f"max_new_tokens is {limit - 1}, but LlamaForCausalLM has {limit} positions" in str(caught.value)
+    assert f"the prompt takes 2; at most {limit - 2} fit" in str(caught.value)
+
+
 def test_side_by_side(model):
     other = build("llama_bias")
     pairs = generations(model, other, tokenizer(), ["w7 w8", "w9"], max_new_tokens=3)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.data import calibration as windows_of
+from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.export.huggingface import save
 from billhook.measure.cost import quantities
@@ -67,6 +68,8 @@ def compress(
     require_causal(model.model, "compress")
     problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
     tokenizer = model.tokenizer
+    for prompt in PROMPTS:
+        prepared(model.model, tokenizer, prompt, max_new_tokens)
 
     with claimed(out) as place:
         with clock.step("measure"):
