@@ -175,6 +175,18 @@ def test_help_is_there_at_once():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "show", "sublayer-greedy"]])
+def test_recipes_are_there_at_once(arguments):
+    code = f"""
+import sys
+from billhook.cli import app
+app({arguments}, standalone_mode=False)
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sublayer-greedy" in done.stdout
+
+
 def test_recipes_are_listed_with_their_papers():
     shown = billhook("recipes").stdout
     listed = json.loads(billhook("recipes", "--json").stdout)["recipes"]
