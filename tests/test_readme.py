@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+WITH_CODE = [page for page in PAGES if page.name != "traps.md"]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
 def test_python_on_the_page_runs(page: Path, demo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
@@ -29,6 +32,17 @@ def test_every_command_in_the_table_exists() -> None:
     assert len(found) >= 7
     for command in found:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+
+
+def test_every_trap_names_tests_that_exist_or_says_that_it_is_not_built() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", (ROOT / "docs" / "traps.md").read_text("utf-8"), re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 63))
+    for number, _, tests in rows:
+        found = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert found or tests == "not built" or tests.startswith("not built ("), number
+        for file, test in found:
+            text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            assert re.search(rf"^def {test}\(", text, re.MULTILINE), f"{number}: {file}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -195,6 +195,10 @@ def test_a_plan_that_leaves_nothing(tiny_lm):
     refused(apply(tiny_lm, Plan.of([f"decoder.{i}" for i in range(5)])), "decoder", "at least one")
 
 
+def test_a_plan_that_drops_nothing(tiny_lm):
+    refused(apply(tiny_lm, Plan()), "nothing")
+
+
 def test_a_plan_of_another_model(tiny_lm):
     plan = Plan.of(["decoder.1"]).model_copy(update={"provenance": Provenance(model="0" * 64)})
     refused(apply(tiny_lm, plan), "another model")
@@ -257,6 +261,25 @@ def test_a_calibration_text_that_does_not_exist(tiny_lm, name):
 def test_a_calibration_text_that_is_damaged(tiny_lm, here):
     (here / "text.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     refused(compress(tiny_lm, "--calibration", "text.jsonl"), "text.jsonl")
+
+
+# the length
+
+
+def test_more_new_tokens_than_the_model_has_positions(tiny_lm, monkeypatch):
+    refused(["generate", tiny_lm, "Why?", "--max-new-tokens", 600], "max_new_tokens is 600", "512 positions", "at most")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the search has begun")
+
+    monkeypatch.setattr("billhook.recipes.compress.find", never)
+    refused(compress(tiny_lm, "--max-new-tokens", 600), "max_new_tokens is 600", "512 positions", "at most")
+
+
+@pytest.mark.parametrize("amount", [0, -1])
+def test_no_new_tokens(tiny_lm, amount):
+    refused(["generate", tiny_lm, "Why?", "--max-new-tokens", amount], "--max-new-tokens")
+    refused(compress(tiny_lm, "--max-new-tokens", amount), "--max-new-tokens")
 
 
 # the place

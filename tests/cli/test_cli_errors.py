@@ -67,11 +67,27 @@ def test_interrupted_where_there_is_nothing_to_resume(monkeypatch):
         ([*COMPRESS, "--max-new-tokens", "0"], "--max-new-tokens"),
         (["bench", "out"], "--against"),
         (["compres", "demo"], "compress"),
+        ([*COMPRESS, "--budgets", "params=0.7"], "--budget"),
+        ([*COMPRESS, "too", "much"], "too much"),
+        ([*COMPRESS, "--seed", "-1"], "--seed"),
+        (["--nonsense"], "--nonsense"),
+        (["recipes", "hide"], "hide"),
+        (["recipes", "show"], "NAME"),
     ],
 )
-def test_wrong_usage_names_what_is_wrong(monkeypatch, arguments, named):
+def test_wrong_usage_names_what_is_wrong_in_one_line(monkeypatch, arguments, named):
     calls = fake_recipe(monkeypatch, "compress", example_run())
     result = billhook(*arguments)
     assert result.exit_code == 2
+    assert result.stderr.startswith("billhook: error: ") and result.stderr.endswith("--help)\n")
+    assert len(result.stderr.splitlines()) == 1
     assert named in result.stderr
     assert result.stdout == "" and not calls
+
+
+@pytest.mark.parametrize("arguments", [[], ["compress"], ["bench"]])
+def test_nothing_given_is_answered_with_the_help(arguments):
+    result = billhook(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: billhook" in result.output and "--help" in result.output
+    assert "error" not in result.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def test_the_interface_is_the_one_that_scripts_rely_on():
     for command, options in expected.items():
         shown = billhook(command, "--help").stdout
         assert all(option in shown for option in options), command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_seed_is_handed_on_or_the_help_says_that_it_changes_nothing(monkeypatch, name):
+    calls = fake_recipe(monkeypatch, name, "text" if name == "generate" else RUN)
+    billhook(*COMMANDS[name], "--seed", 7)
+    shown = " ".join(billhook(name, "--help").stdout.split())
+    dead = re.search(r"--seed(, --dtype and --device)? changes? nothing", shown)
+    assert ("seed" in calls[0].__dict__) == (dead is None)
+    assert calls[0].__dict__.get("seed", 7) == 7
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "generate"])
@@ -162,6 +173,18 @@ def test_help_is_there_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "show", "sublayer-greedy"]])
+def test_recipes_are_there_at_once(arguments):
+    code = f"""
+import sys
+from billhook.cli import app
+app({arguments}, standalone_mode=False)
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "sublayer-greedy" in done.stdout
 
 
 def test_recipes_are_listed_with_their_papers():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from terminal import billhook
 from transformers import AutoModelForCausalLM
 
@@ -76,6 +78,20 @@ def test_apply_makes_the_same_checkpoint_from_the_plan(compressed, tiny_lm, tmp_
     assert run.plan.drops == record(content).plan.drops
     assert run.costs["params"].compressed == content["costs"]["params"]["compressed"]
     assert _tensors(again) == _tensors(out)
+
+
+def test_apply_says_which_weights_it_leaves_out(tiny_lm, tmp_path):
+    model = Path(shutil.copytree(tiny_lm, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors") | {"extra_head.weight": torch.ones(2, 2)}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "plan.json").write_text(Plan.of(["decoder.1"]).dumps())
+    result = billhook("apply", model, tmp_path / "plan.json", "--out", tmp_path / "out")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "left out  extra_head.weight" in result.stdout
+    assert "extra_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    assert Run.model_validate_json((tmp_path / "out" / "billhook.json").read_text()).environment == {
+        "weights left out": "extra_head.weight"
+    }
 
 
 def test_eval_against_the_dense_model(compressed, tiny_lm):

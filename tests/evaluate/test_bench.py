@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -5,7 +7,7 @@ from families import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from billhook.anatomy import discover
-from billhook.evaluate import DEFAULT, bench
+from billhook.evaluate import DEFAULT, bench, memory
 from billhook.evaluate.memory import memory_of, tensor_bytes
 from billhook.evaluate.workload import decode, fitting, prefill, prompt_ids, ready
 from billhook.measure import latency
@@ -157,6 +159,23 @@ def test_peak_is_not_made_up(dense):
     peak, cache = memory_of(dense, DECODE, prompt_ids(DECODE, dense))
     assert peak is None
     assert cache > 0
+
+
+@torch.no_grad()
+def test_peak_is_summed_over_all_devices_of_the_model(monkeypatch):
+    """Two devices that only say they are: each with 100 bytes of others' before, 107 and 109 at the highest."""
+    devices = [torch.device("cuda", i) for i in range(2)]
+    fake = SimpleNamespace(
+        parameters=lambda: iter([SimpleNamespace(device=d) for d in (*devices, devices[0])]), buffers=list, device="cpu"
+    )
+    reset = []
+    monkeypatch.setattr(memory, "prefill", lambda *_: ((), None))
+    monkeypatch.setattr(memory, "tensor_bytes", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 107 + 2 * device.index)
+    assert memory_of(fake, PREFILL, torch.zeros(1, 2))[0] == 7 + 9 + 1000
+    assert set(reset) == set(devices)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from families import VOCABULARY, build
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from billhook.evaluate import PROMPTS, generate, generations
@@ -44,6 +44,31 @@ def test_chat_template_is_used_where_there_is_one(model):
     assert text == tokenizer().decode(by_hand(model, [40, 7, 8, 41, 42], 6))
 
 
+@pytest.mark.parametrize(
+    ("template", "adds_bos", "begun"),
+    [
+        (None, True, [1, 7, 8]),
+        (None, False, [7, 8]),
+        ("<bos> " + CHAT, True, [1, 40, 7, 8, 41, 42]),
+        ("<bos> " + CHAT, False, [1, 40, 7, 8, 41, 42]),
+        (CHAT, True, [40, 7, 8, 41, 42]),
+    ],
+)
+def test_one_bos_where_the_tokenizer_says_so(model, template, adds_bos, begun):
+    """The template has the say where there is one; never two."""
+    asked = tokenizer(template)
+    asked.add_special_tokens({"bos_token": "<bos>"})
+    if adds_bos:
+        asked.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    seen = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0][0].tolist()))
+    generate(model, asked, "w7 w8", 1)
+    hook.remove()
+    assert seen[0] == begun
+
+
 def test_stored_settings_do_not_spoil_greedy():
     """And leave the model's own settings alone."""
     model = build("llama")
@@ -63,6 +88,15 @@ def test_ends_at_the_end_of_sequence():
 
 def test_encoder_decoders_write_too():
     assert generate(build("t5"), tokenizer(), "w7 w8 w9", 4)
+
+
+def test_what_the_positions_cannot_hold_is_refused(model):
+    limit = model.config.max_position_embeddings
+    assert len(generate(model, tokenizer(), "w7 w8", limit - 2).split()) == limit - 2
+    with pytest.raises(InputError) as caught:
+        generate(model, tokenizer(), "w7 w8", limit - 1)
+    assert f"max_new_tokens is {limit - 1}, but LlamaForCausalLM has {limit} positions" in str(caught.value)
+    assert f"the prompt takes 2; at most {limit - 2} fit" in str(caught.value)
 
 
 def test_side_by_side(model):

@@ -126,6 +126,16 @@ def test_a_width_that_llama_cpp_cannot_say_stops_its_converter(tmp_path: Path) -
     assert ["ffn_mult" in block["ffn"] for block in config["block_configs"]] == [True, False, True, False]
 
 
+def test_the_code_is_short_and_builds_on_the_installed_class(tmp_path: Path) -> None:
+    saved(MODELS["qwen2"](), tmp_path / "out")
+    texts = [path.read_text() for path in sorted((tmp_path / "out").glob("*_decilm.py"))]
+    assert [re.findall(r"^class DeciLM\w*\((.*)\)", text, re.M) for text in texts] == [
+        ["Qwen2Config"],
+        ["transformers.Qwen2ForCausalLM"],
+    ]
+    assert sum(bool(line.strip()) for text in texts for line in text.splitlines()) < 100
+
+
 def test_a_second_cut(tmp_path: Path) -> None:
     model = MODELS["llama"]()
     saved(model, tmp_path / "first", Plan.of(["decoder.1", "decoder.2.attention"], Target.DECI))

@@ -26,6 +26,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.surgery import apply
 from billhook.surgery.reopen import load
+from billhook.surgery.stubs import STUBS
 
 HETEROGENEOUS = Plan.of(["decoder.0.attention", "decoder.2.mlp", "decoder.3"])
 UNIFORM = Plan.of(["decoder.0", "decoder.3"], Target.UNIFORM)
@@ -172,6 +173,9 @@ def test_remote_code_is_short_and_needs_nothing_of_billhook(name: str) -> None:
     assert imported <= {"__future__", "collections", "functools", "typing", "torch", "transformers"}
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) < 100, f"{len(lines)} lines"
+    *rest, written = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [ast.unparse(base) for base in written.bases] == [f"transformers.{type(model).__name__}"]
+    assert {node.name for node in rest} <= {stub.__name__ for stub in STUBS.values()}, "no part of the model is copied"
     assert auto_classes(model.config, type(model).__name__)
 
 
@@ -180,8 +184,8 @@ import json, sys
 sys.modules["billhook"] = None  # importing it fails
 import torch, transformers
 from safetensors.torch import load_file, save_file
-for folder, auto in json.load(open(sys.argv[1])):
-    model, info = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+for folder, auto, code in json.load(open(sys.argv[1])):
+    model, info = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=code, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     inputs = load_file(folder + "/../inputs.safetensors")
     prompt = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
@@ -195,16 +199,17 @@ for folder, auto in json.load(open(sys.argv[1])):
 
 def test_loads_without_billhook(tmp_path: Path) -> None:
     jobs, expected = [], {}
-    for name in ("llama", "gemma3", "bart", "mixtral"):
+    for name in ("llama", "gemma3", "bart", "mixtral", "smollm3"):
         out = tmp_path / name / "out"
-        applied = saved(name, HETEROGENEOUS, out)
+        ordinary = name == "smollm3"  # and needs no code at all
+        applied = saved(name, UNIFORM if ordinary else HETEROGENEOUS, out)
         inputs = FAMILIES[name].inputs(applied, 2, None)
         save_file(inputs, out.parent / "inputs.safetensors")
         with torch.no_grad():
             prompt = FAMILIES[name].prompt(applied, 2)
             generated = applied.generate(**prompt, max_new_tokens=8, do_sample=False)
             expected[name] = {"logits": applied(**inputs).logits, "cached": generated, "uncached": generated}
-        jobs.append((str(out), min(config_of(out)["auto_map"])))
+        jobs.append((str(out), "AutoModelForCausalLM" if ordinary else min(config_of(out)["auto_map"]), not ordinary))
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     (tmp_path / "script.py").write_text(WITHOUT_BILLHOOK)
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, build
 from torch.nn.functional import cosine_similarity
+from torch.overrides import TorchFunctionMode
 
 from billhook.anatomy import discover
 from billhook.data import Windows
@@ -140,6 +143,49 @@ def test_padding_does_not_count(name: str, side: str) -> None:
     assert_same(padded, trace(model, anatomy, rows, EVERYTHING), 2e-5)
 
 
+def test_bfloat16_streams_are_summed_in_float64() -> None:
+    """Many tokens do not drown the last ones, and the order of batches does not matter."""
+    model = build("llama").bfloat16()
+    anatomy = discover(model)
+    batches = [{"input_ids": ids} for ids in IDS.repeat(6, 1).split([5, 1, 8, 2, 8])]
+    forth, back = (trace(model, anatomy, order, EVERYTHING) for order in (batches, batches[::-1]))
+    assert_same(forth, back, 1e-12)
+    streams = []
+    hook = model.model.layers[2].register_forward_hook(lambda _m, args, output: streams.append((args[0], output)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    x, y = (torch.cat([pair[i].flatten(0, 1) for pair in streams]).double() for i in (0, 1))
+    unit = Address("decoder", 2)
+    assert forth.means("cosine")[unit] == pytest.approx(cosine_similarity(x, y, -1).mean().item(), abs=1e-6)
+    assert forth.means("update")[unit] == pytest.approx(((y - x).norm(dim=-1) / x.norm(dim=-1)).mean().item(), rel=1e-6)
+
+
+class Largest(TorchFunctionMode):
+    """Values in the largest tensor that any torch function gives."""
+
+    values = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_memory_is_linear_in_tokens() -> None:
+    """In particular no token is compared with any other."""
+    model = build("llama")
+    anatomy = discover(model)
+    sizes = []
+    for rows in (4, 16):
+        with Largest() as largest:
+            trace(model, anatomy, [{"input_ids": IDS.repeat(rows // 4, 1)}], EVERYTHING)
+        sizes.append(largest.values)
+    assert 0 < sizes[1] <= 4 * sizes[0]
+
+
 def test_only_what_is_asked_for() -> None:
     model = build("llama")
     anatomy = discover(model)
@@ -198,9 +244,15 @@ def test_nothing_reached() -> None:
         trace(model, discover(model), [], ["block"])
 
 
-def test_model_is_left_as_it_was() -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_model_is_left_as_it_was(broken: bool) -> None:
+    """Also by an exception in the middle of a block."""
     model = build("llama").train()
-    trace(model, discover(model), Windows.of(IDS, "test"), EVERYTHING)
+    if broken:
+        with torch.no_grad():
+            model.model.layers[3].mlp.up_proj.weight[1, 1] = float("nan")
+    with pytest.raises(InputError) if broken else nullcontext():
+        trace(model, discover(model), Windows.of(IDS, "test"), EVERYTHING)
     assert all(m.training for m in model.modules())
     assert not any(m._forward_hooks for m in model.modules())
     assert not any("forward" in m.__dict__ for m in model.modules())

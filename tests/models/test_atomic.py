@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from billhook.models import building, check_out
+from billhook.models import building, check_out, locate
 from billhook.plan.errors import InputError
 
 
@@ -112,6 +112,71 @@ def test_a_killed_process_leaves_no_target(tmp_path: Path) -> None:
     with building(out) as fresh:
         (fresh / "billhook.json").write_text("whole")
     assert (out / "billhook.json").read_text() == "whole"
+
+
+KILLED_BETWEEN = """
+import os, pathlib, signal, sys
+from billhook.models.atomic import building
+rename = pathlib.Path.rename
+
+def dying(self, target):
+    if self.name.endswith(".building"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+
+pathlib.Path.rename = dying
+with building(sys.argv[1], overwrite=True) as fresh:
+    (fresh / "billhook.json").write_text("new")
+"""
+
+
+@pytest.fixture
+def orphan(tmp_path: Path) -> Path:
+    """The place of a folder that was moved aside by a run that was killed before it put another in its place."""
+    out = tmp_path / "out[1]"
+    out.mkdir()
+    (out / "billhook.json").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists() and any(name.endswith(".old") for name in names(tmp_path))
+    return out
+
+
+def test_what_a_killed_run_moved_aside_is_put_back_by_the_next_one(orphan: Path) -> None:
+    with pytest.raises(InputError, match=r"already exists.*--overwrite"):
+        check_out(orphan)
+    assert (orphan / "billhook.json").read_text() == "old"
+    assert not any(name.endswith(".old") for name in names(orphan.parent))
+    with building(orphan, overwrite=True) as fresh:
+        (fresh / "billhook.json").write_text("new")
+    assert (orphan / "billhook.json").read_text() == "new"
+
+
+def test_what_a_killed_run_moved_aside_is_put_back_for_reading(orphan: Path) -> None:
+    assert locate(orphan) == orphan
+    assert (orphan / "billhook.json").read_text() == "old"
+
+
+def test_a_run_that_is_at_it_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "billhook.json").write_text("old")
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        if self.name.endswith(".building"):
+            assert not out.exists()
+            code = (
+                "import sys, pathlib\nfrom billhook.models.atomic import put_back\nput_back(pathlib.Path(sys.argv[1]))"
+            )
+            subprocess.run([sys.executable, "-c", code, str(out)], check=True)
+            assert not out.exists()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    with building(out, overwrite=True) as fresh:
+        (fresh / "billhook.json").write_text("new")
+    assert (out / "billhook.json").read_text() == "new" and names(tmp_path) == {"out"}
 
 
 def test_a_config_of_something_else_is_no_model(tmp_path: Path) -> None:

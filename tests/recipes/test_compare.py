@@ -20,8 +20,8 @@ from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
-from billhook.recipes.compress import workplace
 from billhook.recipes.settings import CALIBRATION_TOKENS, EVALUATION_TOKENS
+from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
 FEW = ("block-influence", "sublayer-greedy", "block-greedy")
@@ -125,9 +125,18 @@ def test_budgets_side_by_side(text: str, expected: list[str]) -> None:
         ("params=0.9,1.5", "1.5"),
         ("joy=0.9", "joy"),
         ("params=0.9,", "params="),
+        ("until=cliff", "a comparison needs amounts"),
     ],
 )
 def test_bad_budgets(text: str, message: str, tiny_lm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         compare(tiny_lm, budgets=text, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_comparison_is_replaced_when_asked(tiny_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for overwrite in (False, True):
+        compare(tiny_lm, budgets="params=0.9", out=out, recipes=["block-influence"], overwrite=overwrite)
+    with pytest.raises(InputError, match="already exists"):
+        compare(tiny_lm, budgets="params=0.9", out=out)

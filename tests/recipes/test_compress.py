@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from billhook.plan.errors import InputError
 from billhook.plan.record import Run
-from billhook.recipes.compress import compress, workplace
+from billhook.recipes.compress import compress
+from billhook.recipes.workplace import workplace
 
 KILL = """
 import os, signal, sys
@@ -55,6 +58,41 @@ def test_killed_and_run_again(where: str, whole: tuple[Run, Path], tiny_lm: Path
     weights = "model.safetensors"
     assert (out / weights).read_bytes() == (whole[1] / weights).read_bytes()
     assert not workplace(out).exists()
+
+
+JOBS = """
+import sys
+from billhook.recipes.compress import compress
+source, place, *recipes = sys.argv[1:]
+for number, recipe in enumerate(recipes):
+    compress(source, budget="params=0.7", out=f"{place}/{number}", recipe=recipe, max_new_tokens=4)
+"""
+
+
+def test_two_runs_in_one_process_are_two_processes(tiny_lm: Path, tmp_path: Path) -> None:
+    """What a first run leaves in the process changes nothing of a second one."""
+    recipes = ("sublayer-greedy", "block-greedy")
+    for name, jobs in (("both", recipes), ("second", recipes[1:])):
+        subprocess.run([sys.executable, "-c", JOBS, tiny_lm, tmp_path / name, *jobs], check=True, capture_output=True)
+    after, alone = (tmp_path / place for place in ("both/1", "second/0"))
+    one, two = (Run.model_validate_json((out / "billhook.json").read_text()) for out in (after, alone))
+    assert one.plan == two.plan
+    assert one.search == two.search and one.measures == two.measures
+    assert one.evidence == two.evidence and one.generations == two.generations
+    assert (after / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    assert (after / "config.json").read_text() == (alone / "config.json").read_text()
+
+
+def test_memory_that_runs_out_is_not_worked_around(tiny_lm: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """No smaller batch, no other text: the run ends, and says why."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        compress(tiny_lm, budget="params=0.7", out=tmp_path / "out", recipe="block-influence")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_record_is_what_was_returned(whole: tuple[Run, Path]) -> None:

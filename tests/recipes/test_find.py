@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
+from billhook.recipes import opened
 from billhook.recipes.catalogue import load
-from billhook.recipes.find import _share, find, require_path
+from billhook.recipes.find import _ledger, _share, find, require_path
 from billhook.recipes.schema import Greedy, OneShot, Recipe
 from billhook.search import Memo, greedy, pose
 from billhook.search.cliff import cliff
@@ -46,6 +48,18 @@ def test_a_share_has_its_own_name_and_fingerprint_and_the_whole_keeps_its() -> N
     assert part.fingerprint == Windows.of(windows.ids[[0, 4]], "again").fingerprint != windows.fingerprint
 
 
+@pytest.mark.parametrize("name", ["billhook", "torch", "transformers"])
+def test_figures_of_other_versions_are_not_taken_over(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    model = SimpleNamespace(model=build("llama"))
+    windows = numbered(4)
+    before = _ledger(tmp_path, "kl", model, windows)
+    assert before.header[name] == metadata.version(name)
+    before.record(("decoder.1",), 1.0, 1)
+    assert _ledger(tmp_path, "kl", model, windows).entries
+    monkeypatch.setattr(opened, "version", lambda asked: "99" if asked == name else metadata.version(asked))
+    assert not _ledger(tmp_path, "kl", model, windows).entries
+
+
 def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:
     ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(2))
     windows = Windows.of(ids, "noise")
@@ -54,8 +68,8 @@ def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:
     problem = pose(anatomy.outline, Budget.parse("blocks=3"), "block")
     choice = Greedy(word="greedy", screen=0.5)
     recipe = Recipe(name="mine", title="Mine", unit="block", objective="kl", choice=choice)
-    opened = SimpleNamespace(model=model, anatomy=anatomy)
-    found = find(recipe, opened, problem, windows, Trace(), seed=0, place=tmp_path, progress=None)
+    dense = SimpleNamespace(model=model, anatomy=anatomy)
+    found = find(recipe, dense, problem, windows, Trace(), seed=0, place=tmp_path, progress=None)
 
     [rises] = found.importance.values()
     estimates = {Address.parse(unit): rise for unit, rise in rises.items()}

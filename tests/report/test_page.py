@@ -11,6 +11,7 @@ from example import example_run, hostile_run, inspection, outline, two_stacks
 
 from billhook.plan.plan import Plan
 from billhook.plan.record import Measures, Run
+from billhook.report.card import card
 from billhook.report.cuts import columns
 from billhook.report.page import page, write_report
 
@@ -46,6 +47,13 @@ def test_headline_holds_the_numbers() -> None:
     assert "goes from 9.42 to 24.8 (2.63 times), agreeing with the original on 57.1% of next tokens." in text
     assert "79.2% asked: 80.0%" in text
     assert "1.23×" in text
+
+
+def test_a_gain_in_speed_names_its_engine() -> None:
+    run = example_run()
+    named = [t.model_copy(update={"engine": "that engine, those threads"}) for t in run.timings]
+    assert "that engine, those threads" in words(page(run.model_copy(update={"timings": tuple(named)})))
+    assert "that engine, those threads" in card(run.model_copy(update={"timings": tuple(named)}))
 
 
 @pytest.mark.parametrize(

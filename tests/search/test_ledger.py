@@ -129,7 +129,16 @@ def test_the_ledger_of_another_search_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_ledger_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "l.jsonl"
-    for row in ("{", "[]", '{"drops": ["decoder.1"], "value": 1.0}', '{"drops": 3, "value": 1.0, "work": 1}', "null"):
+    figures = ("NaN", '"1.0"', "true", "null", "[1.0]")
+    rows = [f'{{"drops": ["decoder.1"], "value": {figure}, "work": 1}}' for figure in figures]
+    for row in (
+        *rows,
+        "{",
+        "[]",
+        '{"drops": ["decoder.1"], "value": 1.0}',
+        '{"drops": 3, "value": 1.0, "work": 1}',
+        "null",
+    ):
         path.write_text(json.dumps({"ledger": 1, **HEADER}) + f"\n{row}\n")
         with pytest.raises(InputError, match=r"is damaged in line 2; remove it to search anew"):
             Ledger(path, HEADER)

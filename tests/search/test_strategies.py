@@ -99,6 +99,18 @@ def test_where_losses_add_up_worse_lazy_is_plain_at_a_fraction_of_the_work(seed:
     assert lazy.work < plain.work / 3
 
 
+def test_a_lucky_first_look_is_looked_at_again_before_it_decides() -> None:
+    """An estimate from little text that is far too low drops nothing by itself."""
+    posed = problem(8, "params=0.85", "block")
+    objective = Synthetic(8)
+    dearest = max(posed.candidates, key=objective.weight)
+    estimates = {unit: objective.weight(unit) for unit in posed.candidates} | {dearest: -100.0}
+    found = greedy(posed, Memo(objective), estimates=estimates)
+    assert dearest not in found.drops
+    assert found.drops == greedy(posed, Memo(Synthetic(8))).drops
+    assert frozenset({dearest}) in objective.asked
+
+
 def test_block_normalisation_of_scores() -> None:
     posed = problem(8, "params=0.9")
     # An mlp has three times the parameters: at twice the importance it is the better bargain.

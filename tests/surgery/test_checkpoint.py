@@ -25,12 +25,13 @@ from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalL
 
 from billhook import export, models
 from billhook.anatomy import Anatomy, discover
+from billhook.measure.cost import cost
 from billhook.models import building
 from billhook.plan.check import units
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply, checkpoint
-from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint
+from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint, rewrite
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 PLAN = Plan.of(["decoder.1", "decoder.3.mlp", "decoder.0.attention"])
@@ -62,6 +63,17 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] |
     return tensors
 
 
+def sizes(path: Path) -> dict[str, int]:
+    """Bytes of each stored tensor."""
+    return {name: tensor.nbytes for name, tensor in load_file(path).items()}
+
+
+def stored_buffers(model: PreTrainedModel) -> int:
+    """Bytes of what is stored and is no parameter."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return sum(tensor.nbytes for name, tensor in model.state_dict().items() if name not in parameters)
+
+
 @pytest.mark.parametrize("name", params)
 @given(data=st.data())
 @few
@@ -77,6 +89,10 @@ def test_every_family_and_form(name: str, data: st.DataObject) -> None:
         files = {path.name for path in (root / "memory").iterdir()}
         assert {path.name for path in (root / "disk").iterdir()} == files
         assert_same_tensors(load_file(root / "disk" / WEIGHTS), load_file(root / "memory" / WEIGHTS))
+        before, after = (sizes(root / folder / WEIGHTS) for folder in ("source", "disk"))
+        gone = 4 * (cost(anatomy.outline)["params"] - cost(anatomy.outline, plan.drops)["params"])
+        gone += stored_buffers(model) - stored_buffers(apply(model, anatomy, plan))
+        assert sum(before.values()) == sum(after.values()) + gone, "every byte is kept or was dropped by name"
         for text in files - {WEIGHTS}:
             assert (root / "disk" / text).read_text() == (root / "memory" / text).read_text(), text
 
@@ -175,6 +191,17 @@ def test_what_the_model_ignores_stays_behind(source: Path, tmp_path: Path) -> No
     edit(source, lambda t: t | {"model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(5)})
     apply_to_checkpoint(source, Plan.of(["decoder.1"]), tmp_path / "out")
     assert not any("inv_freq" in name for name in load_file(tmp_path / "out" / WEIGHTS))
+
+
+def test_the_head_of_another_task_stays_behind_as_in_loading(tmp_path: Path) -> None:
+    dense("bert")[0].save_pretrained(tmp_path / "source")
+    head = {"cls.seq_relationship.weight": torch.ones(2, 3), "cls.seq_relationship.bias": torch.ones(2)}
+    edit(tmp_path / "source", lambda tensors: tensors | head)
+    (tmp_path / "out").mkdir()
+    done = rewrite(tmp_path / "source", Plan.of(["encoder.1"]), tmp_path / "out")
+    assert done.left_out == models.load(tmp_path / "source").left_out == tuple(sorted(head))
+    assert not head.keys() & load_file(tmp_path / "out" / WEIGHTS).keys()
+    assert models.load(tmp_path / "out").left_out == ()
 
 
 def test_the_other_files_come_along(tiny_lm: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from live import assert_cache_is_exact, drops, generate, inputs_of, logits, poss
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.config import resolve
 from billhook.plan.address import Address
 from billhook.plan.check import normalise, survivors
 from billhook.plan.errors import InputError
@@ -204,6 +205,27 @@ def test_without_blocks_the_stock_class_builds_the_same_model_from_the_saved_con
 
 
 @pytest.mark.parametrize("name", params)
+def test_every_list_of_a_config_that_has_an_entry_a_block_loses_the_right_ones(name: str) -> None:
+    """Also one under a name that nobody has met yet."""
+    model = build(name)
+    anatomy = discover(model)
+    for stack in anatomy.stacks:
+        for owner in {counter.owner for counter in stack.counters}:
+            resolve(model, owner).per_block_of_tomorrow = [f"block {i}" for i in range(len(stack.blocks))]
+        blocks = [a for a, _ in anatomy.outline.blocks() if a.stack == stack.name]
+        chosen = next((a for a in blocks if possible([a], anatomy.outline)), None)
+        if chosen is None:  # every block is pinned
+            continue
+        applied = apply(model, anatomy, [chosen])
+        for owner in {counter.owner for counter in stack.counters}:
+            old, new = (vars(resolve(m, owner)) for m in (model, applied))
+            lists = {key for key, value in old.items() if isinstance(value, list) and len(value) == len(stack.blocks)}
+            assert "per_block_of_tomorrow" in lists
+            for key in lists - {"stage_names"}:  # of a backbone: one more than blocks are left
+                assert new[key] == [value for i, value in enumerate(old[key]) if i != chosen.block], (owner, key)
+
+
+@pytest.mark.parametrize("name", params)
 def test_hidden_states_asked_for_first_inside_a_simulation(name: str) -> None:
     model, expected = build(name), build(name)
     anatomy = discover(model)
@@ -239,6 +261,17 @@ def test_other_models_of_the_class_are_unaffected(name: str) -> None:
         assert snapshot(other) == before
         assert torch.equal(logits(name, other, 2, None), expected)
         assert not torch.equal(logits(name, model, 2, None), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_cut_breaks_no_graph(name: str) -> None:
+    """The forward of a model with stubs is one graph to the compiler, as the dense model's is."""
+    model, anatomy = dense(name)
+    applied = apply(model, anatomy, [Address("decoder", 0, "attention"), Address("decoder", 2, "mlp")])
+    torch.compiler.reset()
+    inputs = FAMILIES[name].inputs(model, 2, None)
+    compiled = torch.compile(applied, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs, use_cache=False)[0], applied(**inputs, use_cache=False)[0])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5"])

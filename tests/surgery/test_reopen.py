@@ -26,6 +26,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply
+from billhook.surgery.checkpoint import apply_to_checkpoint
 from billhook.surgery.reopen import load
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
@@ -168,6 +169,40 @@ def test_a_config_that_skips_something_else_is_refused(changes: dict[str, Any], 
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=message):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "field"),
+    [
+        ([], "per_layer_config must be an object"),
+        ("mlp", "per_layer_config must be an object"),
+        ({"a": {"skip": ["mlp"]}}, "per_layer_config.a must have the number of a block"),
+        ({"-1": {"skip": ["mlp"]}}, "per_layer_config.-1 must have the number of a block"),
+        ({"1": ["mlp"]}, "per_layer_config.1 must be an object"),
+        ({"1": None}, "per_layer_config.1 must be an object"),
+        ({"1": {"skip": "mlp"}}, "per_layer_config.1.skip must be a list"),
+        ({"1": {"skip": {"mlp": 1}}}, "per_layer_config.1.skip must be a list"),
+        ({"1": {"skip": [3]}}, "per_layer_config.1.skip must be a list"),
+        ({"99": {"skip": ["mlp"]}}, "per_layer_config"),
+        ({"1": {"hidden_size": 20}}, "hidden_size"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_invalid_per_layer_config_is_one_line_with_file_and_field(
+    value: Any, field: str, nested: bool, tmp_path: Path
+) -> None:
+    dense("gemma3_image" if nested else "llama")[0].save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text())
+    (content["text_config"] if nested else content)["per_layer_config"] = value
+    path.write_text(json.dumps(content))
+    for read in (load, lambda folder: apply_to_checkpoint(folder, Plan.of(["decoder.3"]), tmp_path / "out")):
+        with pytest.raises(InputError) as caught:
+            read(tmp_path / "model")
+        assert "\n" not in str(caught.value)
+        assert str(path) in str(caught.value) and field in str(caught.value)
+        if "must" in field:
+            assert f"{'text_config.' * nested}{field}" in str(caught.value)
 
 
 def test_two_stacks_are_told_apart(tmp_path: Path) -> None:

@@ -28,12 +28,23 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count it
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
+_UsageError: Any = typer.BadParameter.__base__  # typer brings its own click, or uses the one that is installed
+
+
 class _Commands(TyperGroup):
     """Turns what a user can do something about into one line; anything else keeps its traceback."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except _UsageError as error:
+            _misused(error)
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except _UsageError as error:
+            _misused(error)
         except InputError as error:
             _fail(f"error: {error}", USAGE_ERROR)
         except OSError as error:
@@ -44,6 +55,12 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             resumes = ctx.invoked_subcommand in ("compress", "compare")
             _fail(f"interrupted{'; run the same command again to resume' if resumes else ''}", INTERRUPTED)
+
+
+def _misused(error: Any) -> NoReturn:
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was given at all
+        raise error
+    _fail(f"error: {error.format_message().rstrip('.')} (see {error.ctx.command_path} --help)", USAGE_ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -22,7 +22,7 @@ def generate(
 ) -> None:
     """Let the model in DIR answer PROMPT, or continue it where it knows no chat.
 
-    Always the likeliest next token, so the same command prints the same text.
+    Always the likeliest next token, so the same command prints the same text: --seed changes nothing here.
 
     [dim]Example:[/] billhook generate out/demo "Why is the sky blue?"
     """
@@ -32,7 +32,6 @@ def generate(
         folder,
         prompt,
         max_new_tokens=max_new_tokens,
-        seed=seed,
         dtype=dtype.chosen,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -31,18 +31,17 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
         return
     from billhook.recipes import catalogue
 
-    found = catalogue.recipes()
     if as_json:
-        print_json({"recipes": [recipe.model_dump(mode="json") for recipe in found]})
+        print_json({"recipes": [recipe.model_dump(mode="json") for recipe in catalogue.recipes()]})
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for recipe in found:
-        default = "  (default)" if recipe.name == catalogue.DEFAULT else ""
-        table.add_row(recipe.name, Text.assemble(recipe.title, (default, "dim")))
-        if recipe.paper:
-            table.add_row("", Text(recipe.paper.citation, style="dim"))
+    for recipe in catalogue.summaries():
+        default = "  (default)" if recipe["name"] == catalogue.DEFAULT else ""
+        table.add_row(recipe["name"], Text.assemble(recipe["title"], (default, "dim")))
+        if "paper" in recipe:
+            table.add_row("", Text(recipe["paper"]["citation"], style="dim"))
     print_views(table)
 
 
@@ -54,8 +53,8 @@ def show(name: Name, as_json: options.Json = False) -> None:
     """
     from billhook.recipes import catalogue
 
-    recipe = catalogue.load(name)
+    source = catalogue.source_of(name)
     if as_json:
-        print_json(recipe.model_dump(mode="json"))
+        print_json(catalogue.load(name).model_dump(mode="json"))
     else:
-        typer.echo(catalogue.source_of(recipe.name), nl=False)
+        typer.echo(source, nl=False)

@@ -22,7 +22,7 @@ _FILES = {
 
 
 def cut(run: Run) -> Table:
-    """Asked, realised, what was cut and what it took, a line each."""
+    """Asked, realised, what was cut, which weights have no place in the model, and what it took, a line each."""
     asked = run.asked or run.plan.budget or ""
     kinds = [part.partition("=")[0].strip() for part in asked.split(",")]
     kinds = [kind for kind in kinds if kind in run.realised] or ["params"]  # until=cliff names none
@@ -31,6 +31,7 @@ def cut(run: Run) -> Table:
         "asked": asked,
         "realised": ", ".join(f"{percent(share)} of {kind}" for kind, share in kept.items()),
         "cut": cut_line(run),
+        "left out": run.environment.get("weights left out", ""),
         "target": str(run.plan.target),
         "took": _took(run),
     }

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from billhook.evaluate.causal import require_causal
+from billhook.evaluate.causal import positions, require_causal
 from billhook.evaluate.ideal import kept_share, without_blocks
 from billhook.evaluate.intervals import quartiles
 from billhook.evaluate.memory import memory_of
@@ -127,11 +127,11 @@ def _tick(progress: Progress | None, workload: Workload, done: Iterator[int], to
 
 def _check(workload: Workload, model: PreTrainedModel) -> None:
     needed = workload.prompt_tokens + workload.new_tokens
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(model)
     if workload.batch < 1 or workload.prompt_tokens < 1 or workload.new_tokens < 0:
         raise InputError(f"workload {workload.name} needs at least one sequence of one prompt token")
-    if positions is not None and needed > positions:
+    if limit is not None and needed > limit:
         raise InputError(
-            f"workload {workload.name} takes {needed} tokens, but {type(model).__name__} has {positions} positions; "
+            f"workload {workload.name} takes {needed} tokens, but {type(model).__name__} has {limit} positions; "
             "a shorter workload would fit"
         )

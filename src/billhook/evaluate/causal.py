@@ -20,6 +20,12 @@ def require_causal(model: PreTrainedModel, purpose: str) -> None:
         raise InputError(f"{purpose} needs a causal language model: {type(model).__name__} {reason}")
 
 
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can tell apart by place; None where its config names no limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def vocabulary(model: PreTrainedModel) -> int:
     """Number of logits per token."""
     return int(model.get_output_embeddings().weight.shape[0])

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from billhook.evaluate.causal import positions
 from billhook.measure.patch import observing
 from billhook.plan.errors import InputError
 from billhook.plan.record import Generation
@@ -52,9 +53,25 @@ def generate(
 ) -> str:
     """The greedy answer (chat template) or continuation (tokenizer without one), without the prompt.
 
-    Ends at the end-of-sequence token or after ``max_new_tokens``. Raises InputError for a model that cannot generate, a
-    missing tokenizer, a prompt of no tokens, or a length below 1.
+    Ends at the end-of-sequence token or after ``max_new_tokens``. Raises InputError as ``prepared`` does.
     """
+    inputs = prepared(model, tokenizer, prompt, max_new_tokens)
+    assert tokenizer is not None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with observing(model):
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)[0]
+    length = inputs["input_ids"].shape[1]
+    text: str = tokenizer.decode(
+        output if model.config.is_encoder_decoder else output[length:], skip_special_tokens=True
+    )
+    return text
+
+
+def prepared(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompt: str, max_new_tokens: int
+) -> BatchEncoding:
+    """The tokens of a prompt on the model's device. Raises InputError for a model that cannot generate, a missing
+    tokenizer, a prompt of no tokens, a length below 1, or one that with the prompt exceeds the model's positions."""
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} cannot generate text; a model with a language head can")
     if tokenizer is None:
@@ -65,13 +82,13 @@ def generate(
     length = inputs["input_ids"].shape[1]
     if length == 0:
         raise InputError(f"prompt {prompt!r} has no tokens; it must have at least one")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with observing(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)[0]
-    text: str = tokenizer.decode(
-        output if model.config.is_encoder_decoder else output[length:], skip_special_tokens=True
-    )
-    return text
+    limit, taken = positions(model), 0 if model.config.is_encoder_decoder else length
+    if limit is not None and taken + max_new_tokens > limit:
+        raise InputError(
+            f"max_new_tokens is {max_new_tokens}, but {type(model).__name__} has {limit} positions, of which the "
+            f"prompt takes {taken}; at most {max(limit - taken, 0)} fit"
+        )
+    return inputs
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> BatchEncoding:

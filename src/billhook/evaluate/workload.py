@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.evaluate.causal import vocabulary
+from billhook.evaluate.causal import positions, vocabulary
 from billhook.measure.latency import Timed
 from billhook.plan.record import Workload
 
@@ -23,12 +23,10 @@ DEFAULT = (PREFILL, DECODE_1, DECODE_8)
 
 def fitting(model: PreTrainedModel) -> tuple[Workload, ...]:
     """The default workloads, their prompts cut to the positions that the model has."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    limit = positions(model)
+    if limit is None:
         return DEFAULT
-    return tuple(
-        w.model_copy(update={"prompt_tokens": min(w.prompt_tokens, positions - w.new_tokens)}) for w in DEFAULT
-    )
+    return tuple(w.model_copy(update={"prompt_tokens": min(w.prompt_tokens, limit - w.new_tokens)}) for w in DEFAULT)
 
 
 def prompt_ids(workload: Workload, model: PreTrainedModel) -> Tensor:

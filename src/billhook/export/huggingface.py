@@ -18,7 +18,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
-from billhook.surgery.checkpoint import rewrite
+from billhook.surgery.checkpoint import Rewritten, rewrite
 from billhook.surgery.live import drops_of
 from billhook.surgery.reopen import on_meta
 from billhook.surgery.skips import read_skips, skips_after, write_skips
@@ -62,11 +62,11 @@ def save_checkpoint(
     return Path(out)
 
 
-def write_checkpoint(source: Path, plan: Plan, folder: Path) -> Anatomy:
-    """As ``save_checkpoint``, from a folder into an existing empty one. Returns the anatomy of the source."""
-    small, anatomy, skips = rewrite(source, plan, folder)
-    _put(_dressed(small.config, small, anatomy, skips, plan.target), small.config, folder)
-    return anatomy
+def write_checkpoint(source: Path, plan: Plan, folder: Path) -> Rewritten:
+    """As ``save_checkpoint``, from a folder into an existing empty one."""
+    done = rewrite(source, plan, folder)
+    _put(_dressed(done.small.config, done.small, done.anatomy, done.skips, plan.target), done.small.config, folder)
+    return done
 
 
 def _dressed(config: Any, model: Any, anatomy: Anatomy, skips: frozenset[Address], target: Target) -> dict[str, Any]:

@@ -7,7 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from billhook.plan.errors import InputError
 
@@ -18,9 +21,11 @@ def check_out(
     """The absolute path of ``out``; InputError if a result could not or must not be put there.
 
     An existing folder is only replaced with ``overwrite``, and only if it is empty or holds a model or a result of
-    Billhook; never with one that is, or holds, the ``source`` that is read. Nothing is made.
+    Billhook; never with one that is, or holds, the ``source`` that is read. Nothing is made; what a killed run had
+    moved aside is put back first.
     """
     path = Path(out).absolute()
+    put_back(path)
     origin = Path(source).expanduser().resolve() if source is not None else None
     if origin is not None and origin.exists() and path.resolve() in (origin, *origin.parents):
         raise InputError(f"output folder {out} holds the model that is read; name another folder")
@@ -40,9 +45,12 @@ def check_out(
 
 def _replaceable(folder: Path) -> bool:
     """Whether a folder is a result of Billhook or a model: a ``config.json`` alone may belong to anything."""
-    if (folder / "billhook.json").is_file():
+    if any((folder / record).is_file() for record in ("billhook.json", "comparison.json")):
         return True
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+_BUSY = ".busy"  # held by the run that is replacing a folder, and let go by the system if it is killed
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def building(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[P
 
     Raises InputError before anything is written where ``check_out`` would. A killed process leaves ``out`` as it was
     (and a hidden folder ``.NAME.*.building`` beside it). An old target is moved aside before the new one takes its
-    place, and put back if that fails.
+    place, and put back if that fails; where the process is killed just then, ``put_back`` does it later.
     """
     path = check_out(out, overwrite)
     try:
@@ -73,14 +81,30 @@ def _move(fresh: Path, path: Path, overwrite: bool) -> None:
         return
     check_out(path, overwrite)  # it may have appeared while we were building
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / path.name)
-    try:
-        fresh.rename(path)
-    except OSError:
-        (old / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(old)
+    with FileLock(old / _BUSY):
+        path.rename(old / path.name)
+        try:
+            fresh.rename(path)
+        except OSError:
+            (old / path.name).rename(path)
+            raise
+        finally:
+            shutil.rmtree(old)
+
+
+def put_back(path: Path) -> None:
+    """Where a run was killed while it replaced ``path``, so that nothing is there: the old folder is moved back.
+    Does nothing otherwise, nor while a run is at it."""
+    if os.path.lexists(path):
+        return
+    for old in sorted(path.parent.glob(f".{escape(path.name)}.*.old")):
+        try:
+            with FileLock(old / _BUSY, timeout=0):
+                if (old / path.name).is_dir() and not os.path.lexists(path):
+                    (old / path.name).rename(path)
+                    shutil.rmtree(old)
+        except Timeout:
+            continue
 
 
 def _umask() -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from billhook.plan.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
+_PER_LAYER = "per_layer_config"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -31,7 +32,28 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantization := content.get("quantization_config"):
         method = quantization.get("quant_method", "an unknown method") if isinstance(quantization, dict) else "?"
         raise InputError(f"{folder} holds weights quantised by {method}; give the checkpoint from before quantisation")
+    _check_per_layer(content, str(path), "")
     return content
+
+
+def _check_per_layer(content: dict[str, Any], path: str, place: str) -> None:
+    """InputError if a ``per_layer_config``, at any depth, is not of the form that transformers reads."""
+    for key, value in content.items():
+        if key != _PER_LAYER:
+            if isinstance(value, dict):
+                _check_per_layer(value, path, f"{place}{key}.")
+            continue
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f'{path}: {place}{key} must be an object such as {{"2": {{"skip": ["mlp"]}}}}')
+        for number, layer in (value or {}).items():
+            field = f"{place}{key}.{number}"
+            if not number.isdecimal():
+                raise InputError(f"{path}: {field} must have the number of a block in the place of {number!r}")
+            if not isinstance(layer, dict):
+                raise InputError(f'{path}: {field} must be an object such as {{"skip": ["mlp"]}}')
+            skip = layer.get("skip", [])
+            if not isinstance(skip, list) or not all(isinstance(kind, str) for kind in skip):
+                raise InputError(f'{path}: {field}.skip must be a list of sublayers such as ["mlp"]')
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -82,7 +104,12 @@ def check_keys(info: dict[str, Any], source: str, cls: type) -> tuple[str, ...]:
             f"{source}: weight {name} has shape {tuple(stored)} where config.json asks for {tuple(wanted)}"
             + (f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else "")
         )
-    unexpected = set(info["unexpected_keys"])
+    return left_out(info["unexpected_keys"], source, cls)
+
+
+def left_out(unexpected: Collection[str], source: str, cls: type) -> tuple[str, ...]:
+    """The stored weights that the model has no place for, in order: the head of another task. InputError if one belongs
+    to a numbered part (a block, an expert)."""
     if numbered := {name for name in unexpected if any(part.isdecimal() for part in name.split("."))}:
         raise InputError(
             f"{source} has weights that {cls.__name__} has no place for: {_some(numbered)}; "

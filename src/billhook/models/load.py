@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from billhook.models import checks, hub
+from billhook.models.atomic import put_back
 from billhook.models.demo import demo
 from billhook.models.gguf import unpacked
 from billhook.models.quiet import quiet
@@ -83,6 +84,7 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
     if name == "demo":
         return demo()
     path = Path(name).expanduser()
+    put_back(path)
     if path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":
@@ -104,7 +106,7 @@ def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any,
     architecture = named[0]
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         if auto_map and not own_code:
             raise InputError(
                 f"{folder} needs the Python code it came with ({settings.get('model_type')!r} is not part of "

@@ -14,7 +14,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.plan.target import Target
-from billhook.recipes.opened import Stopwatch
+from billhook.recipes.opened import Stopwatch, left_behind
 from billhook.recipes.proof import write_down
 from billhook.surgery.checkpoint import checkpoint_fingerprint
 
@@ -49,7 +49,8 @@ def apply(
         wanted = plan.provenance.model
         if wanted and checkpoint_fingerprint(folder) != wanted:
             raise InputError(f"the plan was made for another model than {source}: their fingerprints differ")
-        outline = write_checkpoint(folder, plan, Path(place)).outline
+        done = write_checkpoint(folder, plan, Path(place))
+        outline = done.anatomy.outline
         costs = quantities(outline, normalise(plan.drops, outline))
         run = Run(
             model=os.fspath(source),
@@ -58,6 +59,7 @@ def apply(
             asked=plan.budget,
             costs=costs,
             realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            environment=left_behind(done.left_out),
         )
         write_down(run, Path(place))
     return run.model_copy(update={"seconds": clock.seconds})

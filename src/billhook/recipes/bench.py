@@ -17,7 +17,6 @@ def bench(
     source: str | os.PathLike[str],
     *,
     against: str | os.PathLike[str],
-    seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,

@@ -23,13 +23,13 @@ from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.compress import workplace
 from billhook.recipes.find import find
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
 from billhook.recipes.schema import Baseline, Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.workplace import claimed
 from billhook.report.comparison import write_comparison
 from billhook.search import pose
 from billhook.surgery import apply
@@ -70,51 +70,51 @@ def compare(
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_causal(model.model, "compare")
-    with clock.step("measure"):
-        windows = windows_of(
-            calibration,
-            model.tokenizer,
-            tokens=CALIBRATION_TOKENS,
-            length=model.length(CALIBRATION_LENGTH),
-            seed=seed,
-            model=model.model,
-            progress=progress,
-        )
-        texts = judged_on(model, calibration, windows, seed, progress)
-        seen = watch(model, windows, progress)
-    place = workplace(out)
-    draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
-    entries: list[Entry] = []
-    for number, (recipe, drawn) in enumerate(draws):
+    with claimed(out) as place:
+        with clock.step("measure"):
+            windows = windows_of(
+                calibration,
+                model.tokenizer,
+                tokens=CALIBRATION_TOKENS,
+                length=model.length(CALIBRATION_LENGTH),
+                seed=seed,
+                model=model.model,
+                progress=progress,
+            )
+            texts = judged_on(model, calibration, windows, seed, progress)
+            seen = watch(model, windows, progress)
+        draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
+        entries: list[Entry] = []
+        for number, (recipe, drawn) in enumerate(draws):
+            if progress is not None:
+                progress("recipes", number, len(draws))
+            kept = place / f"{_key(recipe, asked, drawn, model, windows, texts)}.json"
+            if kept.exists():
+                new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
+            else:
+                with clock.step("recipes"):
+                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, place, progress)
+                _keep(kept, new)
+            for entry in new:
+                if told is not None:
+                    told(entry)
+            entries += new
         if progress is not None:
-            progress("recipes", number, len(draws))
-        kept = place / f"{_key(recipe, asked, drawn, model, windows, texts)}.json"
-        if kept.exists():
-            new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
-        else:
-            with clock.step("recipes"):
-                new = _judged(recipe, asked, drawn, model, windows, seen, texts, place, progress)
-            _keep(kept, new)
-        for entry in new:
-            if told is not None:
-                told(entry)
-        entries += new
-    if progress is not None:
-        progress("recipes", len(draws), len(draws))
-    result = Comparison(
-        model=os.fspath(source),
-        outline=model.anatomy.outline,
-        calibration=calibration,
-        tokens=windows.ids.numel(),
-        budgets=tuple(asked),
-        entries=tuple(entries),
-        titles={recipe.name: recipe.title for recipe in chosen},
-        environment=environment(model),
-        seconds=clock.seconds,
-    )
-    with building(out, overwrite) as folder:
-        write_comparison(result, Path(folder))
-    shutil.rmtree(place, ignore_errors=True)
+            progress("recipes", len(draws), len(draws))
+        result = Comparison(
+            model=os.fspath(source),
+            outline=model.anatomy.outline,
+            calibration=calibration,
+            tokens=windows.ids.numel(),
+            budgets=tuple(asked),
+            entries=tuple(entries),
+            titles={recipe.name: recipe.title for recipe in chosen},
+            environment=environment(model),
+            seconds=clock.seconds,
+        )
+        with building(out, overwrite) as folder:
+            write_comparison(result, Path(folder))
+        shutil.rmtree(place, ignore_errors=True)
     return result
 
 
@@ -131,7 +131,10 @@ def split_budgets(text: str) -> list[str]:
         kind = name if equals else kind
         if not kind:
             raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
-        found.append(str(Budget.parse(f"{kind}={number}")))
+        budget = Budget.parse(f"{kind}={number}")
+        if budget.until_cliff:
+            raise InputError("budget until=cliff ends elsewhere for each method; a comparison needs amounts")
+        found.append(str(budget))
     return list(dict.fromkeys(found))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 from billhook.data import calibration as windows_of
+from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.export.huggingface import save
 from billhook.measure.cost import quantities
@@ -22,10 +22,11 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, require_path
 from billhook.recipes.measures import measures, watch
-from billhook.recipes.opened import Stopwatch, environment, opened
+from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.workplace import claimed
 from billhook.search import pose
 from billhook.surgery import apply
 
@@ -53,7 +54,8 @@ def compress(
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
     target is taken. Everything that can be refused is refused before the search; an interrupted search goes on from its
-    last finished evaluation when the same call is made again (its ledger lies beside ``out`` until then).
+    last finished evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs
+    cannot work on one ``out`` at once.
     """
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
@@ -67,60 +69,57 @@ def compress(
     require_causal(model.model, "compress")
     problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
     tokenizer = model.tokenizer
+    for prompt in PROMPTS:
+        prepared(model.model, tokenizer, prompt, max_new_tokens)
 
-    with clock.step("measure"):
-        windows = windows_of(
-            calibration,
-            tokenizer,
-            tokens=CALIBRATION_TOKENS,
-            length=model.length(CALIBRATION_LENGTH),
-            seed=seed,
-            model=model.model,
-            progress=progress,
-        )
-        texts = judged_on(model, calibration, windows, seed, progress)
-        seen = watch(model, windows, progress)
-    with clock.step("search"):
-        choice = find(chosen, model, problem, windows, seen, seed=seed, place=workplace(out), progress=progress)
-
-    plan = Plan.of(choice.found.drops, aim).model_copy(
-        update={
-            "budget": str(limits),
-            "provenance": Provenance(
-                model=fingerprint(model.model),
-                calibration=windows.fingerprint,
-                recipe=chosen.name,
+    with claimed(out) as place:
+        with clock.step("measure"):
+            windows = windows_of(
+                calibration,
+                tokenizer,
+                tokens=CALIBRATION_TOKENS,
+                length=model.length(CALIBRATION_LENGTH),
                 seed=seed,
-                versions={name: version(name) for name in ("billhook", "torch", "transformers")},
-            ),
-        }
-    )
-    compressed = apply(model.model, model.anatomy, plan)
-    costs = quantities(outline, choice.found.drops)
-    run = Run(
-        model=os.fspath(source),
-        outline=outline,
-        plan=plan,
-        asked=str(limits),
-        realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
-        costs=costs,
-        search=choice.record,
-        measures=measures(model, calibration, windows, seen, choice.importance),
-        environment=environment(model),
-    )
-    run = proven(run, model, compressed, plan, texts, max_new_tokens, clock, progress)
-    run = run.model_copy(update={"seconds": clock.seconds})
-    with building(out, overwrite) as folder:
-        save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)
-        write_down(run, Path(folder))
-    shutil.rmtree(workplace(out), ignore_errors=True)
+                model=model.model,
+                progress=progress,
+            )
+            texts = judged_on(model, calibration, windows, seed, progress)
+            seen = watch(model, windows, progress)
+        with clock.step("search"):
+            choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+
+        plan = Plan.of(choice.found.drops, aim).model_copy(
+            update={
+                "budget": str(limits),
+                "provenance": Provenance(
+                    model=fingerprint(model.model),
+                    calibration=windows.fingerprint,
+                    recipe=chosen.name,
+                    seed=seed,
+                    versions=versions(),
+                ),
+            }
+        )
+        compressed = apply(model.model, model.anatomy, plan)
+        costs = quantities(outline, choice.found.drops)
+        run = Run(
+            model=os.fspath(source),
+            outline=outline,
+            plan=plan,
+            asked=str(limits),
+            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            costs=costs,
+            search=choice.record,
+            measures=measures(model, calibration, windows, seen, choice.importance),
+            environment=environment(model),
+        )
+        run = proven(run, model, compressed, plan, texts, max_new_tokens, clock, progress)
+        run = run.model_copy(update={"seconds": clock.seconds})
+        with building(out, overwrite) as folder:
+            save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)
+            write_down(run, Path(folder))
+        shutil.rmtree(place, ignore_errors=True)
     return run
-
-
-def workplace(out: str | os.PathLike[str]) -> Path:
-    """The hidden folder beside ``out`` in which an unfinished search keeps what it has paid for."""
-    path = Path(out).absolute()
-    return path.parent / f".{path.name}.search"
 
 
 def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple[Recipe, Target]:

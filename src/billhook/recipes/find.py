@@ -20,7 +20,7 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.record import SearchRecord
-from billhook.recipes.opened import Opened
+from billhook.recipes.opened import Opened, versions
 from billhook.recipes.schema import Evolve, Greedy, Knapsack, OneShot, Recipe, Span
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
@@ -177,6 +177,7 @@ def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
         "device": str(model.model.device),
         "calibration": windows.fingerprint,
         "objective": kind,
+        **versions(),
     }
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]

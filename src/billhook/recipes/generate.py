@@ -13,7 +13,6 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 100,
-    seed: int = 0,
     dtype: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,

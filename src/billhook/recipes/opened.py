@@ -70,15 +70,24 @@ class Stopwatch:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + now() - begun, 2)
 
 
+def versions() -> dict[str, str]:
+    """Of what a figure depends on: this package and those that compute it."""
+    return {name: version(name) for name in ("billhook", "torch", "transformers")}
+
+
+def left_behind(left_out: tuple[str, ...]) -> dict[str, str]:
+    """The weights of the source that the model has no place for, as the record says it; empty for none."""
+    return {"weights left out": ", ".join(left_out)} if left_out else {}
+
+
 def environment(opened: Opened) -> dict[str, str]:
     """What the figures of a run depend on besides the plan, and which weights of the source the model has no place
     for."""
-    model, left_out = opened.model, opened.loaded.left_out
-    versions = {name: version(name) for name in ("billhook", "torch", "transformers")}
+    model = opened.model
     return {
-        **versions,
+        **versions(),
         "python": platform.python_version(),
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        **({"weights left out": ", ".join(left_out)} if left_out else {}),
+        **left_behind(opened.loaded.left_out),
     }

@@ -61,7 +61,7 @@ class Ledger:
             try:
                 row = json.loads(line)
                 if number > 1:
-                    self.entries[tuple(row["drops"])] = float(row["value"]), int(row["work"])
+                    self.entries[tuple(row["drops"])] = _figure(row["value"]), int(row["work"])
             except (ValueError, TypeError, KeyError) as error:
                 raise InputError(
                     f"search ledger {self.path} is damaged in line {number}; remove it to search anew"
@@ -71,6 +71,12 @@ class Ledger:
                     f"search ledger {self.path} belongs to another search ({_difference(row, self.header)}); "
                     f"remove it to search anew"
                 )
+
+
+def _figure(value: object) -> float:
+    if not isinstance(value, float | int) or isinstance(value, bool) or math.isnan(value):
+        raise ValueError(f"{value!r} is no figure")
+    return float(value)
 
 
 class Memo:

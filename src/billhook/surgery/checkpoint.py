@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -37,17 +38,28 @@ def apply_to_checkpoint(
     """Write the checkpoint that loading ``source``, applying ``plan`` and saving would give, tensor for tensor.
 
     Memory: the headers and one chunk of one tensor, whatever the model's size. Time: that of copying the files. The
-    tensors keep their own naming and dtype; only block numbers change. Raises InputError, with nothing written, for a
-    plan that is not possible, a corrupt or incomplete file, or a tensor that belongs to no part of the model.
+    tensors keep their own naming and dtype; only block numbers change. The head of another task stays behind, as in
+    loading. Raises InputError, with nothing written, for a plan that is not possible, a corrupt or incomplete file, or
+    a tensor of a block that has no place in the model.
     """
     with building(out, overwrite) as folder:
         rewrite(locate(source), plan, folder)
     return Path(out)
 
 
-def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> tuple[Any, Anatomy, frozenset[Address]]:
-    """As ``apply_to_checkpoint``, into an existing empty folder. Returns the compressed model on the meta device, the
-    anatomy of the source, and what the new config skips."""
+@dataclass(frozen=True)
+class Rewritten:
+    """``small`` is the compressed model on the meta device, ``anatomy`` that of the source, ``skips`` what the new
+    config skips, ``left_out`` the stored weights that the model has no place for (see ``models.Loaded``)."""
+
+    small: Any
+    anatomy: Anatomy
+    skips: frozenset[Address]
+    left_out: tuple[str, ...]
+
+
+def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewritten:
+    """As ``apply_to_checkpoint``, into an existing empty folder."""
     with stock_view(source, read_config(source)) as view:
         files = weight_files(view)
         dense = skeleton(view)
@@ -58,13 +70,13 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> tuple
         write_skips(small.config, anatomy, skips)
 
         headers = {path: read_header(path) for path in files}
-        live = live_names(dense, _all_names(view, headers), str(source))
+        live, left_out = live_names(dense, _all_names(view, headers), str(source))
         moves = moved(live, anatomy, drops)
         _account(moves, dense, small, anatomy, drops)
         _write(folder, headers, moves)
         _write_config(small.config, folder)
         copy_extras(source, folder)
-    return small, anatomy, skips
+    return Rewritten(small, anatomy, skips, left_out)
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
@@ -77,7 +89,7 @@ def checkpoint_fingerprint(folder: Path) -> str:
         files = weight_files(view)
         model = skeleton(view)
         stored = {name: path for path in files for name in read_header(path)[0]}
-        found = {live: name for name, live in live_names(model, stored, str(folder)).items()}
+        found = {live: name for name, live in live_names(model, stored, str(folder))[0].items()}
         for pair in model.all_tied_weights_keys.items():
             if known := [found[name] for name in pair if name in found]:
                 found |= dict.fromkeys(pair, known[0])

@@ -6,19 +6,22 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from billhook.models.checks import left_out
 from billhook.plan.errors import InputError
 
 #: Buffers that older versions of transformers stored and that every model makes anew.
 _STALE = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")
 
 
-def live_names(model: Any, stored: Iterable[str], source: str) -> dict[str, str | None]:
-    """Stored name -> live name, None for what the model ignores on purpose. ``model`` may be on the meta device.
+def live_names(model: Any, stored: Iterable[str], source: str) -> tuple[dict[str, str | None], tuple[str, ...]]:
+    """Stored name -> live name, None for what has no place in the model; and those of them that the model does not
+    ignore on purpose: the head of another task. ``model`` may be on the meta device.
 
     Several stored tensors may have one live name (experts that the model keeps fused), or the other way round (a fused
     weight that the model keeps apart then has the name of its first part); all of them lie in one module of one block.
 
-    Raises InputError for tensors that the model has no place for, and for weights of the model that are not stored.
+    Raises InputError for tensors of a block or an expert that the model has no place for, and for weights of the model
+    that are not stored.
     """
     expected = model.state_dict()
     ignored = _any_of((*(model._keys_to_ignore_on_load_unexpected or ()), *_STALE))
@@ -27,18 +30,14 @@ def live_names(model: Any, stored: Iterable[str], source: str) -> dict[str, str 
     names = {name: rename(name) for name in stored}
 
     unknown = [name for name, live in names.items() if live[0] not in expected and not ignored(live[0])]
-    if unknown:
-        raise InputError(
-            f"{source} has weights that {type(model).__name__} has no place for: {_some(unknown)}; "
-            "config.json must name the architecture that they belong to"
-        )
+    heads = left_out(unknown, source, type(model))
     covered = {live for lives in names.values() for live in lives}
     for pair in model.all_tied_weights_keys.items():
         covered |= set(pair) if covered & set(pair) else set()
     missing = [name for name in expected if name not in covered and not optional(name)]
     if missing:
         raise InputError(f"{source} lacks weights that {type(model).__name__} needs: {_some(missing)}")
-    return {name: lives[0] if lives[0] in expected else None for name, lives in names.items()}
+    return {name: lives[0] if lives[0] in expected else None for name, lives in names.items()}, heads
 
 
 def _renamer(model: Any, expected: dict[str, Any]) -> Callable[[str], list[str]]:

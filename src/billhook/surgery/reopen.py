@@ -63,7 +63,7 @@ def skeleton(folder: Path) -> Any:
     try:
         with quiet():
             return on_meta(stock, AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be understood: {error}") from error
 
 

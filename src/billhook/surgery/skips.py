@@ -56,11 +56,13 @@ def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
                 for kind in kinds
             }
         except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{owner}.{PER_STACK} is not a map of stack -> block -> list of sublayers") from error
+            raise InputError(
+                f"config.json: {owner}.{PER_STACK} is not a map of stack -> block -> list of sublayers"
+            ) from error
     lengths = {stack.name: len(stack.blocks) for stack in anatomy.stacks}
     odd = [str(a) for a in found if a.block >= lengths.get(a.stack, 0) or a.sublayer not in SUBLAYERS]
     if odd:
-        raise InputError(f"config skips {', '.join(sorted(odd))}, which this {anatomy.family} model does not have")
+        raise InputError(f"config.json skips {', '.join(sorted(odd))}, which this {anatomy.family} model does not have")
     return frozenset(found)
 
 

@@ -1,0 +1,42 @@
+"""Where an unfinished search keeps what it has paid for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from billhook.plan.errors import InputError
+
+
+def workplace(out: str | os.PathLike[str]) -> Path:
+    """The hidden folder beside ``out`` for that."""
+    path = Path(out).absolute()
+    return path.parent / f".{path.name}.search"
+
+
+@contextmanager
+def claimed(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """The workplace of ``out``, held by this run alone. InputError at once if another run holds it.
+
+    A killed run lets go of it. On leaving, the folders that were made and are still empty are removed.
+    """
+    place = workplace(out)
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another run is working on {out}; wait for it to end, or name another folder") from error
+    try:
+        yield place
+    finally:
+        lock.release()
+        (place / ".lock").unlink(missing_ok=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
