@@ -25,6 +25,14 @@ from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
 Progress = Callable[[str, int, int], None]
+OBJECTIVES: dict[Kind, str] = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
+BASELINES: dict[str, Callable[..., Found]] = {
+    "random": search.at_random,
+    "evenly-spaced": search.evenly_spaced,
+    "evenly-kept": search.evenly_kept,
+    "first": search.first,
+    "last": search.last,
+}
 
 
 @dataclass(frozen=True)
@@ -179,19 +187,10 @@ def _scores(
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:
-    if word == "random":
-        return search.at_random(problem, seed)
-    words = {
-        "evenly-spaced": search.evenly_spaced,
-        "evenly-kept": search.evenly_kept,
-        "first": search.first,
-        "last": search.last,
-    }
-    return words[word](problem)
+    return search.at_random(problem, seed) if word == "random" else BASELINES[word](problem)
 
 
 def _objective(recipe: Recipe, kind: Kind | None) -> str:
-    names = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
     if kind is not None:
-        return names[kind]
+        return OBJECTIVES[kind]
     return recipe.score.word if recipe.score else "none"
