@@ -59,7 +59,8 @@ def find(
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
-    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path.
+    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path, and a greedy one
+    makes no exchanges afterwards.
     """
     require_path(recipe, problem.budget)
     choice = recipe.choice
