@@ -175,16 +175,10 @@ def test_help_is_there_at_once():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["recipes"], ["recipes", "show", "sublayer-greedy"]])
-def test_recipes_are_there_at_once(arguments):
-    code = f"""
-import sys
-from billhook.cli import app
-app({arguments}, standalone_mode=False)
-assert not {{"torch", "transformers"}} & sys.modules.keys()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "sublayer-greedy" in done.stdout
+def test_what_was_realised_is_shown_where_no_amount_was_asked(monkeypatch):
+    fake_recipe(monkeypatch, "compress", RUN.model_copy(update={"asked": "until=cliff"}))
+    shown = " ".join(billhook(*COMMANDS["compress"]).stdout.split())
+    assert "asked until=cliff realised 79.2% of params" in shown
 
 
 def test_recipes_are_listed_with_their_papers():
@@ -201,6 +195,22 @@ def test_a_recipe_that_is_shown_is_one_to_start_from(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(billhook("recipes", "show", "block-influence").stdout)
     assert load(own) == load("block-influence")
+
+
+def test_the_list_says_what_a_method_drops_needs_and_costs():
+    rows = {line.split()[0]: line for line in billhook("recipes").stdout.splitlines() if line.strip()}
+    assert all(word in rows["name"] for word in ("paper", "units", "needs", "passes"))
+    assert all(word in rows["attention-drop"] for word in ("He et al. (2024)", "attention", "data  "))
+    assert rows["evenly-spaced"].split() == ["evenly-spaced", "block", "nothing", "0"]
+
+
+def test_what_is_shown_is_explained_below():
+    shown = billhook("recipes", "show", "joint-drop").stdout
+    comments = [line for line in shown.splitlines() if line.startswith("#")]
+    assert comments[0].startswith("# score block-influence: 1 - E[cos(x, y)]")
+    assert any(line.startswith("# choice one-shot: Rank once by the score") for line in comments)
+    assert max(map(len, comments)) <= 80
+    assert shown.splitlines()[-len(comments) :] == comments, "nothing but comments follows the recipe"
 
 
 @pytest.mark.parametrize("name", ["magic", "../../../etc/passwd"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from billhook.models import load
 from billhook.plan.errors import InputError
 from billhook.plan.record import Run
 from billhook.recipes.compress import compress
@@ -121,3 +123,25 @@ def test_recipe_follows_from_target(target: str, unit: str, tiny_lm: Path, tmp_p
     run = compress(tiny_lm, budget="params=0.7", out=tmp_path / "out", target=target, max_new_tokens=4)
     assert run.plan.target == target
     assert any(drop.sublayer for drop in run.plan.drops) == (unit == "sublayer")
+
+
+def test_until_the_cliff(tiny_lm: Path, tmp_path: Path) -> None:
+    """All MLPs but one write next to nothing."""
+    model = load(str(tiny_lm)).model
+    with torch.no_grad():
+        for block in (0, 2, 3, 4):
+            model.model.layers[block].mlp.down_proj.weight.mul_(1e-5)
+    shutil.copytree(tiny_lm, tmp_path / "idle")
+    model.save_pretrained(tmp_path / "idle")
+    run = compress(tmp_path / "idle", budget="until=cliff", out=tmp_path / "out", recipe="mlp-drop", max_new_tokens=4)
+    assert sorted(map(str, run.plan.drops)) == [f"decoder.{block}.mlp" for block in (0, 2, 3, 4)]
+    assert (run.asked, run.plan.budget) == ("until=cliff", "until=cliff")
+    assert run.search is not None and len(run.search.steps) == 5
+    assert run.search.objective == "divergence from dense"
+    assert Run.model_validate_json((tmp_path / "out" / "billhook.json").read_text()) == run
+    assert "the cliff" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_until_the_cliff_is_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"recipe first \(first\) has none: use a greedy or one-shot recipe"):
+        compress("no/such model", budget="until=cliff", out=tmp_path / "out", recipe="first")

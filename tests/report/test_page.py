@@ -192,3 +192,18 @@ def test_written_page_is_the_page_and_repeats(tmp_path: Path) -> None:
     path = write_report(run, tmp_path / "new")
     assert path == tmp_path / "new" / "report.html"
     assert path.read_text(encoding="utf-8") == page(run)
+
+
+def test_the_step_over_the_cliff_is_marked_where_the_search_was_to_stop_there() -> None:
+    def marks(run: Run) -> dict[str, Any]:
+        return {trace["name"]: trace for spec in specs(page(run)) for trace in spec["data"] if trace.get("name")}
+
+    run = example_run()
+    assert run.search is not None
+    assert "the cliff" not in marks(run)
+    found = marks(run.model_copy(update={"asked": "until=cliff"}))
+    assert found["the plan"]["y"] == [run.search.steps[9].objective]
+    assert found["the cliff"]["y"] == [run.search.steps[10].objective]
+    text = words(page(run.model_copy(update={"asked": "until=cliff"})))
+    assert "79.2% asked: until=cliff" in text
+    assert "--budget until=cliff" in text

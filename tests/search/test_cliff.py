@@ -45,6 +45,15 @@ def test_growth_by_a_constant_factor_is_no_cliff(first: float, factor: float, le
     assert cliff(path(rates, [draw.uniform(0.003, 0.009) for _ in rates])) is None
 
 
+@given(st.floats(0.5, 30), st.floats(2.5, 8), st.integers(1, 20))
+def test_nor_is_steeper_growth_where_it_is_the_usual_one(first: float, factor: float, length: int) -> None:
+    rates = [first * factor**i for i in range(length)]
+    assert cliff(path(rates)) is None
+    if length > 2:
+        assert cliff(path([*rates, rates[-1] * factor * 3.5])) == length
+        assert cliff(path([*rates, rates[-1] * factor * 2.5])) is None
+
+
 @given(st.floats(0.5, 30), st.sampled_from([0.5, 1.0, 2.0, 3.0]), st.integers(1, 60))
 def test_growth_by_a_power_is_no_cliff(first: float, power: float, length: int) -> None:
     assert cliff(path([first * (i + 3) ** power for i in range(length)])) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Annotated
 
 import typer
@@ -23,38 +24,39 @@ Name = Annotated[
 
 @recipes.callback()
 def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
-    """List the methods with their papers; [bold]show NAME[/] prints one.
+    """List the methods: paper, what they drop, need and cost; [bold]show NAME[/] prints and explains one.
 
     [dim]Example:[/] billhook recipes show sublayer-greedy
     """
     if ctx.invoked_subcommand is not None:
         return
-    from billhook.recipes import catalogue
+    from billhook.recipes import catalogue, words
 
+    found = catalogue.recipes()
     if as_json:
-        print_json({"recipes": [recipe.model_dump(mode="json") for recipe in catalogue.recipes()]})
+        print_json({"recipes": [recipe.model_dump(mode="json") for recipe in found]})
         return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for recipe in catalogue.summaries():
-        default = "  (default)" if recipe["name"] == catalogue.DEFAULT else ""
-        table.add_row(recipe["name"], Text.assemble(recipe["title"], (default, "dim")))
-        if "paper" in recipe:
-            table.add_row("", Text(recipe["paper"]["citation"], style="dim"))
-    print_views(table)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for heading in ("name", "paper", "units", "needs", "passes"):
+        table.add_column(heading, no_wrap=True, style="bold" if heading == "name" else "")
+    for recipe in found:
+        paper = recipe.paper.citation.partition(",")[0] if recipe.paper else ""
+        table.add_row(recipe.name, Text(paper), recipe.unit, words.needs(recipe), words.passes(recipe))
+    print_views(table, Text(fill(f"The first is the default. {words.PASSES}", 80), style="dim"))
 
 
 @recipes.command()
 def show(name: Name, as_json: options.Json = False) -> None:
-    """Print the YAML of a recipe, to start one of your own from.
+    """Print the YAML of a recipe, to start one of your own from, and what its words mean as comments below.
 
     [dim]Example:[/] billhook recipes show sublayer-greedy > own.yaml
     """
-    from billhook.recipes import catalogue
+    from billhook.recipes import catalogue, words
 
-    source = catalogue.source_of(name)
+    recipe = catalogue.load(name)
     if as_json:
-        print_json(catalogue.load(name).model_dump(mode="json"))
+        print_json(recipe.model_dump(mode="json"))
     else:
-        typer.echo(source, nl=False)
+        typer.echo(catalogue.source_of(recipe.name))
+        for word, meaning in words.explained(recipe).items():
+            typer.echo(fill(f"{word}: {meaning}", 80, initial_indent="# ", subsequent_indent="#   "))

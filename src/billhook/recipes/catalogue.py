@@ -34,11 +34,6 @@ def recipes() -> list[Recipe]:
     return [load(name) for name in names()]
 
 
-def summaries() -> list[dict[str, Any]]:
-    """What the files of all of them say, unchecked: at once, where ``recipes`` takes the seconds that torch takes."""
-    return [yaml.safe_load(source_of(name)) for name in names()]
-
-
 def load(source: str | os.PathLike[str]) -> Recipe:
     """A recipe by its name, or from a YAML file (a path that ends in .yaml or .yml).
 

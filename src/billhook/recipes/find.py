@@ -26,6 +26,14 @@ from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
 Progress = Callable[[str, int, int], None]
+OBJECTIVES: dict[Kind, str] = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
+BASELINES: dict[str, Callable[..., Found]] = {
+    "random": search.at_random,
+    "evenly-spaced": search.evenly_spaced,
+    "evenly-kept": search.evenly_kept,
+    "first": search.first,
+    "last": search.last,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,8 @@ def find(
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
-    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path.
+    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path, and a greedy one
+    makes no exchanges afterwards.
     """
     require_path(recipe, problem.budget)
     choice = recipe.choice
@@ -198,19 +207,10 @@ def _scores(
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:
-    if word == "random":
-        return search.at_random(problem, seed)
-    words = {
-        "evenly-spaced": search.evenly_spaced,
-        "evenly-kept": search.evenly_kept,
-        "first": search.first,
-        "last": search.last,
-    }
-    return words[word](problem)
+    return search.at_random(problem, seed) if word == "random" else BASELINES[word](problem)
 
 
 def _objective(recipe: Recipe, kind: Kind | None) -> str:
-    names = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
     if kind is not None:
-        return names[kind]
+        return OBJECTIVES[kind]
     return recipe.score.word if recipe.score else "none"

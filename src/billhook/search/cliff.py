@@ -23,8 +23,8 @@ def cliff(steps: Sequence[Step], *, free: float = FREE, factor: float = FACTOR, 
     with every step has none, however high it gets, and one that was flat has one where they go up threefold at once.
 
     Rates below ``free`` (for objectives in nats: half a nat for all of the blocks, 0.005 for a hundredth) count as that
-    much: jumps among steps that cost next to nothing are no cliff. The first ``least`` steps are only looked
-    at to know what is usual. Steps that free no parameters, or whose objective was not measured, are passed over.
+    much: jumps among steps that cost next to nothing are no cliff. The first ``least`` steps are only looked at to know
+    what is usual. Steps that free no parameters, or whose objective was not measured, are passed over.
 
     A rule of this project; the drop it is meant for is described in "What Matters in Transformers?" (arXiv 2406.15786).
     """

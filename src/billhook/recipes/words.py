@@ -1,0 +1,57 @@
+"""What a recipe says, needs and costs, for people."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from billhook.recipes.find import BASELINES, OBJECTIVES
+from billhook.recipes.schema import Evolve, Greedy, Recipe, Span
+from billhook.scores import named
+
+PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
+
+
+def needs(recipe: Recipe) -> str:
+    """What the choice rests on: ``data``, which is calibration text, or ``nothing``."""
+    return "nothing" if recipe.choice.word in BASELINES else "data"
+
+
+def passes(recipe: Recipe) -> str:
+    """The order of the work (see ``PASSES``). What dropping a unit does is felt in half of the blocks on average."""
+    if recipe.choice.word in BASELINES:
+        return "0"
+    if isinstance(recipe.choice, Greedy):
+        return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
+    if isinstance(recipe.choice, Evolve):
+        return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
+    if isinstance(recipe.choice, Span):
+        return "1"
+    if recipe.score is not None and named(recipe.score.word).needs == "damage":
+        return "½ a unit"
+    return "1" if recipe.unit == "block" else "2"
+
+
+def _generation(choice: Evolve) -> float:
+    """Looks at the whole calibration that one generation is worth."""
+    counts = [choice.offspring, *(screen.survivors for screen in choice.screens)]
+    return sum(count * share for count, share in zip(counts, [s.share for s in choice.screens] + [1.0], strict=True))
+
+
+def explained(recipe: Recipe) -> dict[str, str]:
+    """Each word of a recipe with a sentence on what it stands for, taken from the docstring of the thing itself."""
+    words = {}
+    if recipe.score is not None:
+        words[f"score {recipe.score.word}"] = first_sentence(named(recipe.score.word).function)
+    if recipe.objective is not None:
+        words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
+    word = recipe.choice.word
+    words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
+    return words
+
+
+def first_sentence(thing: object) -> str:
+    """The first sentence of a docstring, as plain text on one line."""
+    text = " ".join((inspect.getdoc(thing) or "").replace("``", "").split())
+    found = re.match(r".*?\.(?= |$)", text)
+    return found[0] if found else text
