@@ -15,6 +15,7 @@ def test_the_recipes_that_come_along() -> None:
     assert set(names()) == {
         "sublayer-greedy",
         "evopress",
+        "finercut",
         "block-greedy",
         "block-influence",
         "angular-span",
@@ -82,7 +83,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD + "score: {word: block-influence}\n", "a one-shot choice or a knapsack needs a score"),
         (GOOD.replace("greedy}", "knapsack}"), "a one-shot choice or a knapsack needs a score"),
         (GOOD.replace("objective: kl\n", ""), "a greedy or evolve choice needs an objective"),
-        (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss' or 'stream'"),
+        (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss', 'stream', "),
         (GOOD.replace("sublayer", "neuron"), "unit: Input should be"),
         (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),

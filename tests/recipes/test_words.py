@@ -32,7 +32,7 @@ def test_needs_and_costs() -> None:
     assert said["joint-drop"] == said["attention-drop"] == ("data", "2")
     assert said["additive-knapsack"] == said["position-weighted"] == ("data", "½ a unit")
     assert said["sublayer-greedy"] == ("data", "1 a unit")
-    assert said["block-greedy"] == ("data", "½ a unit/step")
+    assert said["block-greedy"] == said["finercut"] == ("data", "½ a unit/step")
     assert {need for need, _ in said.values()} == {"data", "nothing"}
 
 

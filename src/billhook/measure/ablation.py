@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.measure.batches import Batch
+from billhook.measure.distances import OutputDistance
 from billhook.measure.replay import Progress, Replay
 from billhook.measure.teacher import Teacher
 from billhook.plan.address import Address
 
-Kind = Literal["kl", "loss", "stream"]
+Kind = Literal["kl", "loss", "stream", "angle", "euclidean", "jensen-shannon"]
 
 
 class Ablator:
@@ -23,9 +24,12 @@ class Ablator:
 
     - ``kl``: mean divergence of its next-token distributions from the dense ones, nats a token (see Teacher);
     - ``loss``: mean negative log-likelihood of the text, nats a token;
+    - ``angle``, ``euclidean``, ``jensen-shannon``: mean distance of its logits from the dense ones (see
+      ``measure.distances``);
     - ``stream``: squared error of the stream after the last block relative to the dense stream, for any model.
 
-    One evaluation costs the blocks after the first one affected and, for the first two, the head.
+    One evaluation costs the blocks after the first one affected and the head: twice for the three distances, never for
+    ``stream``.
     """
 
     def __init__(
@@ -48,7 +52,7 @@ class Ablator:
         return self.replay.work
 
     def value(self) -> float:
-        """The figure in the current state: for ``kl`` and ``stream``, 0 at first."""
+        """The figure in the current state: 0 at first, but for ``loss``."""
         return self._judge(self.replay.final)
 
     def with_drop(self, unit: Address) -> float:
@@ -80,8 +84,11 @@ def ablation(ablator: Ablator, units: Iterable[Address], progress: Progress | No
 
 
 def _judge(replay: Replay, kind: Kind) -> Callable[[list[Tensor]], float]:
-    if kind == "stream":
-        return _stream_error(replay)
+    match kind:
+        case "stream":
+            return _stream_error(replay)
+        case "angle" | "euclidean" | "jensen-shannon":
+            return OutputDistance(replay, kind)
     teacher = Teacher(replay)
     return lambda streams: getattr(teacher.damage(streams), kind)
 

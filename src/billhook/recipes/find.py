@@ -26,7 +26,14 @@ from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
 Progress = Callable[[str, int, int], None]
-OBJECTIVES: dict[Kind, str] = {"kl": "divergence from dense", "loss": "loss", "stream": "error of the last stream"}
+OBJECTIVES: dict[Kind, str] = {
+    "kl": "divergence from dense",
+    "loss": "loss",
+    "stream": "error of the last stream",
+    "angle": "angle of the output from dense",
+    "euclidean": "distance of the output from dense",
+    "jensen-shannon": "Jensen-Shannon divergence from dense",
+}
 BASELINES: dict[str, Callable[..., Found]] = {
     "random": search.at_random,
     "evenly-spaced": search.evenly_spaced,

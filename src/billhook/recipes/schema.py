@@ -99,8 +99,8 @@ class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
     A one-shot choice and a knapsack have a ``score``; a greedy or evolutionary one has an ``objective``, which the
-    drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, or the
-    error of the last ``stream``.
+    drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error
+    of the last ``stream``, or one of three distances of the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -119,7 +119,7 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         if (self.objective is not None) != (self.choice.word in ("greedy", "evolve")):
-            raise ValueError("a greedy or evolve choice needs an objective (kl, loss or stream), no other has one")
+            raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.score is not None:
