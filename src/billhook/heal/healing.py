@@ -1,0 +1,72 @@
+"""New weights, where they came from, and a way to put them on a model and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from billhook.surgery.live import Undo
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What came of one write linear, ``weight`` being the name of its parameter in the original model.
+
+    ``before`` and ``after`` are the error of the stream on held-back windows, as a share of the dense stream's energy
+    (mean over tokens). ``penalty`` is the ridge that was chosen, relative to the mean energy of an input; None where no
+    refit lowered the held-back error, and the old weights stay.
+    """
+
+    weight: str
+    before: float
+    after: float
+    penalty: float | None
+
+    @property
+    def taken(self) -> bool:
+        return self.penalty is not None
+
+
+@dataclass(frozen=True)
+class Healing:
+    """``tensors`` are new weights by parameter name in the *original* model, in its dtype and on its device;
+    ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
+    block run in parts counts once."""
+
+    tensors: Mapping[str, Tensor]
+    refits: tuple[Refit, ...]
+    left_alone: Mapping[str, str]
+    tokens: int
+    work: int
+
+    @property
+    def taken(self) -> int:
+        return sum(refit.taken for refit in self.refits)
+
+
+@contextmanager
+def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
+    """Inside the context the original ``model`` has the new weights; leaving it, also by an exception, puts the very
+    same old parameters back.
+
+    Goes around the surgery: ``with healed(model, healing), simulate(model, anatomy, plan)`` is the cut and healed
+    model; ``apply`` inside the context gives one that keeps the new weights for good.
+    """
+    undo = Undo()
+    try:
+        for name, tensor in healing.tensors.items():
+            put(model, name, tensor, undo)
+        yield model
+    finally:
+        undo.restore()
+
+
+def put(model: nn.Module, name: str, tensor: Tensor, undo: Undo) -> None:
+    """Exchange one parameter for another that holds ``tensor``."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner.get_parameter(leaf)
+    undo.set(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
