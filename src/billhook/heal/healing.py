@@ -8,26 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from billhook.plan.record import Refit
 from billhook.surgery.live import Undo
-
-
-@dataclass(frozen=True)
-class Refit:
-    """What came of one write linear, ``weight`` being the name of its parameter in the original model.
-
-    ``before`` and ``after`` are the error of the stream on held-back windows, as a share of the dense stream's energy
-    (mean over tokens). ``penalty`` is the ridge that was chosen, relative to the mean energy of an input; None where no
-    refit lowered the held-back error, and the old weights stay.
-    """
-
-    weight: str
-    before: float
-    after: float
-    penalty: float | None
-
-    @property
-    def taken(self) -> bool:
-        return self.penalty is not None
 
 
 @dataclass(frozen=True)

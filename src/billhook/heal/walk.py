@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.heal.healing import Refit
 from billhook.heal.places import Place
 from billhook.heal.ridge import Moments, solve
 from billhook.heal.stepping import Stepper
@@ -17,6 +16,7 @@ from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
+from billhook.plan.record import Refit
 
 Progress = Callable[[str, int, int], None]
 HELD_BACK = 1 / 8
@@ -107,9 +107,10 @@ class Walk:
         solution = solve(fit, held)
         before = held.energy / held.tokens
         if solution is None:
-            self.refits.append(Refit(write.weight, before, before, None))
+            self.refits.append(Refit(weight=write.weight, before=before, after=before, penalty=None))
             return after
-        self.refits.append(Refit(write.weight, before, solution.error / held.tokens, solution.penalty))
+        error = solution.error / held.tokens
+        self.refits.append(Refit(weight=write.weight, before=before, after=error, penalty=solution.penalty))
         new = write.changed(solution.change / scale)
         self.tensors |= new
         more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
