@@ -91,11 +91,13 @@ def test_every_write_is_accounted_for(name: str) -> None:
     drops = inner(anatomy, stack)
     healing = closed_form(model, anatomy, drops, inputs_of(name, model))
     kept = [s for b in anatomy.stack(stack).blocks for s in b.sublayers if s.address not in drops]
-    after = {write for s in kept if s.address.block > drops[0].block for write in s.writes}
+    later = [s for s in kept if s.address.block > drops[0].block]
+    after = {write for s in later for write in s.writes}
     tried = [refit.weight for refit in healing.refits]
     assert after <= set(tried) | set(healing.left_alone)
     assert len(tried) == len(set(tried)) and not set(tried) & set(healing.left_alone)
-    assert bool(tried) == (name not in NORMED)
+    assert bool(after & set(tried)) == (name not in NORMED)
+    assert set(tried) <= after | {name for s in kept for name in (*s.reads, *s.writes)}
     assert {n.removesuffix("bias") + "weight" if n.endswith("bias") else n for n in healing.tensors} == {
         refit.weight for refit in healing.refits if refit.taken
     }
@@ -187,7 +189,7 @@ def test_batches_do_not_matter(name: str) -> None:
     assert [(r.weight, r.penalty) for r in parts.refits] == [(r.weight, r.penalty) for r in whole.refits]
     assert whole.taken
     for key, tensor in whole.tensors.items():
-        torch.testing.assert_close(parts.tensors[key], tensor, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(parts.tensors[key], tensor, atol=1e-2, rtol=1e-2)
 
 
 @settings(max_examples=10)
@@ -245,7 +247,9 @@ def test_only_what_comes_after_the_first_gap_is_walked_twice() -> None:
     healing = closed_form(model, anatomy, [Address("decoder", 3)], windows())
     assert healing.tokens == 16 * 12
     assert healing.work == (5 + 2) * healing.tokens
-    assert [refit.weight.split(".")[2] for refit in healing.refits] == ["2", "4", "4"]
+    places = list(dict.fromkeys(tuple(refit.weight.split(".")[2:4]) for refit in healing.refits))
+    assert places == [("2", "mlp"), ("4", "self_attn"), ("4", "mlp")]
+    assert len(healing.refits) == 1 + (3 + 1) + (2 + 1), "before the gap nothing reads anything new"
 
 
 def test_memory_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,23 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.heal.healing import put
 from billhook.heal.places import Place
-from billhook.heal.ridge import Moments, solve
+from billhook.heal.reads import folded, reads_of, same_inputs
+from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.stepping import Stepper
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.record import Refit
+from billhook.surgery.live import Undo
 
 Progress = Callable[[str, int, int], None]
+Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]
+"""For each sublayer the linears that read, by the names of their weights, and what they were given, batch by batch."""
 HELD_BACK = 1 / 8
 _SMALLEST = 1e-12  # energy of a token, against division by zero
 
 
 class Walk:
-    """What has been found so far; see ``Healing``. The model itself is never changed: once its writes are refitted, a
-    place is not run again."""
+    """What has been found so far; see ``Healing``. The model is changed within calls only: once it is healed, a place
+    is not run again."""
 
     def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -43,27 +48,62 @@ class Walk:
         self._held = held_back([len(stream) for stream in dense])
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
         cut, waiting, gap = dense, None, False
+        seen: Seen = {}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
-                    cut = self._heal(waiting, cut, dense) if gap else dense
-                waiting = place
+                    cut = self._heal(waiting, cut, dense, seen) if gap else dense
+                waiting, seen = place, self._watched(place) if gap else {}
             gap = gap or len(place.kept(self._drops)) < len(place.sublayers)
-            dense = self._ahead(place, dense)
+            dense = self._ahead(place, dense, seen if place is waiting else {})
             if progress is not None:
                 progress("healing", index + 1, len(places))
         if waiting is not None and gap:
-            self._heal(waiting, cut, dense)
+            self._heal(waiting, cut, dense, seen)
 
-    def _ahead(self, place: Place, streams: list[Tensor]) -> list[Tensor]:
-        """The dense stream, one place on."""
+    def _watched(self, place: Place) -> Seen:
+        """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
+        groups = {} if place.mixed else {s: reads_of(self._model, s) for s in place.kept(self._drops)}
+        return {s.address: (reads, {name: [] for name in reads}) for s, reads in groups.items() if reads}
+
+    def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
+        """The dense stream, one place on; what the reads are given is added to ``seen``."""
         self._count("dense", place)
-        silent = place.silent(frozenset())
-        return [self._stepper.run(i, place, stream, silent) for i, stream in enumerate(streams)]
+        silent, hooks = place.silent(frozenset()), _watching(seen)
+        return [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
 
-    def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
-        """The cut stream, one place on, with the writes of the place refitted one after the other."""
+    def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
+        """The cut stream, one place on, with reads and writes of the place refitted."""
         self._count("cut", place)
+        undo = Undo()
+        try:
+            for name, tensor in self._reads(place, cut, seen).items():
+                self.tensors[name] = tensor
+                put(self._model, name, tensor, undo)
+            return self._writes(place, cut, target)
+        finally:
+            undo.restore()
+
+    def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
+        """New reads: what the dense sublayer was given is guessed from what this one is given."""
+        now: Seen = {address: (reads, {name: [] for name in reads}) for address, (reads, _) in seen.items()}
+        if now:
+            silent, hooks = place.silent(self._drops), _watching(now)
+            for i, stream in enumerate(cut):
+                self._stepper.run(i, place, stream, silent, hooks)
+        new: dict[str, Tensor] = {}
+        for address, (reads, given) in now.items():
+            x, goal = same_inputs(given), same_inputs(seen[address][1])
+            if x is None or goal is None:
+                continue
+            x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+            lacks = [there.float() - here.float() for here, there in zip(x, goal, strict=True)]
+            solution = self._solve(list(reads), x, lacks, goal)
+            if solution is not None:
+                new |= folded(reads, solution.change)
+        return new
+
+    def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
         scales = self._scales(place, cut[0])
         inputs: dict[str, list[Tensor]] = {write.weight: [] for write, _ in scales}
         hooks = [(write.linear, partial(_keep_input, inputs[write.weight])) for write, _ in scales]
@@ -95,26 +135,32 @@ class Walk:
     def _refit(
         self, write: Write, scale: Tensor, inputs: list[Tensor], after: list[Tensor], target: list[Tensor]
     ) -> list[Tensor]:
-        """Refit one linear; the stream with what it writes now."""
-        fit, held = Moments(), Moments()
-        for i, (h, now, goal) in enumerate(zip(inputs, after, target, strict=True)):
-            real = self._stepper.real(i, goal)
-            back = self._held[i].to(real.device)[:, None]
-            for moments, chosen in ((fit, real & ~back), (held, real & back)):
-                dense = goal[chosen].float()
-                weight = 1 / dense.square().sum(-1).clamp(min=_SMALLEST)
-                moments.add(write.inputs(h.reshape(*real.shape, -1)[chosen]), dense - now[chosen].float(), weight)
-        solution = solve(fit, held)
-        before = held.energy / held.tokens
+        """Refit one write; the stream with what it writes now."""
+        lacks = [goal.float() - now.float() for now, goal in zip(after, target, strict=True)]
+        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target)
         if solution is None:
-            self.refits.append(Refit(weight=write.weight, before=before, after=before, penalty=None))
             return after
-        error = solution.error / held.tokens
-        self.refits.append(Refit(weight=write.weight, before=before, after=error, penalty=solution.penalty))
         new = write.changed(solution.change / scale)
         self.tensors |= new
         more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
         return [(now.float() + scale * step).to(now.dtype) for now, step in zip(after, more, strict=True)]
+
+    def _solve(self, names: list[str], h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> Solution | None:
+        """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
+        under these names."""
+        fit, held = Moments(), Moments()
+        for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
+            real = self._stepper.real(i, lacks)
+            back = self._held[i].to(real.device)[:, None]
+            for moments, chosen in ((fit, real & ~back), (held, real & back)):
+                energy = goal[chosen].float().square().sum(-1)
+                rows = inputs.reshape(*real.shape, -1)[chosen]
+                moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
+        solution = solve(fit, held)
+        before = held.energy / held.tokens
+        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
+        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
+        return solution
 
     def _count(self, side: str, place: Place) -> None:
         if (side, place.number) not in self._counted:
@@ -133,3 +179,9 @@ def held_back(rows: list[int]) -> list[Tensor]:
 
 def _keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     kept.append(args[0])
+
+
+def _watching(seen: Seen) -> list[tuple[nn.Module, Forward]]:
+    """Hooks that gather what reads are given."""
+    pairs = [(linear, given[name]) for reads, given in seen.values() for name, linear in reads.items()]
+    return [(linear, partial(_keep_input, inputs)) for linear, inputs in pairs]

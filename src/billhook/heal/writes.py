@@ -33,8 +33,8 @@ class Write:
         return None if found is None else f"{self.weight.removesuffix('weight')}bias"
 
     def inputs(self, h: Tensor) -> Tensor:
-        """The inputs [n, i] as the regression sees them: with a constant 1 behind where there is a bias."""
-        return h if self.bias is None else torch.cat([h, torch.ones_like(h[:, :1])], 1)
+        """The inputs [..., i] as the regression sees them: with a constant 1 behind where there is a bias."""
+        return h if self.bias is None else torch.cat([h, torch.ones_like(h[..., :1])], -1)
 
     def changed(self, change: Tensor) -> dict[str, Tensor]:
         """New parameters by name, for a change [i, o] of what ``inputs`` are multiplied with."""
