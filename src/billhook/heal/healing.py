@@ -16,7 +16,8 @@ from billhook.surgery.live import Undo
 class Healing:
     """``tensors`` are new weights by parameter name in the *original* model, in its dtype and on its device;
     ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
-    block run in parts counts once."""
+    block that is run in parts counts once for the dense stream, for the healed one, and for its reads. (What it takes
+    to find out how a linear reaches the stream, two more runs of the first batch, is left out.)"""
 
     tensors: Mapping[str, Tensor]
     refits: tuple[Refit, ...]

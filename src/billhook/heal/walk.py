@@ -88,6 +88,7 @@ class Walk:
         """New reads: what the dense sublayer was given is guessed from what this one is given."""
         now: Seen = {address: (reads, {name: [] for name in reads}) for address, (reads, _) in seen.items()}
         if now:
+            self._count("reads", place)
             silent, hooks = place.silent(self._drops), _watching(now)
             for i, stream in enumerate(cut):
                 self._stepper.run(i, place, stream, silent, hooks)

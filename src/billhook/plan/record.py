@@ -103,11 +103,12 @@ class SearchRecord(_Record):
 
 
 class Refit(_Record):
-    """What came of one write linear, ``weight`` being the name of its parameter in the original model.
+    """What came of one linear, ``weight`` being the name of its parameter in the original model.
 
-    ``before`` and ``after`` are the error of the stream on held-back windows, relative to the dense stream's energy
-    (mean over tokens). ``penalty`` is the ridge that was chosen, relative to the mean energy of an input; None where no
-    refit lowered the held-back error, and the old weights stay.
+    ``before`` and ``after`` are an error on held-back windows, relative to the energy of its dense counterpart (mean
+    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given. ``penalty``
+    is the ridge that was chosen, relative to the mean energy of an input; None where no refit lowered the held-back
+    error, and the old weights stay.
     """
 
     weight: str

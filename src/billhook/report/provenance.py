@@ -32,7 +32,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
         found += [
-            ("healing", f"{healing.method}, {taken} of {len(healing.refits)} write linears refitted"),
+            ("healing", f"{healing.method}, {taken} of {len(healing.refits)} linears refitted"),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]
