@@ -41,7 +41,16 @@ def test_help_names_every_option_and_an_example_within_80_columns(name):
 def test_the_interface_is_the_one_that_scripts_rely_on():
     expected = {
         "inspect": ["--calibration", "--out", "--overwrite"],
-        "compress": ["--budget", "--out", "--calibration", "--target", "--recipe", "--overwrite", "--max-new-tokens"],
+        "compress": [
+            "--budget",
+            "--out",
+            "--calibration",
+            "--target",
+            "--recipe",
+            "--heal",
+            "--overwrite",
+            "--max-new-tokens",
+        ],
         "apply": ["--out", "--target", "--overwrite"],
         "eval": ["--against", "--calibration"],
         "bench": ["--against"],
@@ -101,6 +110,7 @@ def test_compress_hands_on_everything_it_was_given(monkeypatch):
     calls = fake_recipe(monkeypatch, "compress", RUN)
     billhook(
         "compress", "org/model", "--budget", "size=100MB", "--out", "o", "--recipe", "greedy", "--target", "uniform",
+        "--heal", "closed-form",
         "--calibration", "self", "--seed", 3, "--dtype", "bfloat16", "--device", "cuda:1", "--overwrite",
         "--trust-remote-code", "--max-new-tokens", 9,
     )  # fmt: skip
@@ -108,7 +118,8 @@ def test_compress_hands_on_everything_it_was_given(monkeypatch):
     assert callable(call.__dict__.pop("progress"))
     assert call.__dict__ == {
         "positional": ("org/model",), "budget": "size=100MB", "out": Path("o"), "recipe": "greedy",
-        "target": Target.UNIFORM, "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
+        "heal": "closed-form", "target": Target.UNIFORM,
+        "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip
 
@@ -234,6 +245,13 @@ def test_apply_says_that_it_keeps_the_stored_type(monkeypatch):
     fake_recipe(monkeypatch, "apply", RUN)
     assert billhook(*COMMANDS["apply"]).stderr == ""
     assert "keeps the type" in billhook(*COMMANDS["apply"], "--dtype", "float16").stderr
+
+
+def test_apply_says_that_a_plan_cannot_heal(monkeypatch):
+    fake_recipe(
+        monkeypatch, "apply", RUN.model_copy(update={"environment": {"not healed": "it lacks the new weights"}})
+    )
+    assert "note: it lacks the new weights" in billhook(*COMMANDS["apply"]).stderr
 
 
 def test_version():

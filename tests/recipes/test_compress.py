@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from billhook.models import load
 from billhook.plan.errors import InputError
 from billhook.plan.record import Run
+from billhook.recipes.apply import apply
 from billhook.recipes.compress import compress
 from billhook.recipes.workplace import workplace
 
@@ -145,3 +147,45 @@ def test_until_the_cliff(tiny_lm: Path, tmp_path: Path) -> None:
 def test_until_the_cliff_is_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recipe first \(first\) has none: use a greedy or one-shot recipe"):
         compress("no/such model", budget="until=cliff", out=tmp_path / "out", recipe="first")
+
+
+@pytest.fixture(scope="module")
+def mended(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    out = tmp_path_factory.mktemp("mended") / "out"
+    return compress(tiny_lm, budget="params=0.7", out=out, heal="closed-form", max_new_tokens=4), out
+
+
+def test_a_healed_result_says_how(mended: tuple[Run, Path], whole: tuple[Run, Path]) -> None:
+    run, out = mended
+    assert Run.model_validate_json((out / "billhook.json").read_text()) == run
+    assert run.plan.drops == whole[0].plan.drops
+    assert whole[0].healing is None
+    assert run.healing is not None
+    assert run.healing.method == "closed-form"
+    assert any(refit.taken for refit in run.healing.refits)
+    assert run.healing.unhealed == whole[0].evidence
+    assert run.evidence[0].kl.value < run.healing.unhealed[0].kl.value
+    assert run.seconds["heal"] > 0
+    page = (out / "report.html").read_text()
+    assert "cut and not yet healed" in page and "linears refitted" in page
+    assert "cut and not yet healed" not in (whole[1] / "report.html").read_text()
+
+
+def test_a_healed_checkpoint_is_an_ordinary_one(mended: tuple[Run, Path], whole: tuple[Run, Path]) -> None:
+    """The same tensors under the same names; those that differ are the refitted ones."""
+    new, old = (load_file(out / "model.safetensors") for _, out in (mended, whole))
+    assert {key: t.shape for key, t in new.items()} == {key: t.shape for key, t in old.items()}
+    changed = [key for key, tensor in new.items() if not tensor.equal(old[key])]
+    assert mended[0].healing is not None
+    assert len(changed) == sum(refit.taken for refit in mended[0].healing.refits) > 0
+    assert (mended[1] / "config.json").read_text() == (whole[1] / "config.json").read_text()
+
+
+def test_a_plan_alone_cannot_heal(mended: tuple[Run, Path], tiny_lm: Path, tmp_path: Path) -> None:
+    run = apply(tiny_lm, mended[1], out=tmp_path / "out")
+    assert "of a healed result" in run.environment["not healed"]
+    assert run.healing is None
+    assert "not healed" not in apply(tiny_lm, run.plan, out=tmp_path / "plain").environment
+    assert "billhook apply" not in (mended[1] / "README.md").read_text()
+    assert "billhook apply" in (tmp_path / "out" / "README.md").read_text()
+    assert "--heal closed-form" in (mended[1] / "README.md").read_text()

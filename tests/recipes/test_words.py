@@ -31,8 +31,8 @@ def test_needs_and_costs() -> None:
     assert said["block-influence"] == said["angular-span"] == ("data", "1")
     assert said["joint-drop"] == said["attention-drop"] == ("data", "2")
     assert said["additive-knapsack"] == said["position-weighted"] == ("data", "½ a unit")
-    assert said["sublayer-greedy"] == ("data", "1 a unit")
-    assert said["block-greedy"] == said["finercut"] == ("data", "½ a unit/step")
+    assert said["sublayer-greedy"] == said["finercut"] == ("data", "1 a unit")
+    assert said["block-greedy"] == ("data", "½ a unit/step")
     assert {need for need, _ in said.values()} == {"data", "nothing"}
 
 

@@ -18,6 +18,9 @@ from billhook.plan.errors import InputError
 _FINAL_NORMS = ("norm", "final_norm", "final_layer_norm", "final_layernorm", "ln_f", "layer_norm", "layernorm")
 _FINAL_NORMS_ELSEWHERE = ("post_layernorm", "final_layer_norm", "layernorm")
 
+#: Why an attention is pinned whose cache others use.
+READ_LATER = "later blocks read its keys and values"
+
 
 def discover(model: PreTrainedModel) -> Anatomy:
     """Find the stacks, blocks and sublayers of a transformers model. Works on the meta device too; touches no weight.
@@ -179,7 +182,7 @@ def _pins(model: PreTrainedModel, stacks: list[Stack]) -> dict[str, str]:
         for index, mode in enumerate(modes):
             if mode == "store":
                 for unit in (f"{stack.name}.{index}", f"{stack.name}.{index}.attention"):
-                    pinned[unit] = "later blocks read its keys and values"
+                    pinned[unit] = READ_LATER
     return pinned
 
 

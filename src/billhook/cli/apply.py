@@ -48,6 +48,8 @@ def apply(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    if lost := run.environment.get("not healed"):
+        typer.echo(f"billhook: note: {lost}", err=True)
     if as_json:
         print_json(run_json(run, out))
         return

@@ -35,6 +35,13 @@ def recipe_names(incomplete: str) -> list[str]:
     return sorted(n.removesuffix(".yaml") for n in found if n.endswith(".yaml") and n.startswith(incomplete))
 
 
+class HealName(StrEnum):
+    """How what is left is healed."""
+
+    NONE = "none"
+    CLOSED_FORM = "closed-form"
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -67,6 +74,14 @@ Recipe = Annotated[
         show_default=False,
         autocompletion=recipe_names,
         help="The method: a name that [bold]billhook recipes[/] lists, or a YAML file.",
+    ),
+]
+Heal = Annotated[
+    HealName | None,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]. Else the recipe says.",
     ),
 ]
 CALIBRATION_HELP = "The text: a .txt, .txt.gz or .jsonl.gz file, a folder, a hub data set, builtin, or self."

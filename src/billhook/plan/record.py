@@ -102,6 +102,37 @@ class SearchRecord(_Record):
     evaluations: int
 
 
+class Refit(_Record):
+    """What came of one linear, ``weight`` being the name of its parameter in the original model.
+
+    ``before`` and ``after`` are an error on held-back windows, relative to the energy of its dense counterpart (mean
+    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given. ``penalty``
+    is the ridge that was chosen, relative to the mean energy of an input; None where no refit lowered the held-back
+    error, and the old weights stay.
+    """
+
+    weight: str
+    before: float
+    after: float
+    penalty: float | None
+
+    @property
+    def taken(self) -> bool:
+        return self.penalty is not None
+
+
+class HealRecord(_Record):
+    """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried, with
+    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone."""
+
+    method: str
+    tokens: int
+    work: int
+    refits: tuple[Refit, ...]
+    left_alone: dict[str, str] = {}
+    unhealed: tuple[TextEvidence, ...] = ()
+
+
 class Measures(_Record):
     """What was measured of the dense model: for each score, unit address -> importance (high is important), and the
     angular distance between the inputs of block i and of block i + n, ``angular[stack][n - 1][i]`` (ragged)."""
@@ -132,6 +163,7 @@ class Run(_Record):
     costs: dict[str, Quantity] = {}
     search: SearchRecord | None = None
     measures: Measures | None = None
+    healing: HealRecord | None = None
     evidence: tuple[TextEvidence, ...] = ()
     generations: tuple[Generation, ...] = ()
     timings: tuple[Timing, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes.opened import Stopwatch, left_behind
-from billhook.recipes.proof import write_down
+from billhook.recipes.proof import RECORD, write_down
 from billhook.surgery.checkpoint import checkpoint_fingerprint
 
 Progress = Callable[[str, int, int], None]
@@ -34,11 +35,15 @@ def apply(
     """Rewrite a checkpoint on disk, one tensor at a time, without loading the model.
 
     ``plan`` is a plan, its file, or a ``billhook.json`` (or the folder it lies in). Nothing is measured: ``billhook
-    eval`` does that. Raises InputError for a plan that was made for another model, or that drops nothing.
+    eval`` does that. Nothing is healed either: where ``plan`` is of a result that was, the record says so under
+    ``not healed`` in its environment. Raises InputError for a plan that was made for another model, or that drops
+    nothing.
     """
     check_out(out, overwrite, source)
+    lost = {}
     if not isinstance(plan, Plan):
-        plan = Plan.read(plan)
+        file, plan = Path(plan), Plan.read(plan)
+        lost = _lost(file)
     if target is not None:
         plan = plan.model_copy(update={"target": Target(target)})
     if not plan.edits:
@@ -59,7 +64,17 @@ def apply(
             asked=plan.budget,
             costs=costs,
             realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
-            environment=left_behind(done.left_out),
+            environment=left_behind(done.left_out) | lost,
         )
         write_down(run, Path(place))
     return run.model_copy(update={"seconds": clock.seconds})
+
+
+def _lost(source: Path) -> dict[str, str]:
+    """That the result which a plan was taken from was healed, if its record says so."""
+    path = source / RECORD if source.is_dir() else source
+    record = json.loads(path.read_text(encoding="utf-8"))
+    healing = record.get("healing") if isinstance(record, dict) else None
+    if not healing:
+        return {}
+    return {"not healed": f"{path} is of a healed result; a plan holds no weights, so this one is cut and not healed"}

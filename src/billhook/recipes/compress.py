@@ -21,10 +21,11 @@ from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, require_path
+from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import Recipe
+from billhook.recipes.schema import Heal, Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.search import pose
@@ -39,6 +40,7 @@ def compress(
     budget: str,
     out: str | os.PathLike[str],
     recipe: str | os.PathLike[str] | None = None,
+    heal: Heal | None = None,
     target: str | None = None,
     calibration: str = "builtin",
     seed: int = 0,
@@ -53,14 +55,15 @@ def compress(
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
-    target is taken. Everything that can be refused is refused before the search; an interrupted search goes on from its
-    last finished evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs
-    cannot work on one ``out`` at once.
+    target is taken; ``heal`` is what the recipe says unless told. Everything that can be refused is refused before the
+    search; an interrupted search goes on from its last finished evaluation when the same call is made again (its ledger
+    lies beside ``out`` until then). Two runs cannot work on one ``out`` at once.
     """
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
+    way = heal or chosen.heal
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -83,7 +86,8 @@ def compress(
                 model=model.model,
                 progress=progress,
             )
-            texts = judged_on(model, calibration, windows, seed, progress)
+            longer = healing_text(model, calibration, seed, progress) if way != "none" else None
+            texts = judged_on(model, calibration, longer or windows, seed, progress)
             seen = watch(model, windows, progress)
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
@@ -100,7 +104,11 @@ def compress(
                 ),
             }
         )
-        compressed = apply(model.model, model.anatomy, plan)
+        cut = compressed = apply(model.model, model.anatomy, plan)
+        healing = None
+        if longer is not None:
+            with clock.step("heal"):
+                compressed, healing = mended(model, plan, way, longer, progress)
         costs = quantities(outline, choice.found.drops)
         run = Run(
             model=os.fspath(source),
@@ -111,9 +119,10 @@ def compress(
             costs=costs,
             search=choice.record,
             measures=measures(model, calibration, windows, seen, choice.importance),
+            healing=healing,
             environment=environment(model),
         )
-        run = proven(run, model, compressed, plan, texts, max_new_tokens, clock, progress)
+        run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress)
         run = run.model_copy(update={"seconds": clock.seconds})
         with building(out, overwrite) as folder:
             save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)

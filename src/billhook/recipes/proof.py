@@ -39,6 +39,7 @@ def judged_on(
 def proven(
     run: Run,
     model: Opened,
+    cut: Any,
     compressed: Any,
     plan: Plan,
     texts: Sequence[tuple[Domain, Windows]],
@@ -46,14 +47,23 @@ def proven(
     watch: Stopwatch,
     progress: Progress | None,
 ) -> Run:
-    """The record with evidence, generations and timings of both models added."""
+    """The record with evidence, generations and timings of both models added; where ``cut`` was healed, its evidence
+    too."""
     with watch.step("evidence"):
+        if run.healing is not None:
+            unhealed = evidence(model.model, cut, texts, progress=prefixed("unhealed, ", progress))
+            run = run.model_copy(update={"healing": run.healing.model_copy(update={"unhealed": unhealed})})
         found = evidence(model.model, compressed, texts, progress=progress)
     with watch.step("generations"):
         said = generations(model.model, compressed, model.tokenizer, max_new_tokens=max_new_tokens)
     with watch.step("bench"):
         timings = bench(model.model, compressed, plan=plan, progress=progress)
     return run.model_copy(update={"evidence": found, "generations": said, "timings": timings})
+
+
+def prefixed(prefix: str, progress: Progress | None) -> Progress | None:
+    """The same progress under other labels: a bar of its own for what is done twice."""
+    return None if progress is None else lambda label, done, total: progress(f"{prefix}{label}", done, total)
 
 
 def write_down(run: Run, folder: Path) -> None:

@@ -16,6 +16,7 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
+Heal = Literal["none", "closed-form"]
 
 
 class Paper(_Words):
@@ -111,7 +112,7 @@ class Recipe(_Words):
     objective: Kind | None = None
     choice: Annotated[OneShot | Knapsack | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
     act: Literal["drop"] = "drop"
-    heal: Literal["none"] = "none"
+    heal: Heal = "none"
     note: Line | None = None
 
     @model_validator(mode="after")

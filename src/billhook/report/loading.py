@@ -60,11 +60,18 @@ def loading(run: Run) -> Loading:
 
 
 def commands(run: Run) -> str:
-    """The commands that make the same result again: from the plan exactly, and by a new search where there was one."""
+    """The commands that make the same result again: from the plan exactly (unless it was healed: a plan does not hold
+    the new weights), and by a new search where there was one."""
     model = shlex.quote(run.model)
-    lines = [f"billhook apply {model} billhook.json --out DIR"]
+    healed = run.healing.method if run.healing else ""
+    lines = [] if healed else [f"billhook apply {model} billhook.json --out DIR"]
     if run.asked:
-        options = {"budget": run.asked, "target": str(run.plan.target), "recipe": run.plan.provenance.recipe}
+        options = {
+            "budget": run.asked,
+            "target": str(run.plan.target),
+            "recipe": run.plan.provenance.recipe,
+            "heal": healed,
+        }
         seed = run.plan.provenance.seed
         options["seed"] = "" if seed is None else str(seed)
         given = " ".join(f"--{name} {shlex.quote(value)}" for name, value in options.items() if value)

@@ -29,6 +29,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("search", f"{search.recipe}, objective {search.objective.replace('_', ' ')}"),
             ("work of the search", f"{work} in {search.evaluations:,} evaluations"),
         ]
+    if healing := run.healing:
+        taken = sum(refit.taken for refit in healing.refits)
+        found += [
+            ("healing", f"{healing.method}, {taken} of {len(healing.refits)} linears refitted"),
+            ("healing tokens", f"{healing.tokens:,}"),
+            ("work of the healing", quantity(healing.work, "block-token forwards")),
+        ]
     found += [(f"time: {name.replace('_', ' ')}", duration(value)) for name, value in run.seconds.items()]
     found += made.versions.items()
     found += [(name.replace("_", " "), value) for name, value in run.environment.items()]

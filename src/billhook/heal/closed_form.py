@@ -1,0 +1,77 @@
+"""Healing in closed form: the linears that stay are refitted by least squares towards the dense stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from billhook.anatomy.discover import READ_LATER
+from billhook.anatomy.types import Anatomy, Stack
+from billhook.data import Windows
+from billhook.heal.healing import Healing
+from billhook.heal.places import places
+from billhook.heal.stepping import Stepper
+from billhook.heal.walk import Walk
+from billhook.measure.batches import Batch, batches_of
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.surgery.live import drops_of
+
+Progress = Callable[[str, int, int], None]
+
+
+def closed_form(
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan | Iterable[Address],
+    source: Windows | Iterable[Batch],
+    progress: Progress | None = None,
+) -> Healing:
+    """New weights for the linears of what ``plan`` leaves of ``model``, which stays as it is.
+
+    Two residual streams walk through the stack side by side, the dense one and that of the cut model as healed so far.
+    Where a sublayer stays, its write linear (o or down projection) is refitted: with its inputs h in the cut model, and
+    r what the cut stream after it lacks of the dense stream *where the next sublayer that stays reads it*, the change D
+    of its weights minimises
+
+        sum over tokens of w |r - D h|^2 + penalty |D|^2,    w = 1 / |dense stream|^2.
+
+    So the last sublayer before a gap aims at the far side of it, and those after it take up what is left. A bias is
+    refitted too, none is made. The weights w matter: without them a few tokens with huge streams (the first of a text)
+    decide. (Demo model, six blocks gone, writes only: perplexity 33.8 with them, 35.4 without; 61.3 and 70.5 on C4.)
+
+    Behind the first gap the reads (q, k, v; gate, up) come before that, together: with x what they are given in the cut
+    model and z what the dense sublayer was given, the D that minimises the error of x D against z - x, with the same
+    weights and a penalty, is folded into each of them, so that they read x + x D.
+
+    Penalties are chosen on the last eighth of the windows, which no fit ever sees, so that what is said about them
+    stays honest down to the last block; where no penalty helps there, the old weights stay. Refitting what is left of a
+    layer by least squares is an old idea (He et al. 2017, arXiv 1707.06168, section 3.1); that a removed run of blocks
+    can be the target is that of ReplaceMe (arXiv 2505.02819), which fits one linear map for one run.
+
+    Left alone, with the reason: writes that are fused experts, and those whose output is not simply added to the stream
+    (post-norm and sandwich norms; with the latter the reads are refitted all the same). The result is an ordinary model
+    of the same architecture.
+
+    Cost: the dense blocks once, those behind the first gap twice more, and for each regression on i inputs and each
+    penalty i^3 / 3 multiplications. Memory: the model, two streams [tokens, hidden], and what the linears of one place
+    are given. Raises InputError for drops in more than one stack, blocks that read the keys and values of others, fewer
+    than two windows, and where a stream is not finite.
+    """
+    drops = drops_of(plan, anatomy)
+    stack = _stack(anatomy, drops)
+    if any(anatomy.outline.pinned.get(f"{block.address}.attention") == READ_LATER for block in stack.blocks):
+        raise InputError(f"a {anatomy.family} model cannot be healed: some blocks read keys and values of earlier ones")
+    walk = Walk(model, Stepper(model, stack, list(batches_of(source, model))), drops)
+    walk.through(places(stack), progress)
+    return Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+
+
+def _stack(anatomy: Anatomy, drops: frozenset[Address]) -> Stack:
+    """The one stack in which something is dropped; the first one where nothing is."""
+    names = sorted({address.stack for address in drops})
+    if len(names) > 1:
+        raise InputError(f"healing takes one stack at a time; the plan drops units of {' and '.join(names)}")
+    return anatomy.stack(names[0]) if names else anatomy.stacks[0]

@@ -1,0 +1,55 @@
+"""New weights, where they came from, and a way to put them on a model and take them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from billhook.plan.record import Refit
+from billhook.surgery.live import Undo
+
+
+@dataclass(frozen=True)
+class Healing:
+    """``tensors`` are new weights by parameter name in the *original* model, in its dtype and on its device;
+    ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
+    block that is run in parts counts once for the dense stream, for the healed one, and for its reads. (What it takes
+    to find out how a linear reaches the stream, two more runs of the first batch, is left out.)"""
+
+    tensors: Mapping[str, Tensor]
+    refits: tuple[Refit, ...]
+    left_alone: Mapping[str, str]
+    tokens: int
+    work: int
+
+    @property
+    def taken(self) -> int:
+        return sum(refit.taken for refit in self.refits)
+
+
+@contextmanager
+def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
+    """Inside the context the original ``model`` has the new weights; leaving it, also by an exception, puts the very
+    same old parameters back.
+
+    Goes around the surgery: ``with healed(model, healing), simulate(model, anatomy, plan)`` is the cut and healed
+    model; ``apply`` inside the context gives one that keeps the new weights for good.
+    """
+    undo = Undo()
+    try:
+        for name, tensor in healing.tensors.items():
+            put(model, name, tensor, undo)
+        yield model
+    finally:
+        undo.restore()
+
+
+def put(model: nn.Module, name: str, tensor: Tensor, undo: Undo) -> None:
+    """Exchange one parameter for another that holds ``tensor``."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner.get_parameter(leaf)
+    undo.set(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))

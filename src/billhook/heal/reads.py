@@ -1,0 +1,37 @@
+"""The reads of a sublayer as one: a linear map of what they are given, folded into all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Sublayer
+
+
+def reads_of(model: nn.Module, sublayer: Sublayer) -> dict[str, nn.Module]:
+    """The linears through which a sublayer reads, by the names of their weights; none where some are no modules of
+    their own (fused experts) or read another stream beside this one (cross-attention)."""
+    if sublayer.kind == "cross_attention" or any(not name.endswith(".weight") for name in sublayer.reads):
+        return {}
+    return {name: model.get_submodule(name.removesuffix(".weight")) for name in sublayer.reads}
+
+
+def folded(reads: dict[str, nn.Module], change: Tensor) -> dict[str, Tensor]:
+    """New weights by name. The reads W are given x; with D [hidden, hidden] such that x D is the best guess of what x
+    lacks, W reads (x + x D) from now on."""
+    new = {}
+    for name, linear in reads.items():
+        old: Any = linear.weight
+        weight = old.detach().float()
+        more = change @ weight if type(linear).__name__ == "Conv1D" else weight @ change.T
+        new[name] = (weight + more).to(old.dtype)
+    return new
+
+
+def same_inputs(given: dict[str, list[Tensor]]) -> list[Tensor] | None:
+    """What the reads of a sublayer were given, batch by batch; None unless all were given the same, once a batch."""
+    first, *others = given.values()
+    same = all(len(other) == len(first) and all(map(torch.equal, first, other)) for other in others)
+    return first if same else None

@@ -1,0 +1,90 @@
+"""One place of a stack run on a given stream, inside the model's own forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Stack, Sublayer
+from billhook.heal.places import Place
+from billhook.measure.batches import real_tokens
+from billhook.measure.patch import Forward, Reached, hooked, observing, overridden, silencers, stream_in, stream_out
+from billhook.plan.errors import InputError
+
+Tail = tuple[Any, ...] | None
+
+
+class Stepper:
+    """Runs single places over fixed batches; blocks before the place hand on what they get, those after it are not
+    reached. Masks, positions and per-layer arguments are the model's business. Holds the batches, and of each block
+    what it returned beside the stream. Each call costs the place and what the model does before its first block."""
+
+    def __init__(self, model: nn.Module, stack: Stack, batches: list[dict[str, Any]]) -> None:
+        self.model, self.stack, self.batches = model, stack, batches
+        self._blocks = [model.get_submodule(block.path) for block in stack.blocks]
+        self._tails: list[dict[int, Tail]] = [{} for _ in batches]
+
+    def enter(self, batch: int) -> Tensor:
+        """The stream at the input of the first block [rows, tokens, hidden]."""
+        seen: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            seen.append(stream_in(*args, **kwargs))
+            raise Reached
+
+        self._forward(batch, [(self._blocks[0], stop)])
+        return self._finite(batch, seen[0], f"into {self.stack.blocks[0].address}")
+
+    def run(
+        self,
+        batch: int,
+        place: Place,
+        stream: Tensor,
+        silent: Iterable[Sublayer],
+        hooks: Iterable[tuple[nn.Module, Forward]] = (),
+    ) -> Tensor:
+        """The stream after a place, given the stream at it, with these sublayers of the block writing nothing."""
+        block = self._blocks[place.number]
+        own = block.forward
+        outputs: list[Any] = []
+
+        def visit(*args: Any, **kwargs: Any) -> Any:
+            if args:
+                args = (stream, *args[1:])
+            else:
+                kwargs = {**kwargs, "hidden_states": stream}
+            with overridden(silencers(self.model, silent)), hooked(hooks):
+                outputs.append(own(*args, **kwargs))
+            raise Reached
+
+        tails = self._tails[batch]
+        before = [(self._blocks[i], partial(_hand_on, tail=tails[i])) for i in range(place.number)]
+        self._forward(batch, [*before, (block, visit)])
+        output = outputs[0]
+        tails.setdefault(place.number, output[1:] if isinstance(output, tuple) else None)
+        return self._finite(batch, stream_out(output), f"out of {place.block.address}")
+
+    def real(self, batch: int, stream: Tensor) -> Tensor:
+        """Which positions are no padding: bool [rows, tokens]."""
+        return real_tokens(self.batches[batch], self.stack.name, stream)
+
+    def _forward(self, batch: int, forwards: list[tuple[nn.Module, Forward]]) -> None:
+        with observing(self.model), overridden(forwards):
+            try:
+                self.model(**self.batches[batch])
+            except Reached:
+                return
+        raise InputError(f"the inputs never reach stack {self.stack.name}")
+
+    def _finite(self, batch: int, stream: Tensor, where: str) -> Tensor:
+        if not stream[self.real(batch, stream)].isfinite().all():
+            raise InputError(f"NaN or infinite values come {where}: the weights or the inputs are damaged")
+        return stream
+
+
+def _hand_on(*args: Any, tail: Tail, **kwargs: Any) -> Any:
+    stream = stream_in(*args, **kwargs)
+    return stream if tail is None else (stream, *tail)

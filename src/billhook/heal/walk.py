@@ -1,0 +1,188 @@
+"""The dense stream and the healed one, walking through a stack side by side, one place at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.heal.healing import put
+from billhook.heal.places import Place
+from billhook.heal.reads import folded, reads_of, same_inputs
+from billhook.heal.ridge import Moments, Solution, solve
+from billhook.heal.stepping import Stepper
+from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
+from billhook.measure.patch import Forward
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.record import Refit
+from billhook.surgery.live import Undo
+
+Progress = Callable[[str, int, int], None]
+Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]
+"""For each sublayer the linears that read, by the names of their weights, and what they were given, batch by batch."""
+HELD_BACK = 1 / 8
+_SMALLEST = 1e-12  # energy of a token, against division by zero
+
+
+class Walk:
+    """What has been found so far; see ``Healing``. The model is changed within calls only: once it is healed, a place
+    is not run again."""
+
+    def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.refits: list[Refit] = []
+        self.left_alone: dict[str, str] = {}
+        self.tokens = self.work = 0
+        self._model, self._stepper, self._drops = model, stepper, drops
+        self._held: list[Tensor] = []
+        self._counted: set[tuple[str, int]] = set()
+
+    def through(self, places: list[Place], progress: Progress | None) -> None:
+        """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
+        it; as long as nothing is missing, the streams are one and the same."""
+        dense = [self._stepper.enter(i) for i in range(len(self._stepper.batches))]
+        self._held = held_back([len(stream) for stream in dense])
+        self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
+        cut, waiting, gap = dense, None, False
+        seen: Seen = {}
+        for index, place in enumerate(places):
+            if place.acts(self._drops):
+                if waiting is not None:
+                    cut = self._heal(waiting, cut, dense, seen) if gap else dense
+                waiting, seen = place, self._watched(place) if gap else {}
+            gap = gap or len(place.kept(self._drops)) < len(place.sublayers)
+            dense = self._ahead(place, dense, seen if place is waiting else {})
+            if progress is not None:
+                progress("healing", index + 1, len(places))
+        if waiting is not None and gap:
+            self._heal(waiting, cut, dense, seen)
+
+    def _watched(self, place: Place) -> Seen:
+        """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
+        groups = {} if place.mixed else {s: reads_of(self._model, s) for s in place.kept(self._drops)}
+        return {s.address: (reads, {name: [] for name in reads}) for s, reads in groups.items() if reads}
+
+    def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
+        """The dense stream, one place on; what the reads are given is added to ``seen``."""
+        self._count("dense", place)
+        silent, hooks = place.silent(frozenset()), _watching(seen)
+        return [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
+
+    def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
+        """The cut stream, one place on, with reads and writes of the place refitted."""
+        self._count("cut", place)
+        undo = Undo()
+        try:
+            for name, tensor in self._reads(place, cut, seen).items():
+                self.tensors[name] = tensor
+                put(self._model, name, tensor, undo)
+            return self._writes(place, cut, target)
+        finally:
+            undo.restore()
+
+    def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
+        """New reads: what the dense sublayer was given is guessed from what this one is given."""
+        now: Seen = {address: (reads, {name: [] for name in reads}) for address, (reads, _) in seen.items()}
+        if now:
+            self._count("reads", place)
+            silent, hooks = place.silent(self._drops), _watching(now)
+            for i, stream in enumerate(cut):
+                self._stepper.run(i, place, stream, silent, hooks)
+        new: dict[str, Tensor] = {}
+        for address, (reads, given) in now.items():
+            x, goal = same_inputs(given), same_inputs(seen[address][1])
+            if x is None or goal is None:
+                continue
+            x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+            lacks = [there.float() - here.float() for here, there in zip(x, goal, strict=True)]
+            solution = self._solve(list(reads), x, lacks, goal)
+            if solution is not None:
+                new |= folded(reads, solution.change)
+        return new
+
+    def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+        scales = self._scales(place, cut[0])
+        inputs: dict[str, list[Tensor]] = {write.weight: [] for write, _ in scales}
+        hooks = [(write.linear, partial(_keep_input, inputs[write.weight])) for write, _ in scales]
+        silent = place.silent(self._drops)
+        after = [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(cut)]
+        for write, scale in scales:
+            after = self._refit(write, scale, inputs.pop(write.weight), after, target)
+        return after
+
+    def _scales(self, place: Place, stream: Tensor) -> list[tuple[Write, Tensor]]:
+        """The writes of a place that can be refitted, with what they are multiplied with on the way to the stream."""
+
+        def run(write: Write, hook: Forward | None) -> Tensor:
+            hooks = [] if hook is None else [(write.linear, hook)]
+            return self._stepper.run(0, place, stream, place.silent(self._drops), hooks)
+
+        found = []
+        for sublayer in place.kept(self._drops):
+            writes, left = writes_of(self._model, sublayer, place.mixed)
+            self.left_alone |= left
+            for write in writes:
+                scale = scale_of(partial(run, write))
+                if scale is None:
+                    self.left_alone[write.weight] = NOT_ADDED
+                else:
+                    found.append((write, scale))
+        return found
+
+    def _refit(
+        self, write: Write, scale: Tensor, inputs: list[Tensor], after: list[Tensor], target: list[Tensor]
+    ) -> list[Tensor]:
+        """Refit one write; the stream with what it writes now."""
+        lacks = [goal.float() - now.float() for now, goal in zip(after, target, strict=True)]
+        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target)
+        if solution is None:
+            return after
+        new = write.changed(solution.change / scale)
+        self.tensors |= new
+        more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
+        return [(now.float() + scale * step).to(now.dtype) for now, step in zip(after, more, strict=True)]
+
+    def _solve(self, names: list[str], h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> Solution | None:
+        """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
+        under these names."""
+        fit, held = Moments(), Moments()
+        for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
+            real = self._stepper.real(i, lacks)
+            back = self._held[i].to(real.device)[:, None]
+            for moments, chosen in ((fit, real & ~back), (held, real & back)):
+                energy = goal[chosen].float().square().sum(-1)
+                rows = inputs.reshape(*real.shape, -1)[chosen]
+                moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
+        solution = solve(fit, held)
+        before = held.energy / held.tokens
+        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
+        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
+        return solution
+
+    def _count(self, side: str, place: Place) -> None:
+        if (side, place.number) not in self._counted:
+            self._counted.add((side, place.number))
+            self.work += self.tokens
+
+
+def held_back(rows: list[int]) -> list[Tensor]:
+    """Which rows of each batch are held back, bool [rows]: the last eighth of all, at least one and never all."""
+    total = sum(rows)
+    if total < 2:
+        raise InputError("healing needs at least two windows: one to fit on and one to hold back")
+    kept = total - max(1, round(HELD_BACK * total))
+    return list(torch.split(torch.arange(total) >= kept, rows))
+
+
+def _keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    kept.append(args[0])
+
+
+def _watching(seen: Seen) -> list[tuple[nn.Module, Forward]]:
+    """Hooks that gather what reads are given."""
+    pairs = [(linear, given[name]) for reads, given in seen.values() for name, linear in reads.items()]
+    return [(linear, partial(_keep_input, inputs)) for linear, inputs in pairs]
