@@ -211,3 +211,11 @@ def test_wikitext_windows_are_the_usual_ones(demo_folder: Path, shared_data: Pat
     assert found.ids.shape == (16, 1024)
     assert tokenizer.decode(found.ids[0, :8]).startswith(" \n = Robert Boulter")
     assert not (found.ids == tokenizer.bos_token_id).any()
+
+
+def test_all_of_a_short_text_where_fewer_suffice() -> None:
+    whole = len(PLAIN(SHORT.content, add_special_tokens=False).input_ids) // 64
+    assert spread(SHORT, PLAIN, tokens=64 * (whole + 99), length=64, fewest=64).ids.shape == (whole, 64)
+    assert spread(SHORT, PLAIN, tokens=64 * 2, length=64, fewest=64).ids.shape == (2, 64)
+    with pytest.raises(InputError, match="are needed"):
+        spread(SHORT, PLAIN, tokens=64 * (whole + 99), length=64, fewest=64 * (whole + 1))

@@ -38,14 +38,14 @@ if where == "search":
     Ledger.record = dying(Ledger.record, 9)
 else:
     walk.write_down = dying(walk.write_down, 0)
-walk.compress(source, budget="params=0.7", out=out, max_new_tokens=4)
+walk.compress(source, budget="params=0.7", out=out, heal="none", max_new_tokens=4)
 """
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    return compress(tiny_lm, budget="params=0.7", out=out, max_new_tokens=4), out
+    return compress(tiny_lm, budget="params=0.7", out=out, heal="none", max_new_tokens=4), out
 
 
 @pytest.mark.parametrize("where", ["search", "saving"])
@@ -56,7 +56,7 @@ def test_killed_and_run_again(where: str, whole: tuple[Run, Path], tiny_lm: Path
     assert not out.exists()
     assert any(workplace(out).glob("*.jsonl"))
 
-    again = compress(tiny_lm, budget="params=0.7", out=out, max_new_tokens=4)
+    again = compress(tiny_lm, budget="params=0.7", out=out, heal="none", max_new_tokens=4)
     assert again.plan.dumps() == whole[0].plan.dumps()
     assert again.search == whole[0].search
     weights = "model.safetensors"
@@ -152,7 +152,7 @@ def test_until_the_cliff_is_refused_before_the_model_is_even_loaded(tmp_path: Pa
 @pytest.fixture(scope="module")
 def mended(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     out = tmp_path_factory.mktemp("mended") / "out"
-    return compress(tiny_lm, budget="params=0.7", out=out, heal="closed-form", max_new_tokens=4), out
+    return compress(tiny_lm, budget="params=0.7", out=out, max_new_tokens=4), out
 
 
 def test_a_healed_result_says_how(mended: tuple[Run, Path], whole: tuple[Run, Path]) -> None:

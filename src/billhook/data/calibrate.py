@@ -28,9 +28,11 @@ def calibration(
     length: int,
     seed: int = 0,
     model: Any = None,
+    fewest: int | None = None,
     progress: Progress | None = None,
 ) -> Windows:
-    """``tokens // length`` windows from the first 80% of a text, spread evenly and in order.
+    """``tokens // length`` windows from the first 80% of a text, spread evenly and in order; fewer where the text is
+    short and ``fewest`` tokens suffice.
 
     ``source``: a ``.txt``, ``.txt.gz``, ``.jsonl`` or ``.jsonl.gz`` file, a folder of them, a hub data set,
     ``builtin``, ``self`` (text that ``model`` samples; takes ``length`` decode steps), or a ``Text``. The text is
@@ -40,7 +42,7 @@ def calibration(
     """
     if source == "self":
         return _written(model, tokenizer, tokens, length, seed, progress)
-    return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed)
+    return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed, fewest=fewest)
 
 
 def evaluation(

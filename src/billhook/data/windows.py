@@ -41,11 +41,14 @@ def first(text: Text, tokenizer: Any, *, tokens: int, length: int, skip: int = 0
     return Windows.of(_cut(ids, range(skip, skip + count), length, prefix), text.name)
 
 
-def spread(text: Text, tokenizer: Any, *, tokens: int, length: int, seed: int = 0) -> Windows:
-    """Windows taken evenly from the whole text, in its order. Any seed but 0 shifts where they are taken."""
-    count = count_of(tokens, length)
+def spread(
+    text: Text, tokenizer: Any, *, tokens: int, length: int, seed: int = 0, fewest: int | None = None
+) -> Windows:
+    """Windows taken evenly from the whole text, in its order; all that there are where ``fewest`` tokens suffice. Any
+    seed but 0 shifts where they are taken."""
     ids, prefix = _encode(text, tokenizer)
-    available = _check_enough(text.name, ids, count, length, prefix)
+    available = _check_enough(text.name, ids, count_of(tokens if fewest is None else fewest, length), length, prefix)
+    count = min(count_of(tokens, length), available)
     shift = random.Random(seed).randrange(available) if seed else 0
     chosen = sorted((i * available // count + shift) % available for i in range(count))
     return Windows.of(_cut(ids, chosen, length, prefix), text.name)

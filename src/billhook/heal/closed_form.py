@@ -62,11 +62,19 @@ def closed_form(
     """
     drops = drops_of(plan, anatomy)
     stack = _stack(anatomy, drops)
-    if any(anatomy.outline.pinned.get(f"{block.address}.attention") == READ_LATER for block in stack.blocks):
-        raise InputError(f"a {anatomy.family} model cannot be healed: some blocks read keys and values of earlier ones")
+    require_healable(anatomy)
     walk = Walk(model, Stepper(model, stack, list(batches_of(source, model))), drops)
     walk.through(places(stack), progress)
     return Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+
+
+def require_healable(anatomy: Anatomy) -> None:
+    """InputError for a model in which the streams cannot be walked block by block."""
+    if READ_LATER in anatomy.outline.pinned.values():
+        raise InputError(
+            f"a {anatomy.family} model cannot be healed: some blocks read keys and values of earlier ones; "
+            f"--heal none leaves it as cut"
+        )
 
 
 def _stack(anatomy: Anatomy, drops: frozenset[Address]) -> Stack:

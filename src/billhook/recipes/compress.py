@@ -11,6 +11,7 @@ from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.export.huggingface import save
+from billhook.heal import require_healable
 from billhook.measure.cost import quantities
 from billhook.models import building, check_out, fingerprint
 from billhook.plan.budget import Budget
@@ -70,6 +71,8 @@ def compress(
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")
+    if way != "none":
+        require_healable(model.anatomy)
     problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
     tokenizer = model.tokenizer
     for prompt in PROMPTS:

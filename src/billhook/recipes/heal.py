@@ -18,14 +18,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
-    """More of the calibration text than a search needs: regressions have many more unknowns."""
+    """More of the calibration text than a search needs, as much as there is: regressions have many more unknowns."""
+    length = model.length(CALIBRATION_LENGTH)
     return windows_of(
         calibration,
         model.tokenizer,
         tokens=HEALING_TOKENS,
-        length=model.length(CALIBRATION_LENGTH),
+        length=length,
         seed=seed,
         model=model.model,
+        fewest=2 * length,
         progress=progress,
     )
 

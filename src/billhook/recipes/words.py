@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
+from billhook.heal import closed_form
 from billhook.recipes.find import BASELINES, OBJECTIVES
 from billhook.recipes.schema import Evolve, Greedy, Recipe, Span
 from billhook.scores import named
@@ -47,6 +48,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
     word = recipe.choice.word
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
+    if recipe.heal == "closed-form":
+        words[f"heal {recipe.heal}"] = first_sentence(closed_form)
     return words
 
 
