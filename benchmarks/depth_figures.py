@@ -1,9 +1,10 @@
 """WikiText-2 perplexity of SmolLM2-135M after depth cuts, every method on the same calibration.
 
-    python benchmarks/depth_figures.py [MODEL] [TEXT] [SKIP]      (default: demo wiki_calib.txt.gz 0)
+    python benchmarks/depth_figures.py [MODEL] [TEXT] [SKIP] [RECIPE ...]      (default: demo wiki_calib.txt.gz 0)
 
-Block influence with 3, 6 and 8 of 30 blocks gone; then every recipe at 20% of the block parameters, the baselines
-included. C4 documents as a second domain. Half an hour on two idle cores.
+Block influence with 3, 6 and 8 of 30 blocks gone; then the recipes (all, if none is named) at 20% of the block
+parameters, the baselines and the cheap searches first. Nothing is healed. C4 documents as a second domain. An hour
+on two idle cores for all; interrupted, the searches go on where they were.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from billhook.recipes.measures import watch
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.search import pose
 
-BASELINES = ("random", "evenly-spaced", "first", "last")
+FIRST = ("sublayer-greedy", "random", "evenly-spaced", "first", "last")
+DEAR = ("block-greedy", "additive-knapsack", "position-weighted", "finercut", "evopress")
 
 
-def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: int = 0) -> None:
+def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: str = "0", *recipes: str) -> None:
     b = bed(source)
-    windows = b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH, text, skip)
+    windows = b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH, text, int(skip))
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     seen = watch(b.model, windows, None)
     per_pass = windows.ids.numel() * len(b.anatomy.stack("decoder").blocks)
@@ -40,10 +42,8 @@ def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: int = 0) -
     )
     print(f"{'dense':<24} {'':<12} {1:>8} {b.perplexity():>10.2f} {b.perplexity(test=c4):>7.2f}", flush=True)
     asked = [("block-influence", f"blocks={n}") for n in (27, 24, 22)]
-    asked += [
-        (name, "params=0.8")
-        for name in sorted(catalogue.names(), key=lambda n: n not in ("sublayer-greedy", *BASELINES))
-    ]
+    names = recipes or sorted(catalogue.names(), key=lambda name: (name in DEAR, name not in FIRST, name))
+    asked += [(name, "params=0.8") for name in names]
     for name, budget in asked:
         recipe = catalogue.load(name)
         problem = pose(b.anatomy.outline, Budget.parse(budget), recipe.unit)
@@ -58,4 +58,4 @@ def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: int = 0) -
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:4]))
+    main(*sys.argv[1:])
