@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.data import Windows, evaluation
 from billhook.data.calibrate import Domain
-from billhook.evaluate import bench, evidence, generations
+from billhook.evaluate import bench, evidence_of_each, generations
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.recipes.opened import Opened, Stopwatch
@@ -50,20 +50,15 @@ def proven(
     """The record with evidence, generations and timings of both models added; where ``cut`` was healed, its evidence
     too."""
     with watch.step("evidence"):
+        candidates = [compressed] if run.healing is None else [compressed, cut]
+        found, *unhealed = evidence_of_each(model.model, candidates, texts, progress=progress)
         if run.healing is not None:
-            unhealed = evidence(model.model, cut, texts, progress=prefixed("unhealed, ", progress))
-            run = run.model_copy(update={"healing": run.healing.model_copy(update={"unhealed": unhealed})})
-        found = evidence(model.model, compressed, texts, progress=progress)
+            run = run.model_copy(update={"healing": run.healing.model_copy(update={"unhealed": unhealed[0]})})
     with watch.step("generations"):
         said = generations(model.model, compressed, model.tokenizer, max_new_tokens=max_new_tokens)
     with watch.step("bench"):
         timings = bench(model.model, compressed, plan=plan, progress=progress)
     return run.model_copy(update={"evidence": found, "generations": said, "timings": timings})
-
-
-def prefixed(prefix: str, progress: Progress | None) -> Progress | None:
-    """The same progress under other labels: a bar of its own for what is done twice."""
-    return None if progress is None else lambda label, done, total: progress(f"{prefix}{label}", done, total)
 
 
 def write_down(run: Run, folder: Path) -> None:
