@@ -10,6 +10,7 @@ from pathlib import Path
 from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
+from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.measure.cost import quantities
 from billhook.models import building, check_out, fingerprint
@@ -71,6 +72,7 @@ def compress(
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
+    posed(model.model, tokenizer)
 
     with claimed(out) as place:
         with clock.step("measure"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.data import Windows, evaluation
 from billhook.data.calibrate import Domain
-from billhook.evaluate import bench, evidence, generations
+from billhook.evaluate import bench, evidence, generations, probes
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.recipes.opened import Opened, Stopwatch
@@ -46,14 +46,16 @@ def proven(
     watch: Stopwatch,
     progress: Progress | None,
 ) -> Run:
-    """The record with evidence, generations and timings of both models added."""
+    """The record with evidence, exact answers, generations and timings of both models added."""
     with watch.step("evidence"):
         found = evidence(model.model, compressed, texts, progress=progress)
+    with watch.step("probes"):
+        answered = probes(model.model, compressed, model.tokenizer, progress=progress)
     with watch.step("generations"):
         said = generations(model.model, compressed, model.tokenizer, max_new_tokens=max_new_tokens)
     with watch.step("bench"):
         timings = bench(model.model, compressed, plan=plan, progress=progress)
-    return run.model_copy(update={"evidence": found, "generations": said, "timings": timings})
+    return run.model_copy(update={"evidence": found, "probes": answered, "generations": said, "timings": timings})
 
 
 def write_down(run: Run, folder: Path) -> None:
