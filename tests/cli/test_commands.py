@@ -145,7 +145,8 @@ def test_compress_prints_a_table_that_fits_80_columns(monkeypatch, tmp_path):
     lines = result.stdout.splitlines()
     for expected in ("block parameters", "22.8", "51.9", "TinyStories", "60.3% same next token", "decode, batch 8",
                      "attention 12 24 27–28 · MLP 11 19 21 · blocks 13 22 25", "params=0.8", "79.2% of params",
-                     "4,331,520 block-token forwards", "The lighthouse keeper", "small, small"):  # fmt: skip
+                     "4,331,520 block-token forwards", "The lighthouse keeper", "small, small",
+                     "exact answers", "75.0%", "−71 (−90 to −51)", "repeated 4-grams"):  # fmt: skip
         assert any(expected in line for line in lines), expected
     folder = str(tmp_path)
     assert all(len(line) <= 80 for line in lines if folder not in line)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from terminal import billhook
 from transformers import AutoModelForCausalLM
 
+from billhook.evaluate.questions import PROBES
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 
@@ -49,6 +50,9 @@ def test_compress_reports_what_was_asked_got_and_measured(compressed):
     assert run.asked == "params=0.7"
     assert 0 < run.realised["params"] <= 0.7
     assert {text.domain for text in run.evidence} == {"calibration", "other"}
+    assert [probe.name for probe in run.probes] == list(PROBES)
+    assert all(g.repeated_dense is not None and g.repeated_compressed is not None for g in run.generations)
+    assert set(run.seconds) >= {"evidence", "probes", "generations", "bench"}
     assert len(run.timings) == 3
     assert run.generations and run.seconds
     assert content["block_token_forwards"] == run.search.work > 0
@@ -100,6 +104,7 @@ def test_eval_against_the_dense_model(compressed, tiny_lm):
     mine = {t.name: t.perplexity_compressed.value for t in run.evidence}
     theirs = {t["name"]: t["perplexity_compressed"]["value"] for t in content["evidence"]}
     assert mine == pytest.approx(theirs, rel=1e-4)
+    assert [(p.name, p.items) for p in run.probes] == [(p["name"], p["items"]) for p in content["probes"]]
 
 
 def test_eval_alone(compressed):
@@ -107,6 +112,7 @@ def test_eval_alone(compressed):
     result = billhook("eval", out)
     assert result.exit_code == 0
     assert "perplexity" in result.stdout and "dense" not in result.stdout
+    assert not record(answer("eval", out)).probes
 
 
 def test_bench(compressed, tiny_lm):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
 from billhook.data import calibration, evaluation
-from billhook.evaluate import evidence
+from billhook.evaluate import evidence, probes
 from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
@@ -67,6 +67,7 @@ def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison
     texts = evaluation("builtin", tokenizer, tokens=EVALUATION_TOKENS, length=min(1024, length), calibrated_on=on)
     smaller = apply(dense, discover(dense), [Address.parse(unit) for unit in entry.drops])
     assert evidence(dense, smaller, texts) == entry.evidence
+    assert probes(dense, smaller, tokenizer) == entry.probes
 
 
 def test_what_was_written_is_what_was_returned(whole: tuple[Comparison, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,15 @@ def test_until_the_cliff(tiny_lm: Path, tmp_path: Path) -> None:
     assert run.search.objective == "divergence from dense"
     assert Run.model_validate_json((tmp_path / "out" / "billhook.json").read_text()) == run
     assert "the cliff" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_too_few_positions_for_the_probes_are_refused_before_the_search(tiny_lm: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_lm, tmp_path / "short"))
+    config = model / "config.json"
+    config.write_text(re.sub(r'"max_position_embeddings": \d+', '"max_position_embeddings": 100', config.read_text()))
+    with pytest.raises(InputError, match=r"probes take up to \d+ tokens, but LlamaForCausalLM has 100 positions"):
+        compress(model, budget="params=0.7", out=tmp_path / "out", max_new_tokens=4)
+    assert not workplace(tmp_path / "out").exists()
 
 
 def test_until_the_cliff_is_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from billhook.plan.record import (
     Generation,
     Interval,
     Measures,
+    ProbeEvidence,
     Quantity,
     Run,
     SearchRecord,
@@ -88,6 +89,11 @@ def example_run(blocks: int = 30) -> Run:
             _evidence("WikiText-2, held back", "calibration", 22.81, 51.93, 0.851, 0.603),
             _evidence("TinyStories", "other", 9.42, 24.77, 1.124, 0.571),
         ),
+        probes=(
+            _probe("addition, 1 digit", 0.75, 0.0417, 0.196),
+            _probe("copying words", 0.833, 0.25, 0.213),
+            _probe("counting on", 0.875, 0.875, 0.1),
+        ),
         generations=(
             Generation(
                 prompt="The lighthouse keeper opened the door and",
@@ -95,6 +101,8 @@ def example_run(blocks: int = 30) -> Run:
                 "he could stay until the morning.",
                 compressed=" looked out at the sea. The sea was a small, small, and the wind was a little bit of a "
                 "little bit of the wind.",
+                repeated_dense=0.0,
+                repeated_compressed=0.12,
             ),
             Generation(
                 prompt="Water boils at 100 degrees Celsius because",
@@ -163,6 +171,14 @@ def _evidence(name: str, domain: str, dense: float, compressed: float, kl: float
     )  # fmt: skip
 
 
+def _probe(name: str, dense: float, compressed: float, half: float) -> ProbeEvidence:
+    change = compressed - dense
+    return ProbeEvidence(
+        name=name, items=24, dense=dense, compressed=compressed,
+        difference=Interval(value=change, low=change - half, high=change + half),
+    )  # fmt: skip
+
+
 def _timing(name: str, batch: int, prompt: int, new: int, rate: float, gain: float, ideal: float) -> Timing:
     cache = batch * (prompt + new) * 23040
     return Timing(
@@ -183,6 +199,7 @@ def hostile_run() -> Run:
         update={
             "model": f"{attack} | `x`",
             "evidence": tuple(t.model_copy(update={"name": attack, "protocol": attack}) for t in run.evidence),
+            "probes": tuple(p.model_copy(update={"name": f"{attack} | x"}) for p in run.probes),
             "generations": (Generation(prompt=attack, dense=attack, compressed=attack),),
             "timings": tuple(
                 t.model_copy(
@@ -220,6 +237,9 @@ def comparison(blocks: int = 30, hostile: bool = False) -> Comparison:
                     evidence=(
                         _evidence(f"builtin{nasty}", "calibration", 14.9, 14.9 * damage, damage, 0.5),
                         _evidence("docstrings", "other", 17.0, 17.0 * damage * 1.1, damage, 0.4),
+                    ),
+                    probes=(
+                        _probe(f"addition{nasty}", 0.75, 0.75 / damage, 0.1), _probe("recall", 0.5, 0.5 / damage, 0.1)
                     ),
                 )  # fmt: skip
                 entries.append(entry)

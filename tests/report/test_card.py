@@ -53,9 +53,10 @@ def test_how_to_load(units: list[str], target: Target, expected: str) -> None:
 def test_tables_are_whole() -> None:
     text = card(example_run())
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert [table.count("\n") for table in tables] == [2 + 4, 2 + 2, 2 + 3]
+    assert [table.count("\n") for table in tables] == [2 + 4, 2 + 2, 2 + 3, 2 + 3]
     for table in tables:
         assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert "| copying words (24) | 83.3% | 25.0% | −58 (−80 to −37) |" in text
     assert "| TinyStories (another domain) | 9.42 (8.95 to 9.89) | 24.8 (23.3 to 26.3) |" in text
 
 

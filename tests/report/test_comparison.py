@@ -10,8 +10,9 @@ from example import comparison
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.record import Interval
 from billhook.plan.target import Target
-from billhook.report.comparison import budget_in_words, comparison_page, passes
+from billhook.report.comparison import budget_in_words, comparison_page, exact_answers, passes
 from billhook.report.figures_comparison import front, kept, quality
+from billhook.report.numbers import percent
 from billhook.report.recommendation import recommendation
 
 
@@ -82,6 +83,17 @@ def test_no_method_at_all() -> None:
     assert recommendation(found) == ["No method could meet any of these budgets on this model."]
     assert quality(found) == []
     assert "plotly" not in comparison_page(found).lower()
+
+
+def test_exact_answers_have_a_column() -> None:
+    found = comparison()
+    best = found.at("params=0.9")[0]
+    assert exact_answers(best) == percent((0.75 + 0.5) / 2 / best.damage * math.sqrt(1.1))
+    page = comparison_page(found)
+    assert "exact answers<small>dense: 62.5%</small>" in page
+    assert page.count(f"<td>{exact_answers(best)}</td>") == 1
+    unasked = found.model_copy(update={"entries": tuple(e.model_copy(update={"probes": ()}) for e in found.entries)})
+    assert "<td>–</td>" in comparison_page(unasked) and "<small>dense: " not in comparison_page(unasked)
 
 
 def test_work_is_told_in_passes_over_the_calibration() -> None:

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billhook.report.numbers import bare, duration, number, percent, quantity, ranges
+from billhook.plan.record import Interval
+from billhook.report.numbers import bare, duration, number, percent, points, quantity, ranges
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,11 @@ def test_ranges_name_each_number_once(numbers: set[int]) -> None:
 @given(st.floats(1e-6, 1e9))
 def test_number_keeps_three_digits(value: float) -> None:
     assert float(number(value).replace(",", "")) == pytest.approx(value, rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [(-0.708, 0.196, "−71 (−90 to −51)"), (0.0, 0.0, "0 (0 to 0)"), (0.1, 0.104, "+10 (0 to +20)")],
+)
+def test_points(value: float, half: float, text: str) -> None:
+    assert points(Interval(value=value, low=value - half, high=value + half)) == text

@@ -15,7 +15,9 @@ from billhook.report.card import card
 from billhook.report.cuts import columns
 from billhook.report.page import page, write_report
 
-SECTIONS = ["model", "evidence", "speed", "generations", "path", "importance", "angular", "loading", "provenance"]
+SECTIONS = [
+    "model", "evidence", "probes", "speed", "generations", "path", "importance", "angular", "loading", "provenance",
+]  # fmt: skip
 
 
 def sections(text: str) -> list[str]:
@@ -49,6 +51,18 @@ def test_headline_holds_the_numbers() -> None:
     assert "1.23×" in text
 
 
+def test_exact_answers_stand_beside_likelihood() -> None:
+    text = words(page(example_run()))
+    assert text.index("ratio, paired") < text.index("What it can still do") < text.index("copying words 83.3%")
+    assert "addition, 1 digit 75.0% 4.2% −71 (−90 to −51) 24" in text
+    assert (
+        "On average the dense model answers 81.9% exactly right and the compressed one 38.9%; "
+        "measurably worse in: addition, 1 digit; copying words." in text
+    )
+    assert "exact answers 81.9% → 38.9% mean of 3 probes" in text
+    assert "runs of four tokens 12.0% came before in the same text (0.0% in the dense model's)" in text
+
+
 def test_a_gain_in_speed_names_its_engine() -> None:
     run = example_run()
     named = [t.model_copy(update={"engine": "that engine, those threads"}) for t in run.timings]
@@ -60,6 +74,7 @@ def test_a_gain_in_speed_names_its_engine() -> None:
     ("missing", "section"),
     [
         ({"evidence": ()}, "evidence"),
+        ({"probes": ()}, "probes"),
         ({"timings": ()}, "speed"),
         ({"generations": ()}, "generations"),
         ({"search": None}, "path"),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billhook.plan.comparison import Comparison
-from billhook.report.comparison import budget_in_words, passes
+from billhook.report.comparison import budget_in_words, exact_answers, passes
 from billhook.report.figures_comparison import kept, name
 from billhook.report.numbers import number, percent
 from billhook.report.recommendation import recommendation
@@ -39,10 +39,12 @@ def _table(comparison: Comparison, budget: str) -> Table:
     table.add_column("kept", justify="right")
     for text in entries[0].evidence:
         table.add_column(f"perplexity ×\n{text.name}", justify="right")
+    table.add_column("exact\nanswers", justify="right")
     table.add_column("search\npasses", justify="right")
     for entry in entries:
         ratios = [number(text.perplexity_ratio.value) for text in entry.evidence]
         style = "dim" if entry.baseline else ""
-        cells = [name(entry, comparison), percent(kept(entry)), *ratios, number(passes(entry, comparison), 2)]
+        found = [*ratios, exact_answers(entry), number(passes(entry, comparison), 2)]
+        cells = [name(entry, comparison), percent(kept(entry)), *found]
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table

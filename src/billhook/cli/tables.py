@@ -8,21 +8,25 @@ from rich.table import Table
 from rich.text import Text
 
 from billhook.plan.record import Interval, Quantity, Run
+from billhook.report.answers import repetition
 from billhook.report.headline import budget_name
-from billhook.report.numbers import number, percent, quantity
+from billhook.report.numbers import number, percent, points, quantity
 
 NAME_WIDTH = 36
 Row = tuple[str, str, str, str]  # name, dense, compressed, what that means
 
 
 def compared(run: Run) -> Table:
-    """Sizes, perplexity, divergence and speed of both models; parts that were not measured are left out."""
+    """Sizes, perplexity, divergence, exact answers, repetition and speed of both models; parts that were not
+    measured are left out."""
     table = _table("dense", "compressed")
     for kind, cost in run.costs.items():
         table.add_row(*_plain(_cost(kind, cost)))
     parts = {
         "perplexity": list(_perplexity(run)),
         "divergence, nats per token": list(_divergence(run)),
+        "exact answers, difference in points": list(_answers(run)),
+        "repeated 4-grams": list(_repetition(run)),
         "tokens per second": list(_speed(run)),
     }
     for title, rows in parts.items():
@@ -81,6 +85,17 @@ def _perplexity(run: Run) -> Iterator[Row]:
 def _divergence(run: Run) -> Iterator[Row]:
     for text in run.evidence:
         yield text.name, "", number(text.kl.value), f"{percent(text.top1.value)} same next token"
+
+
+def _answers(run: Run) -> Iterator[Row]:
+    for probe in run.probes:
+        yield probe.name, percent(probe.dense), percent(probe.compressed), points(probe.difference)
+
+
+def _repetition(run: Run) -> Iterator[Row]:
+    found = repetition(run.generations)
+    if found is not None:
+        yield "greedy continuations", percent(found[0]), percent(found[1]), ""
 
 
 def _speed(run: Run) -> Iterator[Row]:

@@ -3,6 +3,17 @@
 from billhook.evaluate.bench import bench
 from billhook.evaluate.evidence import evidence, evidence_of_each
 from billhook.evaluate.generations import PROMPTS, generate, generations, prepared
+from billhook.evaluate.probes import probes
 from billhook.evaluate.workload import DEFAULT
 
-__all__ = ["DEFAULT", "PROMPTS", "bench", "evidence", "evidence_of_each", "generate", "generations", "prepared"]
+__all__ = [
+    "DEFAULT",
+    "PROMPTS",
+    "bench",
+    "evidence",
+    "evidence_of_each",
+    "generate",
+    "generations",
+    "prepared",
+    "probes",
+]

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.evaluate.causal import positions
+from billhook.evaluate.repetition import repeated
 from billhook.measure.patch import observing
 from billhook.plan.errors import InputError
 from billhook.plan.record import Generation
@@ -37,15 +38,21 @@ def generations(
     *,
     max_new_tokens: int = 40,
 ) -> tuple[Generation, ...]:
-    """What each model writes after each prompt; arguments and errors as in ``generate``."""
-    return tuple(
-        Generation(
-            prompt=prompt,
-            dense=generate(dense, tokenizer, prompt, max_new_tokens),
-            compressed=generate(compressed, tokenizer, prompt, max_new_tokens),
+    """What each model writes after each prompt, and how much that repeats itself; arguments and errors as in
+    ``generate``."""
+    found = []
+    for prompt in prompts:
+        before, after = (_written(model, tokenizer, prompt, max_new_tokens) for model in (dense, compressed))
+        found.append(
+            Generation(
+                prompt=prompt,
+                dense=_text(tokenizer, before),
+                compressed=_text(tokenizer, after),
+                repeated_dense=repeated(before),
+                repeated_compressed=repeated(after),
+            )
         )
-        for prompt in prompts
-    )
+    return tuple(found)
 
 
 def generate(
@@ -55,15 +62,26 @@ def generate(
 
     Ends at the end-of-sequence token or after ``max_new_tokens``. Raises InputError as ``prepared`` does.
     """
+    return _text(tokenizer, _written(model, tokenizer, prompt, max_new_tokens))
+
+
+def _written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, prompt: str, max_new_tokens: int
+) -> list[int]:
+    """The tokens after the prompt."""
     inputs = prepared(model, tokenizer, prompt, max_new_tokens)
     assert tokenizer is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with observing(model):
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)[0]
-    length = inputs["input_ids"].shape[1]
-    text: str = tokenizer.decode(
-        output if model.config.is_encoder_decoder else output[length:], skip_special_tokens=True
-    )
+    taken = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    tokens: list[int] = output[taken:].tolist()
+    return tokens
+
+
+def _text(tokenizer: PreTrainedTokenizerBase | None, tokens: list[int]) -> str:
+    assert tokenizer is not None  # or nothing would have been written
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
     return text
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from billhook.plan.outline import Outline
-from billhook.plan.record import TextEvidence
+from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 
 
@@ -35,6 +35,7 @@ class Entry(_Record):
     evaluations: int = 0
     seconds: float = 0.0
     evidence: tuple[TextEvidence, ...] = ()
+    probes: tuple[ProbeEvidence, ...] = ()
 
     @property
     def damage(self) -> float:

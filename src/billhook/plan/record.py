@@ -42,12 +42,28 @@ class TextEvidence(_Record):
     top1: Interval
 
 
+class ProbeEvidence(_Record):
+    """Dense and compressed before the same questions, each with one exact answer.
+
+    ``dense`` and ``compressed`` are the shares of the ``items`` answered right, ``difference`` is compressed - dense,
+    paired."""
+
+    name: str
+    items: int
+    dense: float
+    compressed: float
+    difference: Interval
+
+
 class Generation(_Record):
-    """The greedy continuations of one prompt, side by side."""
+    """The greedy continuations of one prompt, side by side, and of each the share of 4-grams that repeat an earlier
+    one (None in records from before it was measured)."""
 
     prompt: str
     dense: str
     compressed: str
+    repeated_dense: float | None = None
+    repeated_compressed: float | None = None
 
 
 class Workload(_Record):
@@ -165,6 +181,7 @@ class Run(_Record):
     measures: Measures | None = None
     healing: HealRecord | None = None
     evidence: tuple[TextEvidence, ...] = ()
+    probes: tuple[ProbeEvidence, ...] = ()
     generations: tuple[Generation, ...] = ()
     timings: tuple[Timing, ...] = ()
     seconds: dict[str, float] = {}

@@ -8,12 +8,14 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.data.calibrate import Domain
 from billhook.evaluate import evidence_of_each
 from billhook.evaluate.causal import require_causal
+from billhook.evaluate.probes import answers, paired, posed
 from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
@@ -21,6 +23,7 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
+from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find
@@ -35,6 +38,7 @@ from billhook.search import pose
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
+Probe = Callable[[Any], tuple[ProbeEvidence, ...]]
 RANDOM_SEEDS = 3  # one draw says nothing of chance
 
 
@@ -61,7 +65,8 @@ def compare(
     this model is an entry that says why. Interrupted, the same call goes on after the last finished recipe, and within
     it after the last finished evaluation; recipes with the same objective share their figures.
 
-    Cost: each search, and for each recipe one pass of the dense model and one of each result over the evaluation text.
+    Cost: each search, for each recipe one pass of the dense model and one of each result over the evaluation text, and
+    the probes once for the dense model and once for each result.
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
@@ -70,6 +75,7 @@ def compare(
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_causal(model.model, "compare")
+    asked_of = posed(model.model, model.tokenizer)
     with claimed(out) as place:
         with clock.step("measure"):
             windows = windows_of(
@@ -83,6 +89,12 @@ def compare(
             )
             texts = judged_on(model, calibration, windows, seed, progress)
             seen = watch(model, windows, progress)
+        with clock.step("probes"):
+            of_dense = answers(model.model, asked_of, progress)
+
+        def probe(compressed: Any) -> tuple[ProbeEvidence, ...]:
+            return paired(of_dense, answers(compressed, asked_of, progress))
+
         draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
         entries: list[Entry] = []
         for number, (recipe, drawn) in enumerate(draws):
@@ -93,7 +105,7 @@ def compare(
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, place, progress)
+                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, probe, place, progress)
                 _keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -146,6 +158,7 @@ def _judged(
     windows: Windows,
     seen: Trace,
     texts: Sequence[tuple[Domain, Windows]],
+    probe: Probe,
     place: Path,
     progress: Progress | None,
 ) -> list[Entry]:
@@ -154,8 +167,10 @@ def _judged(
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
     compressed = [apply(model.model, model.anatomy, map(Address.parse, entry.drops)) for entry in met]
-    proofs = iter(evidence_of_each(model.model, compressed, texts, progress=progress) if met else ())
-    return [entry if entry.refused else entry.model_copy(update={"evidence": next(proofs)}) for entry in entries]
+    on_text = evidence_of_each(model.model, compressed, texts, progress=progress) if met else []
+    proofs = zip(on_text, map(probe, compressed), strict=True)
+    proven = ({"evidence": evidence, "probes": probes} for evidence, probes in proofs)
+    return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
 
 
 def _searched(

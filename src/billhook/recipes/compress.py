@@ -10,6 +10,7 @@ from pathlib import Path
 from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
+from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import require_healable
 from billhook.measure.cost import quantities
@@ -77,6 +78,7 @@ def compress(
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
+    posed(model.model, tokenizer)
 
     with claimed(out) as place:
         with clock.step("measure"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from billhook.evaluate import evidence, generations
+from billhook.evaluate import evidence, generations, probes
 from billhook.measure.cost import UNITS, CostModel
 from billhook.models import fingerprint
 from billhook.plan.errors import InputError
@@ -43,9 +43,14 @@ def evaluate(
     texts = judged_on(dense, calibration or calibrated_with(source), None, seed, progress)
     with clock.step("evidence"):
         found = evidence(dense.model, model.model, texts, progress=progress)
-    said = generations(dense.model, model.model, model.tokenizer) if against is not None else ()
-    run = compared(source, model, dense)
-    return run.model_copy(update={"evidence": found, "generations": said, "seconds": clock.seconds})
+    run = compared(source, model, dense).model_copy(update={"evidence": found})
+    if against is not None:
+        with clock.step("probes"):
+            answered = probes(dense.model, model.model, model.tokenizer, progress=progress)
+        with clock.step("generations"):
+            said = generations(dense.model, model.model, model.tokenizer)
+        run = run.model_copy(update={"probes": answered, "generations": said})
+    return run.model_copy(update={"seconds": clock.seconds})
 
 
 def pair(

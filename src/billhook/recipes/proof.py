@@ -8,7 +8,7 @@ from typing import Any
 
 from billhook.data import Windows, evaluation
 from billhook.data.calibrate import Domain
-from billhook.evaluate import bench, evidence_of_each, generations
+from billhook.evaluate import bench, evidence_of_each, generations, probes
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.recipes.opened import Opened, Stopwatch
@@ -47,18 +47,20 @@ def proven(
     watch: Stopwatch,
     progress: Progress | None,
 ) -> Run:
-    """The record with evidence, generations and timings of both models added; where ``cut`` was healed, its evidence
-    too."""
+    """The record with evidence, exact answers, generations and timings of both models added; where ``cut`` was healed,
+    its evidence too."""
     with watch.step("evidence"):
         candidates = [compressed] if run.healing is None else [compressed, cut]
         found, *unhealed = evidence_of_each(model.model, candidates, texts, progress=progress)
         if run.healing is not None:
             run = run.model_copy(update={"healing": run.healing.model_copy(update={"unhealed": unhealed[0]})})
+    with watch.step("probes"):
+        answered = probes(model.model, compressed, model.tokenizer, progress=progress)
     with watch.step("generations"):
         said = generations(model.model, compressed, model.tokenizer, max_new_tokens=max_new_tokens)
     with watch.step("bench"):
         timings = bench(model.model, compressed, plan=plan, progress=progress)
-    return run.model_copy(update={"evidence": found, "generations": said, "timings": timings})
+    return run.model_copy(update={"evidence": found, "probes": answered, "generations": said, "timings": timings})
 
 
 def write_down(run: Run, folder: Path) -> None:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from billhook.plan.record import Run
 from billhook.plan.target import Target
-from billhook.report import cuts, headline, loading, numbers, provenance
+from billhook.report import answers, cuts, headline, loading, numbers, provenance
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -20,13 +20,16 @@ def card(run: Run) -> str:
         loader=PackageLoader("billhook.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": numbers.number, "percent": numbers.percent, "spread": numbers.spread,
-                            "quantity": numbers.bare, "budget": headline.budget_name, "text": _text}  # fmt: skip
+                            "points": numbers.points, "quantity": numbers.bare,
+                            "budget": headline.budget_name, "text": _text}  # fmt: skip
     return environment.get_template("card.md").render(
         run=run,
         front=yaml.safe_dump(_front(run), sort_keys=False, allow_unicode=True),
         title=headline.title(run),
         verdict=headline.verdict(run),
         summary=cuts.summary(run),
+        probe_sentence=answers.sentence(run.probes),
+        repetition=answers.repetition(run.generations),
         loading=loading.loading(run),
         commands=loading.commands(run),
         facts=provenance.facts(run),

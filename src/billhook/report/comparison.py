@@ -13,6 +13,7 @@ from billhook.plan.check import normalise
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.record import TextEvidence
 from billhook.plan.target import Target
+from billhook.report.answers import accuracy
 from billhook.report.cuts import is_cut
 from billhook.report.figures_comparison import front, kept, name, quality
 from billhook.report.headline import budget_name
@@ -55,6 +56,7 @@ class Line:
     name: str
     kept: float
     evidence: tuple[TextEvidence, ...]
+    exact: str
     passes: str
     loads: str
     drops: tuple[str, ...]
@@ -86,6 +88,11 @@ def passes(entry: Entry, comparison: Comparison) -> float:
     return entry.work / (blocks * comparison.tokens)
 
 
+def exact_answers(entry: Entry) -> str:
+    """The mean share of exact answers over the probes; a dash where nothing was asked."""
+    return percent(accuracy(entry.probes)[1]) if entry.probes else "–"
+
+
 def _context(comparison: Comparison) -> dict[str, Any]:
     judged = next((entry for entry in comparison.entries if entry.evidence), None)
     drawn = quality(comparison)
@@ -94,6 +101,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "title": f"{comparison.model}: which method cuts it best",
         "verdict": advice[0],
         "texts": [text.name for text in judged.evidence] if judged else [],
+        "dense_answers": percent(accuracy(judged.probes)[0]) if judged and judged.probes else "",
         "pictures": drawn,
         "parts": [_part(comparison, budget) for budget in comparison.budgets],
         "recommendation": advice,
@@ -113,6 +121,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 name=name(entry, comparison),
                 kept=kept(entry),
                 evidence=entry.evidence,
+                exact=exact_answers(entry),
                 passes=number(passes(entry, comparison), 2),
                 loads=LOADS[entry.target],
                 drops=entry.drops,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from billhook.plan.budget import Budget, within
 from billhook.plan.record import Run, TextEvidence, Timing
+from billhook.report.answers import accuracy
 from billhook.report.cuts import counts
 from billhook.report.numbers import number, percent, quantity, spread
 
@@ -78,7 +79,8 @@ def furthest(evidence: tuple[TextEvidence, ...]) -> TextEvidence | None:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """Asked against realised budgets, perplexity and divergence per text, speed-ups; only what was measured."""
+    """Asked against realised budgets, perplexity and divergence per text, exact answers, speed-ups; only what was
+    measured."""
     asked = asked_fractions(run)
     budgets = [name for name in run.realised if name in asked] or list(run.realised)[:1]
     found = []
@@ -101,6 +103,9 @@ def tiles(run: Run) -> list[Tile]:
         found.append(Tile("divergence (KL)", number(other.kl.value), f"nats per token, {spread(other.kl)}"))
         note = f"{spread(other.top1, as_percent=True)}, {other.name}"
         found.append(Tile("same next token", percent(other.top1.value), note))
+    if run.probes:
+        dense, compressed = (percent(share) for share in accuracy(run.probes))
+        found.append(Tile("exact answers", f"{dense} → {compressed}", f"mean of {len(run.probes)} probes"))
     for timing in run.timings:
         note = f"{number(timing.speedup.low)} to {number(timing.speedup.high)}, {timing.engine}"
         found.append(Tile(f"speed · {timing.workload.name}", f"{number(timing.speedup.value)}×", note))

@@ -54,6 +54,15 @@ def spread(interval: Interval, as_percent: bool = False) -> str:
     return f"{show(interval.low)} to {show(interval.high)}"
 
 
+def points(difference: Interval) -> str:
+    """A difference of shares in points, with its range: ``−71 (−90 to −51)``."""
+    value, low, high = (
+        f"{round(100 * share):+d}".replace("+0", "0").replace("-", "−")
+        for share in (difference.value, difference.low, difference.high)
+    )
+    return f"{value} ({low} to {high})"
+
+
 def duration(seconds: float) -> str:
     """``0.42 s``, ``37 s``, ``4 min 05 s``, ``2 h 10 min``."""
     if seconds < 60:

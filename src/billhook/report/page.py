@@ -12,7 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from billhook.plan.record import Run
-from billhook.report import cuts, figures, figures_result, headline, loading, numbers, palette, provenance
+from billhook.report import answers, cuts, figures, figures_result, headline, loading, numbers, palette, provenance
 
 
 def page(run: Run) -> str:
@@ -34,8 +34,8 @@ def rendered(template: str, context: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": numbers.number, "percent": numbers.percent, "spread": numbers.spread,
-                            "quantity": numbers.quantity, "cost": numbers.bare, "kind": palette.kind_name,
-                            "budget": headline.budget_name, "spec": _spec}  # fmt: skip
+                            "points": numbers.points, "quantity": numbers.quantity, "cost": numbers.bare,
+                            "kind": palette.kind_name, "budget": headline.budget_name, "spec": _spec}  # fmt: skip
     shared = {
         "palette": palette,
         "style": Markup(_asset("style.css")),
@@ -71,6 +71,8 @@ def _context(run: Run) -> dict[str, Any]:
         "columns": columns,
         "kinds": list(dict.fromkeys(cell.kind for c in columns for row in c.rows for cell in row.cells)),
         "summary": cuts.summary(run) if run.plan.edits else cuts.parts(run),
+        "probe_sentence": answers.sentence(run.probes),
+        "repetition": answers.repetition(run.generations),
         "pictures": pictures,
         "span_sentence": figures.span_sentence(run) if pictures["angular"] else "",
         "speed_sentence": figures_result.speed_sentence(run),
