@@ -1,6 +1,6 @@
 """What healing in closed form gives back: WikiText-2 and C4 perplexity of SmolLM2-135M, cut and healed.
 
-    python benchmarks/heal_figures.py [MODEL] [TEXT] [TOKENS]      (default: demo wiki_calib.txt.gz 32768)
+    python benchmarks/heal_figures.py [MODEL] [TEXT] [TOKENS]      (default: demo wiki_calib.txt.gz 24576)
 
 Block influence with 6 of 30 blocks gone, and a fifth of the parameters gone as single sublayers. Ten minutes on two
 idle cores.
