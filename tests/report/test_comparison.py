@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 
 import pytest
@@ -94,6 +95,16 @@ def test_exact_answers_have_a_column() -> None:
     assert page.count(f"<td>{exact_answers(best)}</td>") == 1
     unasked = found.model_copy(update={"entries": tuple(e.model_copy(update={"probes": ()}) for e in found.entries)})
     assert "<td>–</td>" in comparison_page(unasked) and "<small>dense: " not in comparison_page(unasked)
+
+
+def test_the_page_says_how_to_make_it_again_and_that_nothing_was_healed() -> None:
+    found = comparison()
+    odd = found.model_copy(update={"entries": tuple(e.model_copy(update={"seed": e.seed + 7}) for e in found.entries)})
+    page = html.unescape(comparison_page(odd))
+    methods = "--recipe sublayer-greedy --recipe block-greedy --recipe block-influence --recipe attention-drop"
+    options = f"--budget params=0.9,params=0.8 --calibration builtin {methods} --seed 7"
+    assert f"billhook compare 'a model' {options} --out DIR" in page
+    assert "judged as it was cut" in page
 
 
 def test_work_is_told_in_passes_over_the_calibration() -> None:
