@@ -55,7 +55,7 @@ def test_a_model_that_cannot_be_healed_is_refused_before_the_search(
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(walk, "find", None)
-    with pytest.raises(InputError, match="cannot be healed: .*; --heal none leaves it as cut") as refused:
+    with pytest.raises(InputError, match=r"cannot be healed: .*; --heal none leaves it as cut") as refused:
         walk.compress(tmp_path / "model", budget="params=0.8", out=tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not workplace(tmp_path / "out").exists() and not (tmp_path / "out").exists()

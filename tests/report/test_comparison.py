@@ -68,6 +68,25 @@ def test_a_method_within_the_interval_of_the_best_is_named() -> None:
         assert ("within its 95% interval on every text: block-greedy" in advice[1]) is told
 
 
+@pytest.mark.parametrize("ratios", [((2, 0.1), (4, 0.1)), ((6, 5), (1, 0.1))], ids=["above", "below"])
+def test_apart_on_one_text_is_apart(ratios: tuple[tuple[float, float], ...]) -> None:
+    found = comparison().model_copy(update={"budgets": ("params=0.8",)})
+    best, other = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("sublayer-greedy", "random"))
+    intervals = [Interval(value=value, low=value - spread, high=value + spread) for value, spread in ratios]
+    texts = zip(other.evidence, intervals, strict=True)
+    apart = tuple(text.model_copy(update={"perplexity_ratio": interval}) for text, interval in texts)
+    entries = (with_damage(best, 2.0, 0.1), other.model_copy(update={"evidence": apart}))
+    assert "95%" not in recommendation(found.model_copy(update={"entries": entries}))[1]
+
+
+def test_as_good_as_evenly_spaced_is_no_better() -> None:
+    found = comparison().model_copy(update={"budgets": ("params=0.8",)})
+    even, own = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("evenly-spaced", "block-greedy"))
+    for damage, told in ((even.damage, True), (0.99 * even.damage, False)):
+        advice = recommendation(found.model_copy(update={"entries": (even, with_damage(own, damage))}))
+        assert ("evenly spaced removal somewhere: block-greedy at params=0.8." in advice[-1]) is told
+
+
 def test_the_best_overall_must_have_met_every_budget() -> None:
     found = comparison()
     lost = tuple(

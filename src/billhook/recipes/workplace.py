@@ -20,7 +20,7 @@ def workplace(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def claimed(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """The workplace of ``out``, held by this run alone. InputError at once if another run holds it, or if it cannot be made.
+    """The workplace of ``out``, held by this run alone. InputError at once if it cannot be, or be made.
 
     A killed run lets go of it. On leaving, the folders that were made and are still empty are removed.
     """
