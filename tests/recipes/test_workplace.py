@@ -36,6 +36,12 @@ def test_a_second_run_is_refused_at_once_until_the_first_is_gone_even_killed(tin
         assert place == workplace(out)
 
 
+def test_a_workplace_that_cannot_be_made(tmp_path: Path) -> None:
+    workplace(tmp_path / "out").touch()
+    with pytest.raises(InputError, match="out cannot be made"), claimed(tmp_path / "out"):
+        raise AssertionError
+
+
 def test_nothing_is_left_where_nothing_was_paid_for(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "er" / "out"
     with pytest.raises(ZeroDivisionError), claimed(out) as place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 
 import pytest
@@ -67,6 +68,25 @@ def test_a_method_within_the_interval_of_the_best_is_named() -> None:
         assert ("within its 95% interval on every text: block-greedy" in advice[1]) is told
 
 
+@pytest.mark.parametrize("ratios", [((2, 0.1), (4, 0.1)), ((6, 5), (1, 0.1))], ids=["above", "below"])
+def test_apart_on_one_text_is_apart(ratios: tuple[tuple[float, float], ...]) -> None:
+    found = comparison().model_copy(update={"budgets": ("params=0.8",)})
+    best, other = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("sublayer-greedy", "random"))
+    intervals = [Interval(value=value, low=value - spread, high=value + spread) for value, spread in ratios]
+    texts = zip(other.evidence, intervals, strict=True)
+    apart = tuple(text.model_copy(update={"perplexity_ratio": interval}) for text, interval in texts)
+    entries = (with_damage(best, 2.0, 0.1), other.model_copy(update={"evidence": apart}))
+    assert "95%" not in recommendation(found.model_copy(update={"entries": entries}))[1]
+
+
+def test_as_good_as_evenly_spaced_is_no_better() -> None:
+    found = comparison().model_copy(update={"budgets": ("params=0.8",)})
+    even, own = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("evenly-spaced", "block-greedy"))
+    for damage, told in ((even.damage, True), (0.99 * even.damage, False)):
+        advice = recommendation(found.model_copy(update={"entries": (even, with_damage(own, damage))}))
+        assert ("evenly spaced removal somewhere: block-greedy at params=0.8." in advice[-1]) is told
+
+
 def test_the_best_overall_must_have_met_every_budget() -> None:
     found = comparison()
     lost = tuple(
@@ -94,6 +114,16 @@ def test_exact_answers_have_a_column() -> None:
     assert page.count(f"<td>{exact_answers(best)}</td>") == 1
     unasked = found.model_copy(update={"entries": tuple(e.model_copy(update={"probes": ()}) for e in found.entries)})
     assert "<td>–</td>" in comparison_page(unasked) and "<small>dense: " not in comparison_page(unasked)
+
+
+def test_the_page_says_how_to_make_it_again_and_that_nothing_was_healed() -> None:
+    found = comparison()
+    odd = found.model_copy(update={"entries": tuple(e.model_copy(update={"seed": e.seed + 7}) for e in found.entries)})
+    page = html.unescape(comparison_page(odd))
+    methods = "--recipe sublayer-greedy --recipe block-greedy --recipe block-influence --recipe attention-drop"
+    options = f"--budget params=0.9,params=0.8 --calibration builtin {methods} --seed 7"
+    assert f"billhook compare 'a model' {options} --out DIR" in page
+    assert "judged as it was cut" in page
 
 
 def test_work_is_told_in_passes_over_the_calibration() -> None:

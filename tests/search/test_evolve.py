@@ -67,6 +67,25 @@ def test_it_stops_when_nothing_gets_better() -> None:
     assert (longer.steps[-1].objective or 0) <= (found.steps[-1].objective or 0)
 
 
+def test_what_is_only_as_good_is_no_progress() -> None:
+    class Flat(Synthetic):
+        def figure(self, drops: object) -> float:
+            return 1.0
+
+    flat = Memo(Flat(BLOCKS))
+    found = evolve(problem(BLOCKS, "params=0.7"), [Stage(flat, 1)], generations=9, offspring=4, patience=2)
+    assert len(found.steps) == 1
+    assert found.evaluations == 4 + 2 * 4
+
+
+def test_the_start_is_paid_for_too() -> None:
+    first = greedy(problem(BLOCKS, "params=0.7"), Memo(Synthetic(BLOCKS, 3, pairs=0.5)))
+    looked = stages(3, 0.3)
+    found = evolve(problem(BLOCKS, "params=0.7"), looked, generations=2, offspring=4, patience=2, start=first)
+    assert found.work == first.work + sum(stage.memo.work for stage in looked)
+    assert found.evaluations == first.evaluations + sum(stage.memo.evaluations for stage in looked)
+
+
 def test_few_are_looked_at_on_much_text() -> None:
     looked = stages(3, 0.3)
     evolve(problem(BLOCKS, "params=0.7"), looked, generations=10, offspring=12, patience=10)

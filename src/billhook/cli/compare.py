@@ -37,8 +37,9 @@ def compare(
 ) -> None:
     """Run every method on MODEL at each budget, and say which cuts it best.
 
-    DIR gets comparison.html and comparison.json. Random and evenly spaced removal always take part. Each result is
-    told as it comes; an interrupted run continues where it was when the same command is given again.
+    DIR gets comparison.html and comparison.json. Random and evenly spaced removal always take part.
+    Results are judged as they were cut: nothing is healed, also where the recipe would.
+    An interrupted run continues where it was when the same command is given again.
 
     [dim]Example:[/] billhook compare demo --budget params=0.9,0.8,0.7 --out out/comparison
     """

@@ -60,10 +60,11 @@ def compare(
     """Run ``recipes`` (by default all that come with Billhook) and the baselines at each budget, judge every result
     against the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
-    ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The random
-    baseline is drawn several times. ``told`` hears of each entry when it is done. A recipe that cannot meet a budget on
-    this model is an entry that says why. Interrupted, the same call goes on after the last finished recipe, and within
-    it after the last finished evaluation; recipes with the same objective share their figures.
+    ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
+    random baseline is drawn several times. Nothing is healed, so that methods are judged by what they cut. ``told``
+    hears of each entry when it is done. A recipe that cannot meet a budget on this model is an entry that says why.
+    Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
+    evaluation; recipes with the same objective share their figures.
 
     Cost: each search, for each recipe one pass of the dense model and one of each result over the evaluation text, and
     the probes once for the dense model and once for each result.

@@ -20,13 +20,16 @@ def workplace(out: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def claimed(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """The workplace of ``out``, held by this run alone. InputError at once if another run holds it.
+    """The workplace of ``out``, held by this run alone. InputError at once if it cannot be, or be made.
 
     A killed run lets go of it. On leaving, the folders that were made and are still empty are removed.
     """
     place = workplace(out)
     made = [folder for folder in (place, *place.parents) if not folder.exists()]
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {out} cannot be made: {error}") from error
     lock = FileLock(place / ".lock")
     try:
         lock.acquire(timeout=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,11 +153,20 @@ def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
     return grids
 
 
+def _command(comparison: Comparison) -> str:
+    """What makes the same comparison again; the baselines take part without being named."""
+    options = [("budget", ",".join(comparison.budgets)), ("calibration", comparison.calibration)]
+    options += [("recipe", who) for who in dict.fromkeys(e.recipe for e in comparison.entries if not e.baseline)]
+    options.append(("seed", str(min(entry.seed for entry in comparison.entries))))
+    given = " ".join(f"--{option} {shlex.quote(value)}" for option, value in options)
+    return f"billhook compare {shlex.quote(comparison.model)} {given} --out DIR"
+
+
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     judged = next((entry.evidence for entry in comparison.entries if entry.evidence), ())
-    command = f"billhook compare {comparison.model} --budget {','.join(comparison.budgets)}"
     found = [
-        ("command", f"{command} --calibration {comparison.calibration} --out DIR"),
+        ("command", _command(comparison)),
+        ("healing", "none: every result is judged as it was cut, also where its recipe heals"),
         ("calibration", f"{comparison.calibration}, {comparison.tokens:,} tokens"),
         *((f"judged on {text.name}", f"{text.tokens:,} tokens; {text.protocol}") for text in judged),
         *((f"time: {step}", duration(seconds)) for step, seconds in comparison.seconds.items()),

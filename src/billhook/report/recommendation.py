@@ -11,7 +11,7 @@ from billhook.report.numbers import number
 
 
 def recommendation(comparison: Comparison) -> list[str]:
-    """At least one sentence. First the best method overall, by the rank that it holds on average over the budgets;
+    """At least one sentence. First the best method overall, by the geometric mean of its damage over the budgets;
     then each budget; then who fails to beat evenly spaced removal, which looks at nothing."""
     budgets = [budget for budget in comparison.budgets if comparison.at(budget)]
     if not budgets:

@@ -44,8 +44,8 @@ def evolve(
     two draws from 1 to 3. Where units differ in size (the paper switches only within a kind), units go at random until
     the budget is met again, and what it then does not need comes back at random.
 
-    Without a ``start`` the parent is the best on the first stage of as many random solutions as there are offspring.
-    The parent's own figure is always that of the last stage, so that a lucky one on little text is not kept.
+    Without a ``start`` the parent is the one of as many random solutions as there are offspring that survives all
+    stages. The parent's own figure is always that of the last stage, so that a lucky one on little text is not kept.
 
     Cost, on top of the start's: a generation evaluates ``offspring`` sets on the first stage, and the survivors of
     each stage on the next.

@@ -1,0 +1,61 @@
+"""The healing of a walk: on what text, of which models, and what is put on record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, randomise
+
+from billhook.data.builtin import builtin
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.recipes import compress as walk
+from billhook.recipes.heal import healing_text, mended
+from billhook.recipes.opened import opened
+from billhook.recipes.settings import HEALING_TOKENS
+from billhook.recipes.workplace import workplace
+
+
+def test_as_much_text_as_there_is_and_at_least_two_windows(tiny_lm: Path, tmp_path: Path) -> None:
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    length = model.length(1024)
+    assert healing_text(model, "builtin", 0, None).tokens == HEALING_TOKENS
+    ids = model.tokenizer(builtin().content[:40_000], add_special_tokens=False).input_ids
+    text = tmp_path / "short.txt"
+    text.write_text(model.tokenizer.decode(ids[: 4 * length]))  # 80% of them hold three windows
+    assert healing_text(model, str(text), 0, None).tokens == 3 * length
+    text.write_text(model.tokenizer.decode(ids[: 2 * length]))
+    with pytest.raises(InputError, match=r"2 windows of 512"):
+        healing_text(model, str(text), 0, None)
+
+
+def test_the_record_says_on_what_and_the_dense_model_stays(tiny_lm: Path, tmp_path: Path) -> None:
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
+    windows = healing_text(model, "builtin", 0, None)
+    compressed, record = mended(model, Plan.of([Address("decoder", 2)]), "closed-form", windows, None)
+    assert (record.method, record.tokens) == ("closed-form", windows.tokens)
+    assert record.work > 0
+    assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
+    old = {weight.data_ptr() for weight in model.model.parameters()}
+    fresh = [weight for weight in compressed.parameters() if weight.data_ptr() not in old]
+    assert len(fresh) == sum(refit.taken for refit in record.refits) > 0
+
+
+def test_a_model_that_cannot_be_healed_is_refused_before_the_search(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("gemma4")
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    randomise(model)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(walk, "find", None)
+    with pytest.raises(InputError, match=r"cannot be healed: .*; --heal none leaves it as cut") as refused:
+        walk.compress(tmp_path / "model", budget="params=0.8", out=tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not workplace(tmp_path / "out").exists() and not (tmp_path / "out").exists()
