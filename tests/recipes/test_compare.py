@@ -52,6 +52,7 @@ def test_every_method_and_baseline_at_every_budget(whole: tuple[Comparison, Path
     expected = {(name, budget) for name in (*FEW, *BASELINES) for budget in ("params=0.9", "params=0.6")}
     assert {(entry.recipe, entry.asked) for entry in found.entries} == expected
     assert sum(entry.recipe == "random" for entry in found.entries) == RANDOM_SEEDS * 2
+    assert {entry.seed for entry in found.entries if entry.recipe == "random"} == set(range(RANDOM_SEEDS))
     assert {e.recipe for e in found.entries if e.baseline} == set(BASELINES)
     for entry in found.entries:
         assert entry.refused or entry.realised["params"] <= float(entry.asked.partition("=")[2])
