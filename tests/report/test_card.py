@@ -63,7 +63,7 @@ def test_tables_are_whole() -> None:
 def test_commands_can_be_pasted() -> None:
     run = example_run().model_copy(update={"model": "my models/x"})
     assert "billhook apply 'my models/x' billhook.json --out DIR\n" in card(run)
-    compress = "--budget params=0.8 --target remote --recipe greedy --seed 0 --out DIR\n"
+    compress = "--budget params=0.8 --target remote --recipe greedy --heal none --seed 0 --out DIR\n"
     assert compress in card(run)
     assert "billhook compress" not in card(run.model_copy(update={"asked": None}))
 

@@ -135,3 +135,11 @@ def test_work_is_told_in_passes_over_the_calibration() -> None:
 def test_budgets_in_words() -> None:
     assert budget_in_words("params=0.8") == "80.0% of block parameters"
     assert budget_in_words("size=100MB") == "size=100MB"
+
+
+def test_chance_is_never_recommended() -> None:
+    found = comparison()
+    lucky = tuple(with_damage(e, 1.01) if e.recipe == "random" else e for e in found.entries)
+    advice = recommendation(found.model_copy(update={"entries": lucky}))
+    assert advice[0].startswith("Use sublayer-greedy: ")
+    assert "random (seed 0) is best" in advice[1]

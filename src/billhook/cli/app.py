@@ -97,7 +97,7 @@ def _billhook(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Finds what a pretrained transformer does not need, cuts it, and proves the result.
+    """Finds what a pretrained transformer does not need, cuts it, heals what is left, and proves the result.
 
     Begin with [bold]billhook compress demo --budget params=0.8 --out out/demo[/]
     """

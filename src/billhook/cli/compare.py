@@ -72,4 +72,5 @@ def compare(
 def _tell(entry: Entry) -> None:
     """One line on standard error; the bars stay below it."""
     what = entry.refused or f"{entry.damage:.3g} times the perplexity of dense, search {entry.work:,} block-tokens"
-    typer.echo(f"{entry.recipe} {entry.asked}: {what}", file=sys.stderr)
+    seed = f" (seed {entry.seed})" if entry.recipe == "random" else ""
+    typer.echo(f"{entry.recipe}{seed} {entry.asked}: {what}", file=sys.stderr)

@@ -33,7 +33,7 @@ def compress(
     device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Cut MODEL down to a budget, compare the result with it, and write both to DIR.
+    """Cut MODEL down to a budget, heal what is left, compare the result with MODEL, and write both to DIR.
 
     DIR gets the smaller checkpoint, billhook.json (the plan and all that was measured), a model card and report.html.
     An interrupted run continues where it was when the same command is given again.

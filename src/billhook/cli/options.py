@@ -73,7 +73,7 @@ Recipe = Annotated[
         metavar="NAME|FILE",
         show_default=False,
         autocompletion=recipe_names,
-        help="The method: a name that [bold]billhook recipes[/] lists, or a YAML file.",
+        help="The method: a name that [bold]billhook recipes[/] lists (its first is the default), or a YAML file.",
     ),
 ]
 Heal = Annotated[
@@ -84,7 +84,7 @@ Heal = Annotated[
         help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]. Else the recipe says.",
     ),
 ]
-CALIBRATION_HELP = "The text: a .txt, .txt.gz or .jsonl.gz file, a folder, a hub data set, builtin, or self."
+CALIBRATION_HELP = "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, or self."
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]
 

@@ -99,7 +99,7 @@ def _check_enough(name: str, ids: list[int], count: int, length: int, prefix: li
         cut = f" (its first {LIMIT // 2**20} million characters are used)" if len(ids) > LIMIT // 16 else ""
         raise InputError(
             f"text {name} has {len(ids)} tokens{cut}, {count * length} are needed ({count} windows of {length}); "
-            "give a longer text, or ask for fewer tokens"
+            "give a longer text"
         )
     return available
 

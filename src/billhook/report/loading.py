@@ -70,7 +70,7 @@ def commands(run: Run) -> str:
             "budget": run.asked,
             "target": str(run.plan.target),
             "recipe": run.plan.provenance.recipe,
-            "heal": healed,
+            "heal": healed or "none",  # said in either case: the recipe may say otherwise
         }
         seed = run.plan.provenance.seed
         options["seed"] = "" if seed is None else str(seed)

@@ -28,7 +28,7 @@ def _overall(comparison: Comparison, budgets: list[str]) -> str:
     best = _best_over(comparison, budgets, None)
     if best is None:
         return f"Use {name(comparison.at(budgets[0])[0], comparison)}; no method met every budget."
-    words = f"Use {best}: over these budgets its perplexity is the lowest on average"
+    words = f"Use {best}: over these budgets its perplexity is the lowest on average among those that look at the model"
     plain = _best_over(comparison, budgets, Target.UNIFORM)
     if plain is not None and plain != best:
         words += f". If the result must load in any engine, use {plain}"
@@ -36,11 +36,12 @@ def _overall(comparison: Comparison, budgets: list[str]) -> str:
 
 
 def _best_over(comparison: Comparison, budgets: list[str], target: Target | None) -> str | None:
-    """The method with the least damage at the geometric mean over all budgets; None if none met them all."""
+    """The method with the least damage at the geometric mean over all budgets, of those that look at something; None if
+    none of them met them all."""
     damages: dict[str, list[float]] = {}
     for budget in budgets:
         for entry in comparison.at(budget):
-            if target in (None, entry.target):
+            if target in (None, entry.target) and not entry.baseline:
                 damages.setdefault(name(entry, comparison), []).append(math.log(entry.damage))
     complete = {who: sum(logs) for who, logs in damages.items() if len(logs) == len(budgets)}
     return min(complete, key=lambda who: (complete[who], who)) if complete else None
