@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from billhook.plan.address import Address
 from billhook.plan.outline import Outline
@@ -14,6 +15,50 @@ class Cut:
 
     path: str
     stub: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What inner units own of one tensor: along ``axis`` unit u holds the ``width`` entries from ``start + u * width``.
+
+    ``parameter`` is the name of a parameter or buffer in the live model. A tensor that fuses several projections has
+    one slice for each run of units: the gate half and the up half of ``gate_up_proj``, or q, k and v of ``qkv_proj``;
+    where heads are interleaved (q, k and v of the first head, then of the second) one wide slice says it all. Entries
+    that no slice covers belong to no unit and stay.
+
+    ``writes`` marks the weight through which the unit writes to the residual stream (down; o; an expert's down). For
+    neurons and groups the same entries of that linear's *input* are the unit's activation.
+    """
+
+    parameter: str
+    axis: int
+    width: int = 1
+    start: int = 0
+    writes: bool = False
+
+
+@dataclass(frozen=True)
+class Inner:
+    """The inner units of one kind in one sublayer, and all that has to be cut together with a unit.
+
+    - ``neuron``: an MLP's inner channel: a row of gate and up with their biases, a column of down.
+    - ``group``: a KV group: its query heads, its key and value head, their biases, its columns of o.
+    - ``expert``: its weights, its row of the router and its entry of the router's bias.
+
+    ``count`` is how many there are. ``attributes`` are numbers that modules keep of them, as (module path, attribute,
+    amount a unit): 3 units of ``("layers.0.self_attn", "num_heads", 2)`` make ``num_heads`` 6; an attribute
+    ``config.NAME`` is read from a config of the module's own. ``keys`` are the config values that state the size, as
+    (key, amount a unit) in the config of the stack, empty where no config value can say it. At least ``least`` units
+    must stay; of each of ``parts`` equal runs of units as many as of the others.
+    """
+
+    kind: Literal["neuron", "group", "expert"]
+    count: int
+    slices: tuple[Slice, ...]
+    attributes: tuple[tuple[str, str, int], ...] = ()
+    keys: tuple[tuple[str, int], ...] = ()
+    least: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,13 +121,16 @@ class Stack:
 @dataclass(frozen=True)
 class Anatomy:
     """Everything Billhook knows of a model's structure. ``head`` is the output linear, ``embedding`` the input one;
-    either may be absent (vision towers, bare encoders)."""
+    either may be absent (vision towers, bare encoders). ``inner`` maps each sublayer to the kinds of inner units that
+    can be cut from it; where there is none, ``rigid`` has the reason."""
 
     family: str
     stacks: tuple[Stack, ...]
     embedding: str | None
     head: str | None
     outline: Outline
+    inner: dict[Address, tuple[Inner, ...]] = field(default_factory=dict)
+    rigid: dict[Address, str] = field(default_factory=dict)
 
     def stack(self, name: str) -> Stack:
         return next(s for s in self.stacks if s.name == name)
