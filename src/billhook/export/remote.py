@@ -7,10 +7,9 @@ from pprint import pformat
 from string import Template
 from typing import Any
 
-from billhook.anatomy import Anatomy, Stack
+from billhook.anatomy import Anatomy, Stack, slots, stubs
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.surgery import slots, stubs
 
 MODULE = "modeling_billhook"
 ABSENT: Any = object()  # in the place of a value of config.json: it is removed

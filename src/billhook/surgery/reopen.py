@@ -17,10 +17,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from billhook import models
 from billhook.anatomy import discover
+from billhook.anatomy.undo import Undo
 from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
-from billhook.surgery.live import Undo, drop
+from billhook.surgery.live import drop
 from billhook.surgery.skips import PER_LAYER, declares_skips, read_skips
 
 STOCK = "billhook_stock"  # in a config.json under a foreign model_type: the values that transformers knows
