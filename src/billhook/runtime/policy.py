@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, discover
@@ -45,6 +46,14 @@ class Policy(BaseModel, ABC):
     def fitted(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> Self:
         """The same policy with what it wants to know from text filled in."""
         return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What was fitted and is too large for parameters, by name, for a file beside the policy's."""
+        return {}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """The same policy with what such a file holds."""
+        raise InputError(f"policy {self.name} has no tensors of its own")
 
     def turned(self, value: float) -> Self:
         """The same policy with its dial at ``value``."""

@@ -99,10 +99,19 @@ def _for_its_cache(module: nn.Module, stub: Forward, idle: list[Detour]) -> Forw
     return forward
 
 
+def idle_params(model: nn.Module, sublayer: Sublayer) -> int:
+    """Weights that a token does not multiply with where an attention only makes its keys and values."""
+    return sum(model.get_parameter(name).numel() for name in _idle_names(sublayer))
+
+
+def _idle_names(sublayer: Sublayer) -> list[str]:
+    queries = [name for name in sublayer.reads if name.removesuffix(".weight").rpartition(".")[2] in QUERIES]
+    return [*queries, *sublayer.writes]
+
+
 def _idle(model: nn.Module, sublayer: Sublayer) -> list[Detour]:
     """The linears of an attention whose output does not reach the cache."""
-    queries = [name for name in sublayer.reads if name.removesuffix(".weight").rpartition(".")[2] in QUERIES]
-    return [_zero(model, name) for name in (*queries, *sublayer.writes)]
+    return [_zero(model, name) for name in _idle_names(sublayer)]
 
 
 def _zero(model: nn.Module, name: str) -> Detour:
