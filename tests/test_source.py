@@ -31,8 +31,8 @@ GONE = (
 
 #: What is private in torch and transformers and used all the same, and the one place where it is.
 PRIVATE = {
-    ("_modules", "surgery/live.py"),
-    ("_forward_hooks", "surgery/live.py"),
+    ("_modules", "anatomy/undo.py"),
+    ("_forward_hooks", "anatomy/undo.py"),
     ("_keys_to_ignore_on_load_missing", "surgery/names.py"),
     ("_keys_to_ignore_on_load_unexpected", "surgery/names.py"),
     ("_out_indices", "anatomy/config.py"),

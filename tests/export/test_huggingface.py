@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from billhook import export, models
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.stubs import STUBS
 from billhook.export.remote import auto_classes, remote_code
 from billhook.models import building
 from billhook.plan.errors import InputError
@@ -26,7 +27,6 @@ from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.surgery import apply
 from billhook.surgery.reopen import load
-from billhook.surgery.stubs import STUBS
 
 HETEROGENEOUS = Plan.of(["decoder.0.attention", "decoder.2.mlp", "decoder.3"])
 UNIFORM = Plan.of(["decoder.0", "decoder.3"], Target.UNIFORM)

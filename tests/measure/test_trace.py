@@ -13,13 +13,13 @@ from torch.nn.functional import cosine_similarity
 from torch.overrides import TorchFunctionMode
 
 from billhook.anatomy import discover
+from billhook.anatomy.stubs import STUBS
 from billhook.data import Windows
 from billhook.measure.batches import real_tokens
 from billhook.measure.replay import Replay
 from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.surgery.stubs import STUBS
 
 SUPPORTED = [name for name in FAMILIES if name != "gemma4"]
 EVERYTHING = ("block", "sublayer", "angular")

@@ -11,7 +11,7 @@ from billhook.plan.outline import Outline
 
 @dataclass(frozen=True)
 class Cut:
-    """How one module is silenced: ``path`` is replaced by the stub of that name (see ``surgery.stubs``)."""
+    """How one module is silenced: ``path`` is replaced by the stub of that name (see ``anatomy.stubs``)."""
 
     path: str
     stub: str

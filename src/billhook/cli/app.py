@@ -20,7 +20,9 @@ from billhook.cli.eval import evaluate
 from billhook.cli.generate import generate
 from billhook.cli.inspect import inspect
 from billhook.cli.output import printable
+from billhook.cli.policies import policies
 from billhook.cli.recipes import recipes
+from billhook.cli.tune_policy import tune_policy
 from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
@@ -82,7 +84,9 @@ app.command("apply", no_args_is_help=True)(apply)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)
 app.command("generate", no_args_is_help=True)(generate)
+app.command("tune-policy", no_args_is_help=True)(tune_policy)
 app.add_typer(recipes)
+app.add_typer(policies)
 
 
 def _version(asked: bool) -> None:

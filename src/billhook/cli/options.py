@@ -88,6 +88,13 @@ CALIBRATION_HELP = "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folde
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]
 
+POLICY_HELP = (
+    "How the model runs: NAME, NAME:parameter=value,... as [bold]billhook policies[/] lists them, or a .json file "
+    "that tune-policy wrote."
+)
+Policy = Annotated[str | None, typer.Option(metavar="NAME|FILE", show_default=False, help=POLICY_HELP)]
+PolicyName = Annotated[str, typer.Option("--policy", metavar="NAME|FILE", show_default=False, help=POLICY_HELP)]
+
 Json = Annotated[
     bool,
     typer.Option(

@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.anatomy import discover
+from billhook.anatomy.undo import Undo
 from billhook.measure.latency import Timed
 from billhook.plan.check import normalise, survivors
 from billhook.plan.plan import Plan
-from billhook.surgery.live import Undo
 
 
 def kept_share(dense: PreTrainedModel, plan: Plan) -> float | None:

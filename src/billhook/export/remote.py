@@ -8,10 +8,9 @@ from string import Template
 from textwrap import indent
 from typing import Any
 
-from billhook.anatomy import Anatomy, Stack
+from billhook.anatomy import Anatomy, Stack, slots, stubs
 from billhook.export.narrowing import UNITS, narrowing
 from billhook.plan.errors import InputError
-from billhook.surgery import slots, stubs
 from billhook.surgery.form import Form
 
 MODULE = "modeling_billhook"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from billhook.anatomy.undo import Undo
 from billhook.plan.record import Refit
-from billhook.surgery.live import Undo
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.undo import Undo
 from billhook.heal.healing import put
 from billhook.heal.places import Place
 from billhook.heal.reads import folded, reads_of, same_inputs
@@ -19,7 +20,6 @@ from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.record import Refit
-from billhook.surgery.live import Undo
 
 Progress = Callable[[str, int, int], None]
 Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Sublayer
-from billhook.surgery.stubs import STUBS
 
 Forward = Callable[..., Any]
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.ranges import parse_ranges, write_ranges
+from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 
 
@@ -84,12 +85,14 @@ class Provenance(_Record):
 
 
 class Plan(_Record):
-    """A declarative, diffable list of edits. The empty plan changes nothing."""
+    """A declarative, diffable list of edits, and what to leave out or loop while the model runs. The empty plan changes
+    nothing."""
 
     schema_version: Literal[1] = 1
     target: Target = Target.ANY
     budget: str | None = None
     edits: tuple[Edit, ...] = ()
+    schedule: Schedule | None = None
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod

@@ -9,9 +9,10 @@ from typing import TypeVar
 from torch import nn
 
 from billhook.anatomy import Anatomy
+from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
-from billhook.surgery.live import Undo, cut, drops_of, keeps_of
+from billhook.surgery.live import cut, drops_of, keeps_of
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -17,12 +17,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from billhook import models
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.undo import Undo
 from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
 from billhook.surgery.form import Form, read_form
-from billhook.surgery.live import Undo, drop
+from billhook.surgery.live import drop
 from billhook.surgery.narrow import narrow
 from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY, declares_cuts
 

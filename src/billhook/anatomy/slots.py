@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from billhook.anatomy import Stack
 from billhook.anatomy.config import resolve
+from billhook.anatomy.types import Stack
 from billhook.plan.address import Address
 
 Setter = Callable[[Any, str, Any], None]
@@ -37,13 +37,17 @@ def cache_slots(kinds: list[str], attends: list[bool]) -> tuple[list[str], list[
     return kinds, slots
 
 
-def assign_slots(model: nn.Module, stack: Stack, drops: frozenset[Address], put: Setter) -> None:
-    """Renumber ``layer_idx`` throughout a stack whose list of blocks is already shortened.
+def assign_slots(
+    model: nn.Module, stack: Stack, drops: frozenset[Address], put: Setter, order: Sequence[int] | None = None
+) -> None:
+    """Renumber ``layer_idx`` throughout a stack whose list of blocks is already shortened, or holds them in ``order``.
 
     ``put(owner, name, value)`` sets an attribute. Attentions that cache get their slots, everything else its block's
     number.
     """
-    kept = [block for block in stack.blocks if block.address not in drops]
+    if order is None:
+        order = [i for i, block in enumerate(stack.blocks) if block.address not in drops]
+    kept = [stack.blocks[i] for i in order]
     config = resolve(model, stack.counters[-1].owner)
     types = getattr(config, "layer_types", None)
     has = {s.address for block in kept for s in block.sublayers} - drops

@@ -1,0 +1,89 @@
+"""The most sparing setting of a policy that keeps a quality target."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from billhook.plan.errors import InputError
+from billhook.plan.record import TextEvidence
+from billhook.runtime.policy import Policy
+
+STEPS = 9
+_FORM = re.compile(r"(kl|top1|perplexity)(<=|>=)(\d*\.?\d+)")
+_SIGN = {"kl": "<=", "top1": ">=", "perplexity": "<="}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on one figure: ``kl`` in nats a token from the plain model, ``top1`` share of equal predictions, or
+    ``perplexity`` as ratio to the plain model's."""
+
+    figure: str
+    bound: float
+
+    @classmethod
+    def parse(cls, text: str) -> Goal:
+        """Read ``kl<=0.05``, ``top1>=0.95`` or ``perplexity<=1.1``; InputError for anything else."""
+        found = _FORM.fullmatch(text.replace(" ", ""))
+        if not found or _SIGN[found[1]] != found[2]:
+            raise InputError(f"target {text!r} is not of the form kl<=0.05, top1>=0.95 or perplexity<=1.1")
+        return cls(found[1], float(found[3]))
+
+    def of(self, evidence: TextEvidence) -> float:
+        figures = {"kl": evidence.kl, "top1": evidence.top1, "perplexity": evidence.perplexity_ratio}
+        return figures[self.figure].value
+
+    def met(self, evidence: TextEvidence) -> bool:
+        value = self.of(evidence)
+        return value >= self.bound if self.figure == "top1" else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{self.figure}{_SIGN[self.figure]}{self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One setting of the dial and what it gave."""
+
+    value: float
+    figure: float
+    flops: float
+    met: bool
+
+
+def tune(
+    policy: Policy, judge: Callable[[Policy], tuple[TextEvidence, float]], goal: Goal
+) -> tuple[Policy, list[Tried]]:
+    """Bisect the policy's dial between leaving out nothing and all that may be, ``STEPS`` times.
+
+    ``judge`` gives the evidence and the FLOPs of a policy. The answer is the setting with the fewest FLOPs among those
+    tried that meet the goal, so it meets it even where quality does not fall evenly along the dial. InputError for a
+    policy without a dial, and where not even its quiet end meets the goal.
+    """
+    if policy.dial is None:
+        raise InputError(f"policy {policy.name} has no threshold to tune")
+    _, quiet, loud = policy.dial
+    found: dict[str, Tried] = {}
+    settings: dict[float, Policy] = {}
+
+    def meets(value: float) -> bool:
+        setting = policy.turned(value)
+        key = setting.model_dump_json()
+        if key not in found:
+            evidence, flops = judge(setting)
+            found[key] = Tried(value, goal.of(evidence), flops, goal.met(evidence))
+            settings[value] = setting
+        return found[key].met
+
+    if not meets(quiet):
+        raise InputError(f"policy {policy.name} misses {goal} even where it leaves out nothing")
+    if not meets(loud):
+        low, high = quiet, loud
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if meets(middle) else (low, middle)
+    good = (tried for tried in found.values() if tried.met)
+    best = min(good, key=lambda tried: (tried.flops, abs(tried.value - quiet)))
+    return settings[best.value], list(found.values())

@@ -1,0 +1,135 @@
+"""The walks behind the commands on run-time policies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from billhook.data import Windows, calibration
+from billhook.data.calibrate import Domain, evaluation
+from billhook.evaluate.causal import require_causal
+from billhook.evaluate.policy_quality import Judge
+from billhook.evaluate.policy_speed import policy_speed
+from billhook.evaluate.tune_policy import Goal, Tried, tune
+from billhook.plan.errors import InputError
+from billhook.plan.policy_record import PolicyReport, Savings
+from billhook.plan.record import TextEvidence
+from billhook.recipes.opened import Opened, environment, opened
+from billhook.runtime.catalogue import beside, policy_of, write_policy
+from billhook.runtime.policy import Policy
+
+Progress = Callable[[str, int, int], None]
+
+LENGTH = 128
+JUDGED_TOKENS = 16 * LENGTH
+FITTED_TOKENS = 16 * LENGTH
+
+
+def bench_policy(
+    source: str | os.PathLike[str],
+    policy: str,
+    *,
+    text: str = "builtin",
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> PolicyReport:
+    """What a policy saves and what it costs, on held-back text of the source and on text of another kind."""
+    chosen = policy_of(policy)
+    model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    fitted = _fitted(chosen, model, text, seed)
+    fitted.attach(model.model, model.anatomy).detach()  # what is impossible shows before anything expensive
+    judged = [Judge(model.model, model.anatomy, windows, domain=domain, progress=progress)(fitted)
+              for domain, windows in _held_back(model, text, seed)]  # fmt: skip
+    timings = policy_speed(model.model, model.anatomy, fitted, _held_back(model, text, seed)[0][1], progress=progress)
+    return _report(source, fitted, model, judged).model_copy(update={"timings": timings})
+
+
+def tune_policy(
+    source: str | os.PathLike[str],
+    policy: str,
+    target: str,
+    out: Path,
+    *,
+    text: str = "builtin",
+    overwrite: bool = False,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PolicyReport, list[Tried]]:
+    """Find the most sparing setting of a policy that meets a quality target on the text, write it to ``out``, and judge
+    it on held-back text of the source and on text of another kind."""
+    chosen, goal = policy_of(policy), Goal.parse(target)
+    if out.suffix != ".json":
+        raise InputError(f"a policy file is a .json file, not {out}")
+    taken = [path for path in (out, beside(out)) if path.exists()]
+    if taken and not overwrite:
+        raise InputError(f"{taken[0]} exists; give --overwrite to replace it")
+    if not out.parent.is_dir():
+        raise InputError(f"there is no folder {out.parent} to write {out.name} into")
+    if chosen.dial is None:
+        raise InputError(f"policy {chosen.name} has no threshold to tune")
+    model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    seen = _text(model, text, seed, JUDGED_TOKENS)
+    fitted = _fitted(chosen, model, text, seed)
+    judge = Judge(model.model, model.anatomy, seen, progress=progress)
+
+    def judged_by_flops(setting: Policy) -> tuple[TextEvidence, float]:
+        evidence, saved = judge(setting)
+        return evidence, saved.flops
+
+    best, tried = tune(fitted, judged_by_flops, goal)
+    held_back = _held_back(model, text, seed)
+    judged = [Judge(model.model, model.anatomy, windows, domain=domain, progress=progress)(best)
+              for domain, windows in held_back]  # fmt: skip
+    report = _report(source, best, model, judged)
+    write_policy(best, out, {"target": str(goal), "model": os.fspath(source), "text": seen.name,
+                             "fingerprint": seen.fingerprint, "tried": [vars(t) for t in tried]})  # fmt: skip
+    return report, tried
+
+
+def _report(
+    source: str | os.PathLike[str], policy: Policy, model: Opened, judged: list[tuple[TextEvidence, Savings]]
+) -> PolicyReport:
+    return PolicyReport(
+        model=os.fspath(source),
+        policy=policy.name,
+        parameters=policy.model_dump(mode="json"),
+        kv=policy.kv,
+        savings=judged[0][1],
+        evidence=tuple(evidence for evidence, _ in judged),
+        environment=environment(model),
+    )
+
+
+def _causal(source: str | os.PathLike[str], **settings: Any) -> Opened:
+    model = opened(source, **settings)
+    require_causal(model.model, "a policy's bench")
+    return model
+
+
+def _fitted(policy: Policy, model: Opened, text: str, seed: int) -> Policy:
+    """The policy with what it wants to know from text, which is never the text that it is judged on in the end."""
+    if not policy.wants_text:
+        return policy
+    return policy.fitted(model.model, model.anatomy, _text(model, text, seed, FITTED_TOKENS))
+
+
+def _text(model: Opened, text: str, seed: int, tokens: int) -> Windows:
+    length = model.length(LENGTH)
+    return calibration(
+        text, model.tokenizer, tokens=tokens, length=length, seed=seed, model=model.model, fewest=2 * length
+    )
+
+
+def _held_back(model: Opened, text: str, seed: int) -> list[tuple[Domain, Windows]]:
+    return evaluation(
+        text, model.tokenizer, tokens=JUDGED_TOKENS, length=model.length(LENGTH), calibrated_on=None,
+        model=model.model, seed=seed,
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""The policies by name, in words on the command line and in files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from billhook.plan.errors import InputError
+from billhook.runtime.chain import Chain
+from billhook.runtime.even_skip import EvenSkip
+from billhook.runtime.ffn_skip import FfnSkip
+from billhook.runtime.in_turns import Scheduled
+from billhook.runtime.lora_drop import LoraDrop
+from billhook.runtime.policy import Policy
+from billhook.runtime.similarity_exit import SimilarityExit
+from billhook.runtime.static_skip import StaticSkip
+from billhook.runtime.voids import Voids
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, Scheduled)
+}
+
+
+def named(name: str) -> type[Policy]:
+    """The policy of that name. InputError with the list of names if there is none."""
+    if name not in POLICIES:
+        raise InputError(f"there is no policy {name!r}; there are {', '.join(POLICIES)}, or give a .json file")
+    return POLICIES[name]
+
+
+def policy_of(text: str) -> Policy:
+    """Read ``NAME``, ``NAME:parameter=value,parameter=value`` or the path of a policy file."""
+    if text.endswith(".json"):
+        return read_policy(text)
+    name, _, rest = text.partition(":")
+    parameters: dict[str, Any] = {}
+    for part in rest.split(",") if rest else ():
+        key, sign, value = part.partition("=")
+        if not sign or not key.strip():
+            raise InputError(f"policy {text!r}: {part!r} is not of the form parameter=value")
+        if key.strip() in parameters:
+            raise InputError(f"policy {text!r} gives {key.strip()} twice")
+        parameters[key.strip()] = value.strip()
+    return named(name).of(parameters)
+
+
+def read_policy(path: str | os.PathLike[str]) -> Policy:
+    """The policy in a file that ``write_policy`` made or that looks like one. InputError where it is anything else."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"policy file {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict) or "policy" not in content:
+        raise InputError(f'policy file {path} is not of the form {{"policy": NAME, "parameters": {{...}}}}')
+    unknown = sorted(set(content) - {"policy", "parameters", "tuned"})
+    if unknown:
+        raise InputError(f"policy file {path} has the unknown field {unknown[0]}")
+    policy = named(str(content["policy"])).of(content.get("parameters", {}))
+    if beside(path).is_file():
+        try:
+            return policy.with_tensors(load_file(beside(path)))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{beside(path)} cannot be read: {error}") from error
+    return policy
+
+
+def write_policy(policy: Policy, path: Path, tuned: dict[str, Any]) -> None:
+    """Write a policy and how it was found; tensors, where it has any, into a safetensors file of the same name."""
+    content = {"policy": policy.name, "parameters": policy.model_dump(mode="json"), "tuned": tuned}
+    tensors = policy.tensors()
+    beside(path).unlink(missing_ok=True)
+    if tensors:
+        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, beside(path))
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def beside(path: Path) -> Path:
+    return path.with_suffix(".safetensors")

@@ -1,0 +1,159 @@
+"""Every policy on every family that generates: nothing changes where nothing is left out, rows decide for themselves, and
+detaching restores the model exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from running import GENERATING, NEW, equal, generate, ready, state
+from transformers import TextStreamer
+
+from billhook.plan.errors import InputError
+from billhook.plan.schedule import Schedule, Site
+from billhook.runtime.catalogue import POLICIES, policy_of
+from billhook.runtime.in_turns import Scheduled
+from billhook.runtime.policy import Policy
+from billhook.runtime.voids import Voids
+
+
+def quiet(blocks: int) -> list[Policy]:
+    """Of every policy a setting that leaves out nothing, its machinery running where it has any."""
+    texts = ("static-skip", "even-skip:speedup=1", "chain", "ffn-skip:threshold=1,warmup=0", "lora-drop:period=1")
+    policies = [policy_of(text) for text in (*texts, "similarity-exit:decoder=1,encoder=1")]
+    turns = Schedule(tables=((), ()))
+    return [*policies, Voids(threshold=0, prompt=(0.0,) * blocks, generation=(0.0,) * blocks), Scheduled(schedule=turns)]
+
+
+def loud(blocks: int) -> list[Policy]:
+    """Of every policy that decides while the model runs a setting that leaves out a lot."""
+    void = [0.5 if i == 2 else 1.0 for i in range(blocks)]
+    table = (Site(unit="decoder.2.attention", verb="skip"), Site(unit="decoder.1.mlp", verb="skip"))
+    return [
+        policy_of("ffn-skip:threshold=0.4,warmup=0,first=1,last=0,span=1"),
+        policy_of("similarity-exit:decoder=0.5,encoder=0.8,first=1"),
+        policy_of("lora-drop:period=2,blocks=1-2"),
+        Voids(threshold=0.9, prompt=tuple(void), generation=(1.0, 0.5, 1.0, *[1.0] * (blocks - 3))),
+        Scheduled(schedule=Schedule(tables=(table, ()))),
+    ]
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_what_leaves_out_nothing_changes_nothing(name: str) -> None:
+    model, anatomy, prompt = ready(name)
+    before, plain = state(model), generate(model, prompt)
+    policies = quiet(len(anatomy.stack("decoder").blocks))
+    assert {policy.name for policy in policies} == set(POLICIES)
+    for policy in policies:
+        with policy.attach(model, anatomy) as attached:
+            assert equal(generate(model, prompt), plain), policy
+        assert not sum(attached.counts.skipped.values())
+        assert state(model) == before
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_row_does_not_see_its_neighbours(name: str) -> None:
+    """The padded row of a batch comes out as it does alone, whatever the other one leaves out."""
+    family = FAMILIES[name]
+    model, anatomy, prompt = ready(name)
+    before = state(model)
+    # BART counts positions from the padding, and an image has its place in the text
+    alone = {k: v[1:] if not family.pads or v.ndim != 2 else v[1:, 2:] for k, v in prompt.items()}
+    exact = not name.startswith("bart")
+    for policy in loud(len(anatomy.stack("decoder").blocks)):
+        with policy.attach(model, anatomy) as attached:
+            ids, logits = generate(model, prompt)
+            own_ids, own = generate(model, alone)
+        assert sum(attached.counts.skipped.values()) > 0 or policy.name in ("ffn-skip", "similarity-exit")
+        if exact:
+            assert torch.equal(ids[1, -NEW:], own_ids[0, -NEW:]), policy
+            torch.testing.assert_close(logits[:, 1], own[:, 0], atol=2e-3, rtol=2e-3)
+        assert state(model) == before
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}, {"streamer": 1}])
+def test_the_users_own_generate_just_works(how: dict[str, Any], tiny_tokenizer: Any) -> None:
+    model, anatomy, prompt = ready("qwen3")
+    if "streamer" in how:
+        prompt = {k: v[:1] for k, v in prompt.items()}
+        how = {"streamer": TextStreamer(tiny_tokenizer)}
+    for policy in [p for p in loud(5) if p.name not in ("lora-drop", "scheduled")]:
+        with policy.attach(model, anatomy):
+            torch.manual_seed(3)
+            ids, _ = generate(model, prompt, **how)
+        assert ids.shape[1] == prompt["input_ids"].shape[1] + NEW
+
+
+def test_a_static_cache_and_a_dynamic_one_agree() -> None:
+    model, anatomy, prompt = ready("llama")
+    for policy in loud(5):
+        with policy.attach(model, anatomy):
+            assert torch.equal(
+                generate(model, prompt)[0], generate(model, prompt, cache_implementation="static")[0]
+            ), policy
+
+
+def test_an_exception_passes_and_the_model_is_restored() -> None:
+    model, anatomy, prompt = ready("qwen3")
+    before, plain = state(model), generate(model, prompt)
+    for policy in [*loud(5), policy_of("chain:blocks=0+0+3-4")]:
+        with pytest.raises(KeyboardInterrupt), policy.attach(model, anatomy):
+            generate(model, prompt)
+            handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(_interrupt)
+            handle_last = model.model.layers[3].self_attn.v_proj.register_forward_pre_hook(_interrupt)
+            try:
+                generate(model, prompt)
+            finally:
+                handle.remove()
+                handle_last.remove()
+        assert state(model) == before
+    assert equal(generate(model, prompt), plain)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_asking_for_hidden_states_meanwhile_leaves_no_hook() -> None:
+    model, anatomy, prompt = ready("llama")
+    before = state(model)
+    with policy_of("chain:blocks=0-1+1+4").attach(model, anatomy), torch.no_grad():
+        assert len(model(**prompt, output_hidden_states=True).hidden_states) == 5
+    assert state(model) == before
+    with torch.no_grad():
+        assert len(model(**prompt, output_hidden_states=True).hidden_states) == 6
+
+
+def test_one_policy_at_a_time() -> None:
+    model, anatomy, _ = ready("llama")
+    with policy_of("ffn-skip").attach(model, anatomy) as attached:
+        with pytest.raises(InputError, match="attached to this model already"):
+            policy_of("chain").attach(model, anatomy)
+        attached.detach()
+        policy_of("chain").attach(model, anatomy).detach()
+
+
+def test_a_forward_that_a_library_put_there_comes_back() -> None:
+    model, anatomy, prompt = ready("llama")
+    mlp = model.model.layers[1].mlp
+    original = mlp.forward
+    calls = []
+
+    def own(x: Any) -> Any:
+        calls.append(1)
+        return original(x)
+
+    vars(mlp)["forward"] = own
+    with loud(5)[4].attach(model, anatomy):
+        generate(model, prompt)
+    assert calls
+    assert vars(mlp)["forward"] is own
+
+
+def test_beam_search_is_refused_where_rows_are_remembered() -> None:
+    model, anatomy, prompt = ready("llama")
+    with policy_of("lora-drop:period=2").attach(model, anatomy), pytest.raises(InputError, match="beam search"):
+        model.generate(**prompt, num_beams=2, max_new_tokens=2)
+    assert "generate" not in vars(model)

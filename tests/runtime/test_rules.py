@@ -1,0 +1,263 @@
+"""What each policy leaves out, and which keys and values later tokens find: against the plain model with the outputs of
+its parts replaced by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from running import GENERATING, equal, generate, ready
+from torch import Tensor, nn
+
+from billhook.anatomy import discover
+from billhook.data import Windows
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.schedule import Schedule, Site
+from billhook.runtime.catalogue import policy_of
+from billhook.runtime.in_turns import Scheduled
+from billhook.runtime.lora_drop import LoraDrop
+from billhook.runtime.low_rank import fit_factors, reduced_rank
+from billhook.runtime.silence import idle_params, stream_out, with_stream
+from billhook.runtime.voids import Voids
+
+IDS = torch.tensor([[5, 9, 33, 12, 60, 7, 41], [8, 2, 77, 31, 4, 50, 19]])
+
+
+@contextmanager
+def replaced(model: nn.Module, path: str, output: Callable[[Tensor, Tensor, int], Tensor]) -> Iterator[None]:
+    """A block computes all it does, keys and values included, and then hands on output(in, out, number of the call)."""
+    calls = iter(range(1000))
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        into = args[0] if args else kwargs["hidden_states"]
+        return with_stream(out, output(into, stream_out(out), next(calls)))
+
+    handle = model.get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_block_left_out_for_a_token_still_has_its_keys_and_values(name: str) -> None:
+    """Skipped at every second generated token: the logits are those of a block that computes its keys and values from the
+    stream that comes in, and whose output is thrown away."""
+    model, anatomy, prompt = ready(name)
+    block = anatomy.stack("decoder").blocks[2]
+    turns = Schedule(tables=((Site(unit=block.address, verb="skip"),), ()))
+    with Scheduled(schedule=turns).attach(model, anatomy) as attached:
+        under = generate(model, prompt)
+    with replaced(model, block.path, lambda into, out, call: into if call % 2 else out):
+        by_hand = generate(model, prompt)
+    assert equal(under, by_hand)
+    rows = next(iter(prompt.values())).shape[0]
+    assert attached.counts.skipped[Address("decoder", 2, "mlp")] == 2 * rows  # at steps 0 and 2 of the 4 that are read
+    kept = anatomy.outline.stack("decoder").blocks[2].sublayers["attention"].cache_width > 0
+    assert attached.counts.projected[Address("decoder", 2, "attention")] == (2 * rows if kept else 0)
+
+
+def decoded(model: Any, ids: Tensor, prompt: int = 3) -> Tensor:
+    """Logits [rows, t, vocabulary]: a prompt read at once, then token by token with the cache."""
+    with torch.no_grad():
+        output = model(input_ids=ids[:, :prompt], use_cache=True)
+        logits = [output.logits]
+        for place in range(prompt, ids.shape[1]):
+            output = model(input_ids=ids[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def test_ffn_skip_leaves_out_what_follows_saturation() -> None:
+    """Everything counts as saturated: of the middle blocks 1 to 3 the first runs, the next two do not, prompt and warm-up
+    run whole."""
+    model = build("llama")
+    anatomy = discover(model)
+    policy = policy_of("ffn-skip:threshold=-1,span=2,first=1,last=1,warmup=1")
+    with policy.attach(model, anatomy) as attached:
+        under = decoded(model, IDS)
+    assert {str(u): n for u, n in attached.counts.skipped.items()} == {"decoder.2.mlp": 6, "decoder.3.mlp": 6}
+
+    def without(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+        return torch.zeros_like(out) if calls[module] > 1 else None
+
+    calls: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: Any) -> None:
+        calls[module] = calls.get(module, -1) + 1
+
+    for index in (2, 3):
+        model.model.layers[index].mlp.register_forward_pre_hook(count)
+        model.model.layers[index].mlp.register_forward_hook(without)
+    assert torch.equal(under, decoded(model, IDS))
+
+
+def test_a_saturated_row_skips_and_its_neighbour_does_not() -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    cosines: list[Tensor] = []
+    layer = model.model.layers[1]
+    seen: list[Tensor] = []
+    hooks = [
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+        layer.register_forward_hook(
+            lambda module, args, out: cosines.append(torch.cosine_similarity(seen[-1], out, dim=-1))
+        ),
+    ]
+    plain = decoded(model, IDS[:, :4])
+    for hook in hooks:
+        hook.remove()
+    low, high = sorted(cosines[-1].flatten().tolist())
+    between = (low + high) / 2
+    with policy_of(f"ffn-skip:threshold={between},span=1,first=1,last=2,warmup=0").attach(model, anatomy) as attached:
+        under = decoded(model, IDS[:, :4])
+    saturated = int(cosines[-1].flatten().argmax())
+    assert torch.equal(under[1 - saturated], plain[1 - saturated])
+    assert not torch.equal(under[saturated, -1], plain[saturated, -1])
+    assert not attached.counts.skipped  # computed for the other row's sake: nothing was saved
+
+
+def test_similarity_exit_hands_on_the_stream_as_it_left() -> None:
+    """Everything is similar enough: the decoder is left after its second block, the encoder after its third."""
+    model = build("t5")
+    anatomy = discover(model)
+    prompt = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with policy_of("similarity-exit:decoder=-1,encoder=-1,first=2").attach(model, anatomy) as attached:
+        under = generate(model, prompt)
+    ran = {str(unit) for unit, tokens in attached.counts.ran.items() if tokens}
+    assert ran == {f"encoder.{i}.{k}" for i in (0, 1) for k in ("attention", "mlp")} | {
+        f"decoder.{i}.{k}" for i in (0, 1) for k in ("attention", "cross_attention", "mlp")
+    }
+    paths = [b.path for name in ("encoder", "decoder") for b in anatomy.stack(name).blocks[2:]]
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda module, args, out: with_stream(out, args[0]))
+        for path in paths
+    ]
+    by_hand = generate(model, prompt)
+    for handle in handles:
+        handle.remove()
+    assert equal(under, by_hand)
+
+
+def test_an_encoder_is_left_by_the_mean_over_real_tokens() -> None:
+    model = build("bart")
+    anatomy = discover(model)
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    prompt = {"input_ids": IDS * mask, "attention_mask": mask}
+    other = {"input_ids": torch.where(mask.bool(), IDS, 9), "attention_mask": mask}
+    with policy_of("similarity-exit:decoder=1,encoder=0.6,first=1").attach(model, anatomy):
+        assert torch.equal(generate(model, prompt)[0], generate(model, other)[0])
+
+
+def test_voids_have_one_map_for_reading_and_one_for_writing() -> None:
+    model = build("qwen3")
+    anatomy = discover(model)
+    maps = {"prompt": (0.1, 1.0, 0.2, 1.0, 0.1), "generation": (1.0, 0.0, 1.0, 1.0, 1.0)}
+    with Voids(threshold=0.5, **maps).attach(model, anatomy) as attached:
+        under = decoded(model, IDS)
+    assert {str(u): n for u, n in attached.counts.skipped.items() if u.sublayer == "mlp"} == {
+        "decoder.2.mlp": 2 * 3,  # the prompt; the first and the last block always run
+        "decoder.1.mlp": 2 * 4,
+    }
+    with replaced(model, "model.layers.2", lambda into, out, call: into if call == 0 else out):
+        with replaced(model, "model.layers.1", lambda into, out, call: out if call == 0 else into):
+            assert torch.equal(under, decoded(model, IDS))
+
+
+def test_usage_is_traced_by_the_change_of_the_norm() -> None:
+    """A block that writes nothing is used by nobody, one that writes a lot by everybody."""
+    model = build("llama")
+    for layer, scale in ((1, 0.0), (3, 300.0)):
+        block = model.model.layers[layer]
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            linear.weight.data.mul_(scale)
+    windows = Windows.of(IDS, "text")
+    fitted = Voids(alpha=0.5).fitted(model, discover(model), windows)
+    assert fitted.prompt[1] == fitted.generation[1] == 0.0
+    assert fitted.prompt[3] == fitted.generation[3] == 1.0
+    assert fitted.voids(fitted.prompt) == frozenset()
+    assert 1 in fitted.turned(0.01).voids(fitted.prompt)
+    with pytest.raises(InputError, match="has 2 blocks, the decoder has 5"):
+        Voids(threshold=0.1, prompt=(0.1, 0.2), generation=(0.1, 0.2)).attach(model)
+    with pytest.raises(InputError, match="needs maps traced on text"):
+        Voids(threshold=0.1).attach(model)
+
+
+@pytest.mark.parametrize("reuse", ["update", "state"])
+def test_lora_drop_reuses_the_last_token_and_refreshes(reuse: str) -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    generator = torch.Generator().manual_seed(0)
+    factors = (torch.randn(36, 2, generator=generator) / 9, torch.randn(2, 36, generator=generator) / 9)
+    names = {"decoder.2.A": factors[0], "decoder.2.B": factors[1]}
+    policy = LoraDrop(blocks="2", period=2, rank=2, reuse=reuse).with_tensors(names)
+    with policy.attach(model, anatomy):
+        under = decoded(model, IDS)
+    last: list[tuple[Tensor, Tensor]] = []
+
+    def by_hand(into: Tensor, out: Tensor, call: int) -> Tensor:
+        if call and call % 2 == 0:  # generated tokens 0 and 2 run, 1 and 3 are cheap
+            before, after = last[-1]
+            base = into + (after - before) if reuse == "update" else after
+            out = base + (into - before) @ factors[1].T @ factors[0].T
+        last.append((into[:, -1:], out[:, -1:]))
+        return out
+
+    with replaced(model, "model.layers.2", by_hand):
+        torch.testing.assert_close(under, decoded(model, IDS), atol=1e-5, rtol=1e-5)
+
+
+def test_lora_drop_never_reuses_the_state_of_another_text() -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    with LoraDrop(blocks="1-3", period=3).attach(model, anatomy):
+        first = decoded(model, IDS)
+        decoded(model, IDS.flip(1), prompt=5)
+        assert torch.equal(decoded(model, IDS), first)
+        one = decoded(model, IDS[:1])
+    torch.testing.assert_close(one, first[:1], atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="fitted on text first"):
+        LoraDrop(rank=3).attach(model)
+
+
+def test_the_low_rank_map_is_the_best_of_its_rank() -> None:
+    """On a planted map of rank 2 it is found; and no random map of rank 1 does better than the fitted one."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
+    planted = torch.randn(12, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 12, generator=generator).double()
+    z = x @ planted.T
+    a, b = reduced_rank(x.T @ x, z.T @ x, 2)
+    assert (a @ b - planted).norm() < 0.02 * planted.norm()
+    a, b = reduced_rank(x.T @ x, z.T @ x, 1)
+    u, s, v = torch.linalg.svd(planted)
+    best = (z - x @ (s[0] * u[:, :1] @ v[:1]).T).square().sum()
+    assert (z - x @ (a @ b).T).square().sum() < 1.1 * best
+
+
+def test_the_fit_predicts_the_next_change_better_than_none() -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    unit = Address("decoder", 2)
+    ids = torch.randint(3, 90, (12, 40), generator=torch.Generator().manual_seed(0))
+    (a, b), = fit_factors(model, anatomy, [unit], Windows.of(ids, "text"), rank=6, residual=True).values()  # fmt: skip
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = model.model.layers[2].register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    x, y = (t.double().diff(dim=1) for t in seen[0])
+    assert (y - x - x @ (a @ b).T).norm() < 0.95 * (y - x).norm()
+
+
+def test_what_keys_and_values_do_not_need_is_left_out() -> None:
+    model = build("llama")
+    attention = discover(model).sublayer(Address("decoder", 0, "attention"))
+    assert idle_params(model, attention) == 2 * 36 * 60  # queries and output; 6 heads of 10, hidden 36
+    fused = build("gpt2")
+    assert idle_params(fused, discover(fused).sublayer(Address("decoder", 0, "attention"))) == 32 * 32
