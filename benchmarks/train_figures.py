@@ -2,9 +2,9 @@
 
     python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [KEY=VALUE ...]   (default: distill 20000 self)
 
-TEXT is a file of the test data (wiki_calib.txt.gz) or self: text that the dense model writes. KEY=VALUE replaces a number of the
-method (rate=2e-3 rank=64 rows=2 features=none). Healed text and closed form are kept in a folder beside the
-checkout's out/, so that a second run begins at once. 200,000 tokens take about half an hour on two idle cores.
+TEXT is a file of the test data (wiki_calib.txt.gz), or self: text that the dense model writes. KEY=VALUE replaces a
+number of the method (rate=2e-3 rank=64 rows=2 features=none). Written text and closed form are kept in
+out/train_figures, so that a second run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ def main(method: str = "distill", tokens: str = "20000", text: str = "self", *ch
     before = figures(b, plan, start, c4)
     print(f"{'closed form':<28} WikiText-2 {before[0]:.2f}  C4 {before[1]:.2f}", flush=True)
     begun = time.perf_counter()
-    state = KEPT / "state.safetensors"
-    state.unlink(missing_ok=True)
+    state = KEPT / f"{'-'.join([method, tokens, text, *changes]).replace('/', '-')}.safetensors"
 
     def progress(label: str, done: int, total: int) -> None:
         if done % 10 == 0:
@@ -59,7 +58,10 @@ def main(method: str = "distill", tokens: str = "20000", text: str = "self", *ch
     seconds = time.perf_counter() - begun
     after = figures(b, plan, healing, c4)
     print("held back: " + " ".join(f"{look.step}:{look.held:.4f}" for look in record.curve), f"best {record.best}")
-    print(f"{method} on {record.tokens} tokens of {text}: WikiText-2 {after[0]:.2f}  C4 {after[1]:.2f}  {seconds:.0f} s")
+    print(
+        f"{method} on {record.tokens} tokens of {text}: WikiText-2 {after[0]:.2f}  C4 {after[1]:.2f}  {seconds:.0f} s"
+    )
+    state.unlink(missing_ok=True)
     return 1 if after[0] > before[0] or after[1] > before[1] else 0
 
 

@@ -44,7 +44,7 @@ class Loop:
         on_cpu = ids.device.type == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
         self._student, self._training, self._state, self._progress = student, training, state, progress
-        self.fit, self._held = _split(ids)
+        self.fit, self._held = split(ids)
         self._steps = max(1, tokens // (training.rows * ids.shape[1]))
         self._every = math.ceil(self._steps / training.checks)
         self._facts = dict(facts)
@@ -181,7 +181,7 @@ class Loop:
         return {name: tensors[f"best {name}"].to(parameter.device) for name, parameter in parameters.items()}
 
 
-def _split(ids: Tensor) -> tuple[Tensor, Tensor]:
+def split(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The windows to learn from and those held back: the last eighth, at least one, but at most so many tokens."""
     if len(ids) < 2:
         raise InputError("training needs at least two windows: one to learn from and one to hold back")

@@ -60,7 +60,6 @@ class Adapters:
             new[f"{path}.weight"] = (old.float() + layer.get_delta_weight(_NAME).float()).to(old.dtype)
         return new
 
-
     @contextmanager
     def saved(self) -> Iterator[None]:
         """Inside the context the model computes with the merged weights, exactly as it will be saved."""

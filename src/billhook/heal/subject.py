@@ -79,7 +79,7 @@ def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -
     weights = Weights(student.model, names)
     try:
         optimizer = torch.optim.AdamW(list(weights.parameters.values()), lr=training.rate, weight_decay=0.0)
-        losses = []
+        losses: list[float] = []
         for _ in range(PROBE + 1):
             loss = student(ids)
             losses.append(loss.item())

@@ -22,7 +22,6 @@ from billhook.surgery import apply
 from billhook.surgery.live import drops_of
 
 Progress = Callable[[str, int, int], None]
-UNTOUCHED = Healing({}, (), {}, 0, 0)
 
 
 def train(

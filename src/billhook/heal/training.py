@@ -36,6 +36,21 @@ class Training:
     period: int = 10
     seed: int = 0
 
+    @property
+    def says(self) -> str:
+        """In a sentence."""
+        towards = "the dense model's next tokens" if self.goal == "dense" else "the next token of the text"
+        stream = {"none": "", "all": " and its stream", "tail": " and its last stream"}[self.features]
+        return f"Refitted in closed form, then trained towards {towards}{stream}: {_WHAT[self.trains]}."
+
+
+_WHAT = {
+    "lora": "low-rank adapters on every linear, merged",
+    "tune": "only norms and biases",
+    "lisa": "all weights of a few blocks at a time, drawn at random",
+    "ist": "all weights of the few blocks that matter most just then",
+    "fpf": "the weights that a first short training of all changed most",
+}
 
 METHODS = {
     "tune": Training("tune", "dense", rate=3e-3),
