@@ -18,6 +18,7 @@ from billhook.cli.compare import compare
 from billhook.cli.compress import compress
 from billhook.cli.eval import evaluate
 from billhook.cli.generate import generate
+from billhook.cli.heal import heal
 from billhook.cli.inspect import inspect
 from billhook.cli.output import printable
 from billhook.cli.policies import policies
@@ -55,7 +56,7 @@ class _Commands(TyperGroup):
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"error: {place}{error.strerror}", USAGE_ERROR)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("compress", "compare")
+            resumes = ctx.invoked_subcommand in ("compress", "compare", "heal")
             _fail(f"interrupted{'; run the same command again to resume' if resumes else ''}", INTERRUPTED)
 
 
@@ -80,6 +81,7 @@ app = typer.Typer(
 app.command("inspect", no_args_is_help=True)(inspect)
 app.command("compress", no_args_is_help=True)(compress)
 app.command("compare", no_args_is_help=True)(compare)
+app.command("heal", no_args_is_help=True)(heal)
 app.command("apply", no_args_is_help=True)(apply)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)

@@ -40,6 +40,12 @@ class HealName(StrEnum):
 
     NONE = "none"
     CLOSED_FORM = "closed-form"
+    TUNE = "tune"
+    LORA = "lora"
+    DISTILL = "distill"
+    LISA = "lisa"
+    IST = "ist"
+    FPF = "fpf"
 
 
 Model = Annotated[
@@ -81,7 +87,9 @@ Heal = Annotated[
     typer.Option(
         metavar="NAME",
         show_default=False,
-        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]. Else the recipe says.",
+        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]; or refitted and then "
+        "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
+        "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
     ),
 ]
 CALIBRATION_HELP = "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, or self."

@@ -30,6 +30,9 @@ class Healing:
         return sum(refit.taken for refit in self.refits)
 
 
+UNTOUCHED = Healing({}, (), {}, 0, 0)
+
+
 @contextmanager
 def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
     """Inside the context the original ``model`` has the new weights; leaving it, also by an exception, puts the very

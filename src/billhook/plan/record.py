@@ -137,9 +137,41 @@ class Refit(_Record):
         return self.penalty is not None
 
 
+class Look(_Record):
+    """One look at held-back text during a training: after ``step`` steps, the mean ``loss`` of the steps since the look
+    before (None at the start) and that of the ``held`` text, in nats a token."""
+
+    step: int
+    loss: float | None
+    held: float
+
+
+class TrainingRecord(_Record):
+    """What was trained and how it went. ``goal``: the next token of the text, or the dense model's distribution over
+    it. ``ranks`` of the adapters, by block that stays. ``best`` is the step whose state was kept, 0 the untouched one.
+    ``untrained`` is the evidence of the model that the training began with."""
+
+    trains: str
+    goal: Literal["text", "dense"]
+    parameters: int
+    ranks: tuple[int, ...] = ()
+    tokens_a_step: int
+    held_tokens: int
+    curve: tuple[Look, ...]
+    best: int
+    stopped_early: bool
+    untrained: tuple[TextEvidence, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Read until the last step, those read twice counted twice."""
+        return self.curve[-1].step * self.tokens_a_step
+
+
 class HealRecord(_Record):
     """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried, with
-    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone."""
+    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone. ``training`` came
+    after the refits, if any."""
 
     method: str
     tokens: int
@@ -147,6 +179,7 @@ class HealRecord(_Record):
     refits: tuple[Refit, ...]
     left_alone: dict[str, str] = {}
     unhealed: tuple[TextEvidence, ...] = ()
+    training: TrainingRecord | None = None
 
 
 class Measures(_Record):

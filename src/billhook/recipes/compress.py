@@ -12,7 +12,7 @@ from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import require_healable
+from billhook.heal import UNTOUCHED, require_healable
 from billhook.measure.cost import quantities
 from billhook.models import building, check_out, fingerprint
 from billhook.plan.budget import Budget
@@ -27,8 +27,8 @@ from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import Heal, Recipe
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.schema import TRAINED, Heal, Recipe
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.search import pose
 from billhook.surgery import apply
@@ -92,6 +92,11 @@ def compress(
                 progress=progress,
             )
             longer = healing_text(model, calibration, seed, progress) if way != "none" else None
+            lessons = None
+            if way in TRAINED:
+                from billhook.recipes import training  # with peft and accelerate: seconds
+
+                lessons = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
             texts = judged_on(model, calibration, longer or windows, seed, progress)
             seen = watch(model, windows, progress)
         with clock.step("search"):
@@ -110,10 +115,16 @@ def compress(
             }
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
-        healing = None
+        healing = begun = None
         if longer is not None:
             with clock.step("heal"):
-                compressed, healing = mended(model, plan, way, longer, progress)
+                if lessons is None:
+                    compressed, healing = mended(model, plan, way, longer, progress)
+                else:
+                    done = training.taught(
+                        model, plan, way, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, seed, place, progress
+                    )
+                    compressed, begun, healing = done.compressed, done.begun, done.record
         costs = quantities(outline, choice.found.drops)
         run = Run(
             model=os.fspath(source),
@@ -127,7 +138,7 @@ def compress(
             healing=healing,
             environment=environment(model),
         )
-        run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress)
+        run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress, begun)
         run = run.model_copy(update={"seconds": clock.seconds})
         with building(out, overwrite) as folder:
             save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)

@@ -1,20 +1,132 @@
-"""The healing of a walk: its text, the healed model, and what is put on record."""
+"""``billhook heal``, and the healing of the other walks: new weights for what a cut left."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
-from billhook.heal import closed_form, healed
+from billhook.evaluate import PROMPTS, prepared
+from billhook.evaluate.causal import require_causal
+from billhook.evaluate.probes import posed
+from billhook.export.huggingface import save
+from billhook.heal import Healing, closed_form, healed, require_healable
+from billhook.models import building, check_out, fingerprint
+from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.plan.record import HealRecord
-from billhook.recipes.opened import Opened
-from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS
+from billhook.plan.record import HealRecord, Run
+from billhook.recipes.evaluate import pair, recorded
+from billhook.recipes.opened import Opened, Stopwatch, environment
+from billhook.recipes.proof import judged_on, proven, write_down
+from billhook.recipes.schema import Heal
+from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
+
+
+def heal(
+    source: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str],
+    method: Heal = "distill",
+    against: str | os.PathLike[str] | None = None,
+    calibration: str | None = None,
+    tokens: int = TRAINING_TOKENS,
+    seed: int = 0,
+    dtype: str | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_new_tokens: int = 40,
+    progress: Progress | None = None,
+) -> Run:
+    """Heal a result of Billhook further, and leave the better model in ``out`` with its proof.
+
+    ``source`` is a folder that Billhook wrote: its record says what was cut from which model (``against`` where that
+    lies elsewhere now) and on what text (unless ``calibration`` names another). What was never healed is refitted in
+    closed form before it is trained on ``tokens`` tokens. Of all that comes by, ``source`` as it is included, the best
+    on held-back text is kept.
+
+    An interrupted training goes on from its last look at held-back text when the same call is made again. Under
+    ``accelerate launch`` its processes share the training; the first one alone proves and writes the result.
+    """
+    from billhook.recipes import training  # with peft and accelerate: seconds that the other walks need not wait
+
+    check_out(out, overwrite, source)
+    if tokens < 1 or method == "none":
+        raise InputError("nothing to heal with: give a method and at least 1 token")
+    known = recorded(source)
+    if known is None or not known.plan.edits:
+        raise InputError(
+            f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
+        )
+    plan, origin = known.plan, against or known.model
+    clock = Stopwatch()
+    with clock.step("load"):
+        small, model = pair(source, origin, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if plan.provenance.model and plan.provenance.model != fingerprint(model.model):
+        raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
+    require_causal(model.model, "heal")
+    require_healable(model.anatomy)
+    for prompt in PROMPTS:
+        prepared(model.model, model.tokenizer, prompt, max_new_tokens)
+    posed(model.model, model.tokenizer)
+    start = differing(small.model, model, plan, source)
+    del small
+    text_name = calibration or (known.measures.calibration if known.measures else "") or "builtin"
+
+    with training.shared(out) as (place, first):
+        with clock.step("measure"):
+            text = healing_text(model, text_name, seed, progress)
+            lessons = text
+            if method != "closed-form":
+                lessons = training.training_text(model, text_name, tokens, seed, place, progress)
+            texts = judged_on(model, text_name, lessons, seed, progress)
+        cut = apply(model.model, model.anatomy, plan)
+        begun = None
+        with clock.step("heal"):
+            if method == "closed-form":
+                refit = closed_form(model.model, model.anatomy, plan, text, progress)
+                best = training.better(model, plan, start, refit, text)
+                compressed, healing = applied(model, plan, best, method)
+                healing = known.healing or healing if best is start else healing
+            else:
+                done = training.taught(
+                    model, plan, method, start, known.healing, text, lessons, tokens, seed, place, progress
+                )
+                compressed, begun, healing = done.compressed, done.begun, done.record
+        run = known.model_copy(
+            update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
+        )
+        if not first:
+            return run
+        run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress, begun)
+        run = run.model_copy(update={"seconds": clock.seconds})
+        with building(out, overwrite) as folder:
+            save(compressed, model.anatomy, plan, Path(folder), model.tokenizer, model.loaded.folder)
+            write_down(run, Path(folder))
+        shutil.rmtree(place, ignore_errors=True)
+    return run
+
+
+def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
+    """The weights of a cut model that are not those of the dense one, by name in the dense one. InputError where the
+    two do not fit together."""
+    cut = apply(model.model, model.anatomy, plan)
+    old, new = (dict(side.named_parameters()) for side in (cut, small))
+    if old.keys() != new.keys() or any(old[key].shape != new[key].shape for key in old):
+        raise InputError(f"{name} has other weights than its plan leaves of {model.loaded.source}")
+    names = {id(parameter): key for key, parameter in model.model.named_parameters()}
+    changed = [key for key in old if not torch.equal(old[key], new[key])]
+    found = {names[id(old[key])]: new[key].detach() for key in changed}
+    return Healing(found, (), {}, 0, 0)
 
 
 def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
@@ -36,7 +148,11 @@ def mended(
     model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None
 ) -> tuple[Any, HealRecord]:
     """The cut model with new weights of its own for what was refitted; the dense model stays as it is."""
-    healing = closed_form(model.model, model.anatomy, plan, windows, progress)
+    return applied(model, plan, closed_form(model.model, model.anatomy, plan, windows, progress), method)
+
+
+def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[Any, HealRecord]:
+    """The cut model with the tensors of a healing, and the record of it."""
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
     record = HealRecord(

@@ -46,14 +46,20 @@ def proven(
     max_new_tokens: int,
     watch: Stopwatch,
     progress: Progress | None,
+    begun: Any = None,
 ) -> Run:
     """The record with evidence, exact answers, generations and timings of both models added; where ``cut`` was healed,
-    its evidence too."""
+    its evidence too, and that of the model that a training ``begun`` with."""
     with watch.step("evidence"):
         candidates = [compressed] if run.healing is None else [compressed, cut]
+        candidates += [begun] if begun is not None else []
         found, *unhealed = evidence_of_each(model.model, candidates, texts, progress=progress)
         if run.healing is not None:
-            run = run.model_copy(update={"healing": run.healing.model_copy(update={"unhealed": unhealed[0]})})
+            healing = run.healing.model_copy(update={"unhealed": unhealed[0]})
+            if healing.training is not None:
+                trained = healing.training.model_copy(update={"untrained": unhealed[1]})
+                healing = healing.model_copy(update={"training": trained})
+            run = run.model_copy(update={"healing": healing})
     with watch.step("probes"):
         answered = probes(model.model, compressed, model.tokenizer, progress=progress)
     with watch.step("generations"):

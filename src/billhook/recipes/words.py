@@ -6,6 +6,7 @@ import inspect
 import re
 
 from billhook.heal import closed_form
+from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
 from billhook.recipes.schema import Evolve, Greedy, Recipe, Span
 from billhook.scores import named
@@ -50,6 +51,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
     if recipe.heal == "closed-form":
         words[f"heal {recipe.heal}"] = first_sentence(closed_form)
+    elif recipe.heal in METHODS:
+        words[f"heal {recipe.heal}"] = METHODS[recipe.heal].says
     return words
 
 

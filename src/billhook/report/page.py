@@ -12,7 +12,18 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from billhook.plan.record import Run
-from billhook.report import answers, cuts, figures, figures_result, headline, loading, numbers, palette, provenance
+from billhook.report import (
+    answers,
+    cuts,
+    figures,
+    figures_result,
+    figures_training,
+    headline,
+    loading,
+    numbers,
+    palette,
+    provenance,
+)
 
 
 def page(run: Run) -> str:
@@ -59,6 +70,7 @@ def _context(run: Run) -> dict[str, Any]:
         "angular": figures.angular_maps(run),
         "importance": figures.importance(run),
         "path": figures_result.search_path(run),
+        "training": figures_training.curve(run),
         "speed": figures_result.speedups(run) + figures_result.memory(run),
     }
     columns = cuts.columns(run)
@@ -75,6 +87,7 @@ def _context(run: Run) -> dict[str, Any]:
         "repetition": answers.repetition(run.generations),
         "pictures": pictures,
         "span_sentence": figures.span_sentence(run) if pictures["angular"] else "",
+        "training_sentence": figures_training.sentence(run),
         "speed_sentence": figures_result.speed_sentence(run),
         "loading": loading.loading(run),
         "commands": loading.commands(run),

@@ -36,6 +36,12 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]
+        if training := healing.training:
+            found += [
+                ("trained parameters", f"{training.parameters:,}"),
+                ("training tokens", f"{training.tokens:,}, {training.tokens_a_step:,} a step"),
+                ("goal of the training", {"dense": "the dense model's next tokens", "text": "the text"}[training.goal]),
+            ]
     found += [(f"time: {name.replace('_', ' ')}", duration(value)) for name, value in run.seconds.items()]
     found += made.versions.items()
     found += [(name.replace("_", " "), value) for name, value in run.environment.items()]

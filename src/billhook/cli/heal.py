@@ -1,0 +1,83 @@
+"""``billhook heal``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from billhook.cli import options
+from billhook.cli.output import print_json, print_views, run_json
+from billhook.cli.progress import bars
+
+
+class Method(StrEnum):
+    """``HealName`` without ``none``."""
+
+    CLOSED_FORM = "closed-form"
+    TUNE = "tune"
+    LORA = "lora"
+    DISTILL = "distill"
+    LISA = "lisa"
+    IST = "ist"
+    FPF = "fpf"
+
+
+_METHOD = (
+    "[bold]closed-form[/]: least squares; [bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
+    "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
+    "a time."
+)
+_AGAINST = "The dense model, where it is not where DIR's record says."
+_CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."
+
+
+def heal(
+    folder: options.Folder,
+    out: options.Out,
+    method: Annotated[Method, typer.Option(metavar="NAME", help=_METHOD)] = Method.DISTILL,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help=_AGAINST)] = None,
+    calibration: Annotated[str | None, typer.Option(metavar="SOURCE", show_default=False, help=_CALIBRATION)] = None,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to train on.")] = 49152,
+    max_new_tokens: options.MaxNewTokens = 40,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Heal DIR, a cut model that Billhook wrote, and write the better one to a new folder.
+
+    What was never healed is refitted in closed form, then trained; of all that comes by, DIR as it is included, the
+    best on held-back text is kept. An interrupted run continues when the same command is given again. Under
+    accelerate launch the training is shared by several devices.
+
+    [dim]Example:[/] billhook heal out/demo --method distill --tokens 200000 --out out/healed
+    """
+    with bars() as progress:
+        from billhook.recipes.heal import heal as walk
+
+        run = walk(
+            folder,
+            out=out,
+            method=method.value,
+            against=against,
+            calibration=calibration,
+            tokens=tokens,
+            seed=seed,
+            dtype=dtype.chosen,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    if as_json:
+        print_json(run_json(run, out))
+        return
+    from billhook.cli import tables, views
+
+    written = [views.side_by_side(generation) for generation in run.generations[:1]]
+    print_views(tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))

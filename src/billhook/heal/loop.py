@@ -1,0 +1,190 @@
+"""The loop of a training: steps, looks, and a state that survives a crash."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
+
+from billhook.heal.damage import sample
+from billhook.heal.state import keep, kept
+from billhook.heal.student import Student
+from billhook.heal.subject import Subject
+from billhook.heal.training import Training
+from billhook.plan.errors import InputError
+from billhook.plan.record import Look, TrainingRecord
+
+Progress = Callable[[str, int, int], None]
+HELD_BACK = 1 / 8
+HELD_BACK_TOKENS = 4096  # enough to tell two states of one model apart
+LONGEST = 1.0  # norm of a gradient; longer ones are shortened
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Loop:
+    """One training of a student over windows ``ids`` [n, length], as far as it has come. ``facts`` say whose it is."""
+
+    def __init__(
+        self,
+        student: Student,
+        ids: Tensor,
+        training: Training,
+        tokens: int,
+        state: Path,
+        facts: Mapping[str, Any],
+        progress: Progress | None,
+    ) -> None:
+        layered = DistributedDataParallelKwargs(find_unused_parameters=training.trains in ("lisa", "ist", "fpf"))
+        on_cpu = ids.device.type == "cpu"
+        self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
+        self._student, self._training, self._state, self._progress = student, training, state, progress
+        self.fit, self._held = split(ids)
+        self._steps = max(1, tokens // (training.rows * ids.shape[1]))
+        self._every = math.ceil(self._steps / training.checks)
+        self._facts = dict(facts)
+        self.curve: list[Look] = []
+        if training.rows % self.accelerator.num_processes:
+            raise InputError(
+                f"{training.rows} windows a step cannot be shared by {self.accelerator.num_processes} processes"
+            )
+
+    def through(self, subject: Subject) -> tuple[dict[str, Tensor], TrainingRecord]:
+        """Go on to the end; the new tensors by name in the smaller model (none where the untouched model was the best),
+        and the record."""
+        parameters = subject.holder.parameters
+        optimizer = torch.optim.AdamW(list(parameters.values()), lr=self._training.rate, weight_decay=0.0)
+        best = self._resume(subject, optimizer)
+        if not self.curve:
+            self.curve.append(Look(step=0, loss=None, held=self._look(subject)))
+            best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        wrapped, stepping = self.accelerator.prepare(self._student, optimizer)
+        losses: list[float] = []
+        for step in range(self.curve[-1].step, self._steps):
+            if self._ended():
+                break
+            if subject.layers is not None and step % self._training.period == 0:
+                subject.layers.choose(step // self._training.period, sample(self.fit, self._rows(step)))
+            for group in optimizer.param_groups:
+                group["lr"] = self._rate(step)
+            loss = wrapped(self.fit[self._mine(self._rows(step))])
+            stepping.zero_grad()
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], LONGEST)
+            stepping.step()
+            losses.append(self._mean(loss.detach()))
+            if self._progress is not None:
+                self._progress("training", step + 1, self._steps)
+            if (step + 1) % self._every == 0 or step + 1 == self._steps:
+                look = Look(step=step + 1, loss=sum(losses) / len(losses), held=self._look(subject))
+                losses = []
+                if look.held < min(seen.held for seen in self.curve):
+                    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+                self.curve.append(look)
+                self._keep(subject, optimizer, best)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(best[name])
+        record = self._record(subject)
+        return subject.holder.merged() if record.best else {}, record
+
+    def _record(self, subject: Subject) -> TrainingRecord:
+        best = min(self.curve, key=lambda look: look.held)
+        return TrainingRecord(
+            trains=self._training.trains,
+            goal=self._training.goal,
+            parameters=subject.count,
+            ranks=subject.ranks,
+            tokens_a_step=self._training.rows * self.fit.shape[1],
+            held_tokens=self._held.numel(),
+            curve=tuple(self.curve),
+            best=best.step,
+            stopped_early=self.curve[-1].step < self._steps,
+        )
+
+    def _rows(self, step: int) -> list[int]:
+        """The windows of a step: every window once in random order, then all in another order, and so on."""
+        count, many = len(self.fit), self._training.rows
+        chosen = []
+        for place in range(step * many, (step + 1) * many):
+            epoch, within = divmod(place, count)
+            order = list(range(count))
+            random.Random(f"{self._training.seed}.{epoch}").shuffle(order)
+            chosen.append(order[within])
+        return chosen
+
+    def _mine(self, rows: list[int]) -> list[int]:
+        return rows[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _rate(self, step: int) -> float:
+        warm = max(1, round(self._training.warmup * self._steps))
+        if step < warm:
+            return self._training.rate * (step + 1) / warm
+        along = (step - warm) / max(1, self._steps - warm)
+        return self._training.rate * (0.1 + 0.9 * (1 + math.cos(math.pi * along)) / 2)
+
+    @torch.no_grad()
+    def _look(self, subject: Subject) -> float:
+        """The mean loss over the held-back windows, of the model as it would be saved now."""
+        total = torch.zeros((), dtype=torch.float64, device=self._held.device)
+        with subject.holder.saved():
+            for row in self._mine(list(range(len(self._held)))):
+                total += self._student.parts(self._held[row : row + 1])[0].double()
+        summed: Tensor = self.accelerator.reduce(total, reduction="sum")
+        return summed.item() / len(self._held)
+
+    def _mean(self, loss: Tensor) -> float:
+        value: Tensor = self.accelerator.reduce(loss.double(), reduction="mean")
+        if not value.isfinite():
+            raise InputError("the loss of the training is not finite: the weights or the text are damaged")
+        return value.item()
+
+    def _ended(self) -> bool:
+        """Whether the last looks brought nothing better."""
+        held = [look.held for look in self.curve]
+        return len(held) - 1 - held.index(min(held)) >= self._training.patience
+
+    def _keep(self, subject: Subject, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"best {name}": tensor for name, tensor in best.items()}
+        for name, parameter in subject.holder.parameters.items():
+            tensors[f"now {name}"] = parameter.detach()
+            moments = optimizer.state.get(parameter, {})
+            tensors |= {f"{key} {name}": moments[key] for key in _MOMENTS if key in moments}
+        curve = [look.model_dump() for look in self.curve]
+        layers = subject.layers.facts if subject.layers is not None else None
+        keep(self._state, tensors, {**self._facts, "curve": curve, "layers": layers})
+
+    def _resume(self, subject: Subject, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        found = kept(self._state, self._facts)
+        if found is None:
+            return {}
+        tensors, facts = found
+        parameters = subject.holder.parameters
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[f"now {name}"])
+                if f"step {name}" in tensors:
+                    moments = {key: tensors[f"{key} {name}"] for key in _MOMENTS}
+                    optimizer.state[parameter] = {
+                        key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in moments.items()
+                    }
+        if subject.layers is not None:
+            subject.layers.resume(facts["layers"])
+        self.curve = [Look(**look) for look in facts["curve"]]
+        return {name: tensors[f"best {name}"].to(parameter.device) for name, parameter in parameters.items()}
+
+
+def split(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The windows to learn from and those held back: the last eighth, at least one, but at most so many tokens."""
+    if len(ids) < 2:
+        raise InputError("training needs at least two windows: one to learn from and one to hold back")
+    kept_back = max(1, round(HELD_BACK * len(ids)))
+    held = ids[len(ids) - kept_back :]
+    return ids[: len(ids) - kept_back], held[: max(1, HELD_BACK_TOKENS // ids.shape[1])]

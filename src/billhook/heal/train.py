@@ -1,0 +1,88 @@
+"""Training what a cut left: steps, looks at held-back text, and the best of all states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from billhook.anatomy.types import Anatomy, Stack
+from billhook.data import Windows
+from billhook.heal.healing import Healing, healed
+from billhook.heal.loop import Loop
+from billhook.heal.student import Student, ends_of, frozen
+from billhook.heal.subject import subject_of
+from billhook.heal.training import Training
+from billhook.plan.check import survivors
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.plan.record import TrainingRecord
+from billhook.surgery import apply
+from billhook.surgery.live import drops_of
+
+Progress = Callable[[str, int, int], None]
+
+
+def train(
+    model: Any,
+    anatomy: Anatomy,
+    plan: Plan,
+    start: Healing,
+    windows: Windows,
+    training: Training,
+    *,
+    tokens: int,
+    state: Path,
+    progress: Progress | None = None,
+) -> tuple[Healing, TrainingRecord]:
+    """Train what ``plan`` leaves of the language model ``model``, with the tensors of ``start`` in it: what closed form
+    found, or ``UNTOUCHED``. The result is ``start`` with the trained tensors, and what happened.
+
+    The last eighth of the windows is held back, and at most 4,096 tokens of it are looked at; the state that does best
+    there wins, judged as it will be saved: merged, in the model's dtype. Where none does better than the model was, the
+    result is ``start``. The other windows are read in random order, again and again, until ``tokens`` are used.
+
+    ``state`` is a file that each look replaces: weights, moments of the optimizer, the best state, the curve. The same
+    call goes on from there and ends with the same curve: what is read and who is trained follows from the seed and the
+    number of the step alone, and no step has chance in it.
+
+    Under ``accelerate launch`` each process takes its share of every step's windows and gradients are averaged: the
+    same result but for rounding. Memory: the model once, float32 copies of what is trained with two moments and the
+    best state, the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal)
+    and about two to three of what is left. Raises InputError for drops in several stacks and too little text.
+    """
+    stack = _stack(anatomy)
+    drops = drops_of(plan, anatomy)
+    ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)
+    facts = {
+        "drops": [str(unit) for unit in sorted(drops)],
+        "text": windows.fingerprint,
+        "training": asdict(training),
+        "tokens": tokens,
+    }
+    with frozen(model), healed(model, start):
+        cut = apply(model, anatomy, plan)
+        student = Student(cut, model, ends, training.goal)
+        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress)
+        taught = Student(cut, model, ends, "dense")
+        subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training)
+        found, record = loop.through(subject)
+    named = {f"{stack.path}.{new}.": f"{stack.path}.{old}." for new, old in enumerate(left)}
+    new = {_original(name, named): tensor for name, tensor in found.items()}
+    return replace(start, tensors={**start.tensors, **new}), record
+
+
+def _original(name: str, blocks: Mapping[str, str]) -> str:
+    """The name that a parameter of the smaller model has in the original."""
+    new = next(prefix for prefix in blocks if name.startswith(prefix))
+    return blocks[new] + name.removeprefix(new)
+
+
+def _stack(anatomy: Anatomy) -> Stack:
+    if anatomy.head is None or len(anatomy.stacks) != 1 or not anatomy.stacks[0].causal:
+        raise InputError(
+            f"training needs a decoder-only language model, which this {anatomy.family} model is not; "
+            f"--heal closed-form needs none"
+        )
+    return anatomy.stacks[0]

@@ -1,0 +1,52 @@
+"""The picture of a training: its loss, on the text that was read and on text held back."""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+from billhook.plan.record import Run
+from billhook.report.figures import RING, Picture, picture
+from billhook.report.numbers import number, percent
+from billhook.report.palette import COMPRESSED, OTHER
+
+
+def curve(run: Run) -> list[Picture]:
+    """The loss against the tokens read; empty where nothing was trained."""
+    training = run.healing.training if run.healing else None
+    if training is None:
+        return []
+    figure = go.Figure()
+    read = [look for look in training.curve if look.loss is not None]
+    for name, looks, values, color in (
+        ("as trained, terms of the stream included", read, [look.loss for look in read], OTHER),
+        ("held back", training.curve, [look.held for look in training.curve], COMPRESSED),
+    ):
+        figure.add_scatter(
+            x=[look.step * training.tokens_a_step for look in looks], y=values, mode="lines+markers", name=name,
+            line={"width": 2, "color": color}, marker={"size": 6, "color": color},
+            hovertemplate="%{x:,} tokens: %{y:.4f}<extra></extra>",
+        )  # fmt: skip
+    best = next(look for look in training.curve if look.step == training.best)
+    figure.add_scatter(
+        x=[best.step * training.tokens_a_step], y=[best.held], mode="markers", name="kept", marker=RING | {"size": 16},
+        hoverinfo="skip",
+    )  # fmt: skip
+    figure.update_xaxes(title_text="tokens read", rangemode="tozero", nticks=7)
+    figure.update_yaxes(title_text="nats a token", nticks=7)
+    return [picture("training", "", figure, 340)]
+
+
+def sentence(run: Run) -> str:
+    """What the training did to the held-back loss, in words."""
+    training = run.healing.training if run.healing else None
+    if training is None:
+        return ""
+    what = "divergence from the dense model" if training.goal == "dense" else "loss"
+    first, best = training.curve[0].held, min(look.held for look in training.curve)
+    if training.best == 0:
+        return f"No step lowered the {what} on held-back text ({number(first)} nats a token): nothing of it was kept."
+    early = ", and ended before its text did, since nothing better came" if training.stopped_early else ""
+    return (
+        f"On held-back text the {what} went from {number(first)} to {number(best)} nats a token "
+        f"(by {percent(1 - best / first)}) within {training.best * training.tokens_a_step:,} tokens{early}."
+    )
