@@ -45,5 +45,7 @@ def mended(
         work=healing.work,
         refits=healing.refits,
         left_alone=dict(healing.left_alone),
+        divergence=None if healing.cut is None or healing.healed is None else (healing.cut, healing.healed),
+        refused=healing.refused,
     )
     return compressed, record
