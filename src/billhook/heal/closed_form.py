@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
 from billhook.anatomy.discover import READ_LATER
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
-from billhook.heal.healing import Healing
+from billhook.heal.divergence import divergence
+from billhook.heal.healing import Healing, healed
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.walk import Walk
@@ -18,6 +21,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery.live import drops_of
+from billhook.surgery.simulate import simulate
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,6 +55,9 @@ def closed_form(
     layer by least squares is an old idea (He et al. 2017, arXiv 1707.06168, section 3.1); that a removed run of blocks
     can be the target is that of ReplaceMe (arXiv 2505.02819), which fits one linear map for one run.
 
+    In the end the whole is judged on the windows that were held back: where the healed model is no nearer to the dense
+    one than the cut one (by the divergence of what they predict, see ``divergence``), the healing is refused.
+
     Left alone, with the reason: writes that are fused experts, and those whose output is not simply added to the stream
     (post-norm and sandwich norms; with the latter the reads are refitted all the same). The result is an ordinary model
     of the same architecture.
@@ -63,9 +70,22 @@ def closed_form(
     drops = drops_of(plan, anatomy)
     stack = _stack(anatomy, drops)
     require_healable(anatomy)
-    walk = Walk(model, Stepper(model, stack, list(batches_of(source, model))), drops)
+    stepper = Stepper(model, stack, list(batches_of(source, model)))
+    walk = Walk(model, stepper, drops)
     walk.through(places(stack), progress)
-    return Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+    healing = Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+    if not healing.tensors:
+        return healing
+    changes = [simulate(model, anatomy, drops), _both(model, anatomy, drops, healing)]
+    cut, now = divergence(stepper, anatomy, walk.held, changes)
+    judged = replace(healing, cut=cut, healed=now)
+    return replace(judged, tensors={}) if judged.refused else judged
+
+
+@contextmanager
+def _both(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], healing: Healing) -> Iterator[None]:
+    with healed(model, healing), simulate(model, anatomy, drops):
+        yield
 
 
 def require_healable(anatomy: Anatomy) -> None:

@@ -17,17 +17,28 @@ class Healing:
     """``tensors`` are new weights by parameter name in the *original* model, in its dtype and on its device;
     ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
     block that is run in parts counts once for the dense stream, for the healed one, and for its reads. (What it takes
-    to find out how a linear reaches the stream, two more runs of the first batch, is left out.)"""
+    to find out how a linear reaches the stream, two more runs of the first batch, is left out, and so are the three
+    runs of the held-back windows that judge the whole.)
+
+    ``cut`` and ``healed`` are the distances of the cut and of the healed model from the dense one on the windows that
+    no fit saw (see ``divergence``); None where nothing was refitted. A healing that made the model no better is
+    ``refused``: its refits are on record, its tensors are gone."""
 
     tensors: Mapping[str, Tensor]
     refits: tuple[Refit, ...]
     left_alone: Mapping[str, str]
     tokens: int
     work: int
+    cut: float | None = None
+    healed: float | None = None
 
     @property
     def taken(self) -> int:
-        return sum(refit.taken for refit in self.refits)
+        return 0 if self.refused else sum(refit.taken for refit in self.refits)
+
+    @property
+    def refused(self) -> bool:
+        return self.cut is not None and self.healed is not None and not self.healed < self.cut
 
 
 UNTOUCHED = Healing({}, (), {}, 0, 0)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.types import Stack, Sublayer
@@ -67,6 +68,30 @@ class Stepper:
         tails.setdefault(place.number, output[1:] if isinstance(output, tuple) else None)
         return self._finite(batch, stream_out(output), f"out of {place.block.address}")
 
+    def last(self, batch: int) -> Tensor:
+        """The stream after the last block that the model has now, whatever has been done to it."""
+        block = next(reversed(list(self.model.get_submodule(self.stack.path).children())))
+        own = block.forward
+        seen: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            seen.append(stream_out(own(*args, **kwargs)))
+            raise Reached
+
+        self._forward(batch, [(block, stop)])
+        return seen[0]
+
+    def logits(self, ids: Tensor, stream: Tensor) -> Tensor:
+        """What the dense model makes of a piece of the stream after its last block: [c] and [c, hidden] -> [c, v].
+
+        Final norm, head and whatever the model does to logits are its own: it runs over these ids and every block
+        hands on, with what it returned beside the stream when it was run."""
+        hand_on = [(block, partial(_hand_on, tail=self._tails[0].get(i))) for i, block in enumerate(self._blocks[:-1])]
+        last = (self._blocks[-1], partial(_put_in, stream=stream[None], tail=self._tails[0].get(len(self._blocks) - 1)))
+        cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
+        with observing(self.model), overridden([*hand_on, last]):
+            return torch.as_tensor(self.model(input_ids=ids[None], **cached).logits)[0]
+
     def real(self, batch: int, stream: Tensor) -> Tensor:
         """Which positions are no padding: bool [rows, tokens]."""
         return real_tokens(self.batches[batch], self.stack.name, stream)
@@ -87,4 +112,8 @@ class Stepper:
 
 def _hand_on(*args: Any, tail: Tail, **kwargs: Any) -> Any:
     stream = stream_in(*args, **kwargs)
+    return stream if tail is None else (stream, *tail)
+
+
+def _put_in(*args: Any, stream: Tensor, tail: Tail, **kwargs: Any) -> Any:
     return stream if tail is None else (stream, *tail)

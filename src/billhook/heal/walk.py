@@ -38,14 +38,14 @@ class Walk:
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._stepper, self._drops = model, stepper, drops
-        self._held: list[Tensor] = []
+        self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
         it; as long as nothing is missing, the streams are one and the same."""
         dense = [self._stepper.enter(i) for i in range(len(self._stepper.batches))]
-        self._held = held_back([len(stream) for stream in dense])
+        self.held = held_back([len(stream) for stream in dense])
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
         cut, waiting, gap = dense, None, False
         seen: Seen = {}
@@ -152,7 +152,7 @@ class Walk:
         fit, held = Moments(), Moments()
         for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
             real = self._stepper.real(i, lacks)
-            back = self._held[i].to(real.device)[:, None]
+            back = self.held[i].to(real.device)[:, None]
             for moments, chosen in ((fit, real & ~back), (held, real & back)):
                 energy = goal[chosen].float().square().sum(-1)
                 rows = inputs.reshape(*real.shape, -1)[chosen]

@@ -170,14 +170,17 @@ class TrainingRecord(_Record):
 
 class HealRecord(_Record):
     """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried, with
-    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone. ``training`` came
-    after the refits, if any."""
+    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone. ``divergence`` is
+    how far the cut and the healed model are from the dense one on windows that no fit saw; ``refused``: the healed one
+    was no nearer, so the model is left as cut. ``training`` came after the refits, if any."""
 
     method: str
     tokens: int
     work: int
     refits: tuple[Refit, ...]
     left_alone: dict[str, str] = {}
+    divergence: tuple[float, float] | None = None
+    refused: bool = False
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 

@@ -161,5 +161,7 @@ def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[A
         work=healing.work,
         refits=healing.refits,
         left_alone=dict(healing.left_alone),
+        divergence=None if healing.cut is None or healing.healed is None else (healing.cut, healing.healed),
+        refused=healing.refused,
     )
     return compressed, record
