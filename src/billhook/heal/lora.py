@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from billhook.anatomy.types import Block
+from billhook.anatomy.undo import Undo
 from billhook.heal.healing import put
-from billhook.surgery.live import Undo
 
 LEAST = 4  # rank of a block that lost nothing
 _NAME = "default"  # how peft calls an adapter

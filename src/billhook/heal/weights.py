@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.undo import Undo
 from billhook.heal.healing import put
-from billhook.surgery.live import Undo
 
 
 class Weights:
