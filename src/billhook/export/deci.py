@@ -31,7 +31,7 @@ from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY
 _MODEL_TYPE, _CLASS, _CONFIG = "nemotron-nas", "DeciLMForCausalLM", "DeciLMConfig"
 _WIDTH_STEP = 256  # DeciLM rounds an MLP width computed from ffn_mult up to a multiple of this
 
-_CONFIGURATION = '''"""{stock} whose block_configs are read with dots; goes with modeling {digest}. Written by Billhook."""
+_CONFIGURATION = '''"""{stock} with block_configs to be read with dots; goes with modeling {digest}. By Billhook."""
 
 from transformers import {stock}
 
