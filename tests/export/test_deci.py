@@ -19,14 +19,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from billhook import export
 from billhook.anatomy import discover
 from billhook.models import building
+from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.surgery import apply
 from billhook.surgery.reopen import load
 
 UNITS = ["decoder.1", "decoder.0.mlp", "decoder.2.attention", "decoder.3.mlp", "decoder.4.attention"]
 PLAN = Plan.of(UNITS, Target.DECI)
+WIDTHS = {2: tuple(range(0, 40, 3)), 4: tuple(range(9))}
+NARROW = Plan.of(
+    UNITS,
+    Target.DECI,
+    [Keep(unit=Address("decoder", i, "mlp"), inner="neuron", indices=kept) for i, kept in WIDTHS.items()],
+)
 
 
 def model_of(kind: type, **settings: Any) -> PreTrainedModel:
@@ -56,9 +63,10 @@ MODELS = {
 }
 
 
+@pytest.mark.parametrize("plan", [PLAN, NARROW], ids=["dropped", "narrow"])
 @pytest.mark.parametrize("name", MODELS)
-def test_transformers_and_billhook_give_the_same_model(name: str, tmp_path: Path) -> None:
-    applied = saved(MODELS[name](), tmp_path / "out")
+def test_transformers_and_billhook_give_the_same_model(name: str, plan: Plan, tmp_path: Path) -> None:
+    applied = saved(MODELS[name](), tmp_path / "out", plan)
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=True, output_loading_info=True
     )
@@ -72,10 +80,11 @@ def test_transformers_and_billhook_give_the_same_model(name: str, tmp_path: Path
     assert type(load(tmp_path / "out").model) is type(applied)
 
 
+@pytest.mark.parametrize("plan", [PLAN, NARROW], ids=["dropped", "narrow"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_vllm_reads_fits_the_tensors(name: str, tmp_path: Path) -> None:
+def test_what_vllm_reads_fits_the_tensors(name: str, plan: Plan, tmp_path: Path) -> None:
     """The attributes that vLLM's nemotron_nas.py and its model_arch_config_convertor.py read, with dots."""
-    saved(MODELS[name](), tmp_path / "out")
+    saved(MODELS[name](), tmp_path / "out", plan)
     config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert config.architectures == ["DeciLMForCausalLM"] and config.model_type == "nemotron-nas"
@@ -100,6 +109,14 @@ def test_what_vllm_reads_fits_the_tensors(name: str, tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(config))  # vLLM hands it to its workers
     assert again.block_configs[0].attention.n_heads_in_group == config.block_configs[0].attention.n_heads_in_group
     assert json.loads(config.to_json_string())["block_configs"] == config.block_configs
+
+
+def test_narrow_mlps_have_their_width_in_block_configs(tmp_path: Path) -> None:
+    saved(MODELS["llama"](), tmp_path / "out", NARROW)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    blocks = [block["ffn"]["intermediate_size"] for block in config["block_configs"]]
+    assert blocks == [None, 14, None, 9]
+    assert config["intermediate_size"] == 256 and not [key for key in config if "per_layer" in key]
 
 
 def test_what_llama_cpp_reads_fits_the_tensors(tmp_path: Path) -> None:

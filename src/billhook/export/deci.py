@@ -17,6 +17,7 @@ fields to what those sources read. The transformers side is run by the tests.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from billhook.anatomy import Anatomy
@@ -30,7 +31,7 @@ from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY
 _MODEL_TYPE, _CLASS, _CONFIG = "nemotron-nas", "DeciLMForCausalLM", "DeciLMConfig"
 _WIDTH_STEP = 256  # DeciLM rounds an MLP width computed from ffn_mult up to a multiple of this
 
-_CONFIGURATION = '''"""{stock} with block_configs that can be read with dots. Written by Billhook."""
+_CONFIGURATION = '''"""{stock} with block_configs to be read with dots; goes with modeling {digest}. By Billhook."""
 
 from transformers import {stock}
 
@@ -57,7 +58,7 @@ _SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
 
 
 _UNITS = """def units(config: Any, name: str, index: int, sublayer: str, kind: str, key: str, amount: int) -> Any:
-    return config.block_configs[index].ffn.intermediate_size if kind == "neuron" else None"""
+    return config.block_configs[index].ffn.get("intermediate_size") if kind == "neuron" else None"""
 
 
 def files(full: Any, anatomy: Anatomy, form: Form) -> dict[str, Any]:
@@ -95,7 +96,9 @@ def files(full: Any, anatomy: Anatomy, form: Form) -> dict[str, Any]:
         imports=f"\nfrom .configuration_decilm import {_CONFIG}\n",
         own=f"config_class = {_CONFIG}",
     )
-    configuration = _CONFIGURATION.format(stock=config_stock, name=_CONFIG, model_type=_MODEL_TYPE)
+    # transformers keeps one model class for each config class in a process, and takes equal files for the same class
+    digest = hashlib.sha256(modeling.encode()).hexdigest()[:8]
+    configuration = _CONFIGURATION.format(stock=config_stock, name=_CONFIG, model_type=_MODEL_TYPE, digest=digest)
     return {"config.json": settings, "configuration_decilm.py": configuration, "modeling_decilm.py": modeling}
 
 

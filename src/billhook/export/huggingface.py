@@ -14,6 +14,7 @@ from billhook import models
 from billhook.anatomy import Anatomy, discover
 from billhook.export import deci
 from billhook.export.remote import ABSENT, MODULE, auto_classes, remote_code
+from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
@@ -104,7 +105,8 @@ def _check_same(loaded: Any, model: Any, name: str) -> None:
 
 def _put(files: dict[str, Any], config: Any, folder: Path) -> None:
     """Write the files; of ``config.json`` only the given values differ from what transformers writes."""
-    config.save_pretrained(folder)
+    with quiet():
+        config.save_pretrained(folder)
     path = folder / "config.json"
     content = json.loads(path.read_text(encoding="utf-8")) | files.pop("config.json")
     content = {key: value for key, value in content.items() if value is not ABSENT}

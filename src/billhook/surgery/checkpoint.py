@@ -16,6 +16,7 @@ from safetensors import safe_open
 from billhook.anatomy import Anatomy, discover
 from billhook.models import building, copy_extras, fingerprint, locate
 from billhook.models.checks import read_config, weight_files
+from billhook.models.quiet import quiet
 from billhook.plan.address import Address
 from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
@@ -180,4 +181,5 @@ def _write(folder: Path, headers: Headers, moves: dict[str, str | None]) -> None
 def _write_config(config: Any, folder: Path) -> None:
     if getattr(config, "auto_map", None):
         del config.auto_map  # names code of the source, which does not come along
-    config.save_pretrained(folder)
+    with quiet():
+        config.save_pretrained(folder)
