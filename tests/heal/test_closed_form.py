@@ -98,9 +98,10 @@ def test_every_write_is_accounted_for(name: str) -> None:
     assert len(tried) == len(set(tried)) and not set(tried) & set(healing.left_alone)
     assert bool(after & set(tried)) == (name not in NORMED)
     assert set(tried) <= after | {name for s in kept for name in (*s.reads, *s.writes)}
-    assert {n.removesuffix("bias") + "weight" if n.endswith("bias") else n for n in healing.tensors} == {
-        refit.weight for refit in healing.refits if refit.taken
-    }
+    grafted = {name for s in kept for name in s.reads if str(s.address) in {graft.into for graft in healing.grafts}}
+    if not healing.refused:
+        changed = {n.removesuffix("bias") + "weight" if n.endswith("bias") else n for n in healing.tensors}
+        assert changed - grafted == {refit.weight for refit in healing.refits if refit.taken} - grafted
     for refit in healing.refits:
         assert refit.after < refit.before if refit.taken else refit.after == refit.before
 

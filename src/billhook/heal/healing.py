@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from billhook.plan.record import Refit
+from billhook.plan.record import Graft, Refit
 from billhook.surgery.live import Undo
 
 
@@ -29,6 +29,7 @@ class Healing:
     left_alone: Mapping[str, str]
     tokens: int
     work: int
+    grafts: tuple[Graft, ...] = ()
     cut: float | None = None
     healed: float | None = None
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.types import Sublayer
+from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
 from billhook.heal.places import Place
+from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.stepping import Stepper
@@ -18,7 +21,7 @@ from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.record import Refit
+from billhook.plan.record import Graft, Refit
 from billhook.surgery.live import Undo
 
 Progress = Callable[[str, int, int], None]
@@ -35,11 +38,14 @@ class Walk:
     def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
+        self.grafts: list[Graft] = []
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._stepper, self._drops = model, stepper, drops
         self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
+        self._donors: dict[Address, Sublayer] = {}
+        self._donated: Seen = {}
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
@@ -49,13 +55,18 @@ class Walk:
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
         cut, waiting, gap = dense, None, False
         seen: Seen = {}
+        self._donors = donors(self._model, places, self._drops)
+        giving = {donor.address: donor for donor in self._donors.values()}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
                     cut = self._heal(waiting, cut, dense, seen) if gap else dense
                 waiting, seen = place, self._watched(place) if gap else {}
             gap = gap or len(place.kept(self._drops)) < len(place.sublayers)
-            dense = self._ahead(place, dense, seen if place is waiting else {})
+            lent = self._room([giving[s.address] for s in place.sublayers if s.address in giving])
+            watched = (seen if place is waiting else {}) | lent
+            dense = self._ahead(place, dense, watched)
+            self._donated |= lent
             if progress is not None:
                 progress("healing", index + 1, len(places))
         if waiting is not None and gap:
@@ -63,7 +74,10 @@ class Walk:
 
     def _watched(self, place: Place) -> Seen:
         """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
-        groups = {} if place.mixed else {s: reads_of(self._model, s) for s in place.kept(self._drops)}
+        return {} if place.mixed else self._room(place.kept(self._drops))
+
+    def _room(self, sublayers: Iterable[Sublayer]) -> Seen:
+        groups = {s: reads_of(self._model, s) for s in sublayers}
         return {s.address: (reads, {name: [] for name in reads}) for s, reads in groups.items() if reads}
 
     def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
@@ -80,6 +94,10 @@ class Walk:
             for name, tensor in self._reads(place, cut, seen).items():
                 self.tensors[name] = tensor
                 put(self._model, name, tensor, undo)
+            for mlp in place.kept(self._drops):
+                for name, tensor in self._graft(place, mlp, cut, target).items():
+                    self.tensors[name] = tensor
+                    put(self._model, name, tensor, undo)
             return self._writes(place, cut, target)
         finally:
             undo.restore()
@@ -103,6 +121,56 @@ class Walk:
             if solution is not None:
                 new |= folded(reads, solution.change)
         return new
+
+    def _graft(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor]) -> dict[str, Tensor]:
+        """New parameters of an MLP that takes neurons of its donor, each writing what it wrote, still to be refitted;
+        none where that lowers the held-back error of the stream no more than a refit of the write alone."""
+        donor = self._donors.get(mlp.address)
+        found = [pair for pair in self._scales(place, cut[0]) if pair[0].weight in mlp.writes] if donor else []
+        if donor is None or not found:
+            return {}
+        (write, scale), (theirs, given) = found[0], self._donated.pop(donor.address)
+        reads, goal = reads_of(self._model, mlp), same_inputs(given)
+        x, own, after = self._values(place, reads, write, cut)
+        if x is None or goal is None:
+            return {}
+        x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+        guess = solve(*self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal))
+        changed = {} if guess is None else folded(theirs, guess.change)
+        source = self._model.get_submodule(donor.writes[0].removesuffix(".weight"))
+        pool, n = Pool.of(reads, theirs, changed, write, source), own[0].shape[-1]
+        undo = Undo()
+        try:
+            for name, tensor in pool.chosen(torch.arange(n, 2 * n)).items():
+                put(self._model, name, tensor, undo)
+            _, other, _ = self._values(place, reads, write, cut)
+        finally:
+            undo.restore()
+        h = [torch.cat(pair, -1) for pair in zip(own, other, strict=True)]
+        old = pool.columns[:n].float() * scale
+        lacks = [
+            there.float() - now.float() + (mine.float() @ old).reshape(now.shape)
+            for there, now, mine in zip(target, after, own, strict=True)
+        ]
+        fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
+        neurons = choose(fit, held, pool.columns.float() * scale, n)
+        if neurons is None:
+            return {}
+        taken = int((neurons >= n).sum())
+        self.grafts.append(Graft(into=str(mlp.address), source=str(donor.address), neurons=taken))
+        return pool.chosen(neurons) | pool.writing(neurons, write)
+
+    def _values(
+        self, place: Place, reads: dict[str, nn.Module], write: Write, cut: list[Tensor]
+    ) -> tuple[list[Tensor] | None, list[Tensor], list[Tensor]]:
+        """What reads are given (None unless all the same), what the write is given, and the stream after the place."""
+        given: dict[str, list[Tensor]] = {name: [] for name in reads}
+        inputs: list[Tensor] = []
+        hooks = [(linear, partial(_keep_input, given[name])) for name, linear in reads.items()]
+        hooks.append((write.linear, partial(_keep_input, inputs)))
+        silent = place.silent(self._drops)
+        after = [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(cut)]
+        return same_inputs(given), inputs, after
 
     def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
         scales = self._scales(place, cut[0])
@@ -149,6 +217,15 @@ class Walk:
     def _solve(self, names: list[str], h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> Solution | None:
         """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
         under these names."""
+        fit, held = self._moments(h, r, dense)
+        solution = solve(fit, held)
+        before = held.energy / held.tokens
+        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
+        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
+        return solution
+
+    def _moments(self, h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> tuple[Moments, Moments]:
+        """Of the windows to fit on, and of those held back."""
         fit, held = Moments(), Moments()
         for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
             real = self._stepper.real(i, lacks)
@@ -157,11 +234,7 @@ class Walk:
                 energy = goal[chosen].float().square().sum(-1)
                 rows = inputs.reshape(*real.shape, -1)[chosen]
                 moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
-        solution = solve(fit, held)
-        before = held.energy / held.tokens
-        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
-        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
-        return solution
+        return fit, held
 
     def _count(self, side: str, place: Place) -> None:
         if (side, place.number) not in self._counted:
