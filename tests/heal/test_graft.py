@@ -19,7 +19,6 @@ from billhook.heal.pool import Pool, rows
 from billhook.heal.reads import reads_of
 from billhook.heal.ridge import Moments
 from billhook.heal.writes import writes_of
-from billhook.measure.patch import hooked
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 
@@ -145,8 +144,5 @@ def test_a_graft_makes_the_model_better_and_is_on_record() -> None:
     assert 0.8 * n < graft.neurons <= n
     assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"} <= set(healing.tensors)
     (refit,) = (r for r in healing.refits if r.weight == "model.layers.0.mlp.down_proj.weight")
-    seen: list[Tensor] = []
-    with hooked([(model.model.layers[0].mlp.down_proj, lambda m, args, kwargs, out: seen.append(args[0]))]):
-        model(ids[:1])
-    assert refit.after < 0.25 and seen[0].shape[-1] == n
+    assert refit.after < 0.25
     assert healing.healed is not None and healing.cut is not None and healing.healed < 0.5 * healing.cut

@@ -28,7 +28,8 @@ def donors(model: nn.Module, places: list[Place], drops: Set[Address]) -> dict[A
         kept = place.kept(drops)
         gone = [s for s in place.sublayers if s not in kept and s.kind == "mlp"]
         stays = [s for s in kept if s.kind == "mlp"]
-        if gone and not run and before is not None and alike(model, before, gone[0]):
+        silent = gone and not run and not place.acts(drops)
+        if silent and before is not None and alike(model, before, gone[0]):
             found.setdefault(before.address, gone[0])
         run += gone
         for mlp in stays:

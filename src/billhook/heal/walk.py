@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.types import Sublayer
+from billhook.heal.divergence import held_back
 from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
 from billhook.heal.places import Place
@@ -20,20 +21,17 @@ from billhook.heal.stepping import Stepper
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
-from billhook.plan.errors import InputError
 from billhook.plan.record import Graft, Refit
 from billhook.surgery.live import Undo
 
 Progress = Callable[[str, int, int], None]
 Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]
 """For each sublayer the linears that read, by the names of their weights, and what they were given, batch by batch."""
-HELD_BACK = 1 / 8
 _SMALLEST = 1e-12  # energy of a token, against division by zero
 
 
 class Walk:
-    """What has been found so far; see ``Healing``. The model is changed within calls only: once it is healed, a place
-    is not run again."""
+    """What has been found so far, see ``Healing``. The model is changed within calls; no place runs once healed."""
 
     def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -157,7 +155,7 @@ class Walk:
         if neurons is None:
             return {}
         taken = int((neurons >= n).sum())
-        self.grafts.append(Graft(into=str(mlp.address), source=str(donor.address), neurons=taken))
+        self.grafts += [Graft(into=str(mlp.address), source=str(donor.address), neurons=taken)]
         return pool.chosen(neurons) | pool.writing(neurons, write)
 
     def _values(
@@ -240,15 +238,6 @@ class Walk:
         if (side, place.number) not in self._counted:
             self._counted.add((side, place.number))
             self.work += self.tokens
-
-
-def held_back(rows: list[int]) -> list[Tensor]:
-    """Which rows of each batch are held back, bool [rows]: the last eighth of all, at least one and never all."""
-    total = sum(rows)
-    if total < 2:
-        raise InputError("healing needs at least two windows: one to fit on and one to hold back")
-    kept = total - max(1, round(HELD_BACK * total))
-    return list(torch.split(torch.arange(total) >= kept, rows))
 
 
 def _keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
