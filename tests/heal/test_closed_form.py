@@ -255,7 +255,8 @@ def test_only_what_comes_after_the_first_gap_is_walked_twice() -> None:
 
 
 def test_memory_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any moment at most three streams of a batch are alive: dense, healed, and the one that is being made."""
+    """At most four streams of a batch are alive at once: dense, healed, the one that is being made, and what an MLP in
+    the gap was given."""
     import gc
 
     from billhook.heal.walk import Walk
@@ -274,7 +275,7 @@ def test_memory_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Walk, "_count", counting)
     model = build("llama")
     closed_form(model, discover(model), [Address("decoder", 1, "mlp")], windows())
-    assert 2 <= most <= 3
+    assert 2 <= most <= 4
 
 
 @pytest.mark.parametrize(

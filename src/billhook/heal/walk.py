@@ -89,16 +89,17 @@ class Walk:
         self._count("cut", place)
         undo = Undo()
         try:
-            for name, tensor in self._reads(place, cut, seen).items():
-                self.tensors[name] = tensor
-                put(self._model, name, tensor, undo)
+            self._take(self._reads(place, cut, seen), undo)
             for mlp in place.kept(self._drops):
-                for name, tensor in self._graft(place, mlp, cut, target).items():
-                    self.tensors[name] = tensor
-                    put(self._model, name, tensor, undo)
+                self._take(self._graft(place, mlp, cut, target), undo)
             return self._writes(place, cut, target)
         finally:
             undo.restore()
+
+    def _take(self, new: dict[str, Tensor], undo: Undo) -> None:
+        self.tensors |= new
+        for name, tensor in new.items():
+            put(self._model, name, tensor, undo)
 
     def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
         """New reads: what the dense sublayer was given is guessed from what this one is given."""
@@ -121,16 +122,18 @@ class Walk:
         return new
 
     def _graft(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor]) -> dict[str, Tensor]:
-        """New parameters of an MLP that takes neurons of its donor, each writing what it wrote, still to be refitted;
-        none where that lowers the held-back error of the stream no more than a refit of the write alone."""
+        """New parameters of an MLP that takes neurons of its donor, its write still to be fitted; none without gain."""
         donor = self._donors.get(mlp.address)
-        found = [pair for pair in self._scales(place, cut[0]) if pair[0].weight in mlp.writes] if donor else []
-        if donor is None or not found:
+        if donor is None:
             return {}
-        (write, scale), (theirs, given) = found[0], self._donated.pop(donor.address)
+        theirs, given = self._donated.pop(donor.address)
+        found = {write.weight: (write, scale) for write, scale in self._scales(place, cut[0])}
+        if mlp.writes[0] not in found:
+            return {}
+        write, scale = found[mlp.writes[0]]
         reads, goal = reads_of(self._model, mlp), same_inputs(given)
         x, own, after = self._values(place, reads, write, cut)
-        if x is None or goal is None:
+        if not x or not goal:
             return {}
         x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
         guess = solve(*self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal))
@@ -146,10 +149,8 @@ class Walk:
             undo.restore()
         h = [torch.cat(pair, -1) for pair in zip(own, other, strict=True)]
         old = pool.columns[:n].float() * scale
-        lacks = [
-            there.float() - now.float() + (mine.float() @ old).reshape(now.shape)
-            for there, now, mine in zip(target, after, own, strict=True)
-        ]
+        lacks = [end.float() - now.float() for end, now in zip(target, after, strict=True)]
+        lacks = [r + (mine.float() @ old).reshape(r.shape) for r, mine in zip(lacks, own, strict=True)]
         fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
         neurons = choose(fit, held, pool.columns.float() * scale, n)
         if neurons is None:
