@@ -167,8 +167,7 @@ class Walk:
         inputs: list[Tensor] = []
         hooks = [(linear, partial(_keep_input, given[name])) for name, linear in reads.items()]
         hooks.append((write.linear, partial(_keep_input, inputs)))
-        silent = place.silent(self._drops)
-        after = [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(cut)]
+        after = [self._stepper.run(i, place, stream, place.silent(self._drops), hooks) for i, stream in enumerate(cut)]
         return same_inputs(given), inputs, after
 
     def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
