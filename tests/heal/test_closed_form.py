@@ -98,9 +98,10 @@ def test_every_write_is_accounted_for(name: str) -> None:
     assert len(tried) == len(set(tried)) and not set(tried) & set(healing.left_alone)
     assert bool(after & set(tried)) == (name not in NORMED)
     assert set(tried) <= after | {name for s in kept for name in (*s.reads, *s.writes)}
-    assert {n.removesuffix("bias") + "weight" if n.endswith("bias") else n for n in healing.tensors} == {
-        refit.weight for refit in healing.refits if refit.taken
-    }
+    grafted = {name for s in kept for name in s.reads if str(s.address) in {graft.into for graft in healing.grafts}}
+    if not healing.refused:
+        changed = {n.removesuffix("bias") + "weight" if n.endswith("bias") else n for n in healing.tensors}
+        assert changed - grafted == {refit.weight for refit in healing.refits if refit.taken} - grafted
     for refit in healing.refits:
         assert refit.after < refit.before if refit.taken else refit.after == refit.before
 
@@ -254,7 +255,8 @@ def test_only_what_comes_after_the_first_gap_is_walked_twice() -> None:
 
 
 def test_memory_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At any moment at most three streams of a batch are alive: dense, healed, and the one that is being made."""
+    """At most four streams of a batch are alive at once: dense, healed, the one that is being made, and what an MLP in
+    the gap was given."""
     import gc
 
     from billhook.heal.walk import Walk
@@ -273,7 +275,7 @@ def test_memory_does_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Walk, "_count", counting)
     model = build("llama")
     closed_form(model, discover(model), [Address("decoder", 1, "mlp")], windows())
-    assert 2 <= most <= 3
+    assert 2 <= most <= 4
 
 
 @pytest.mark.parametrize(

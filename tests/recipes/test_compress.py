@@ -187,7 +187,8 @@ def test_a_healed_checkpoint_is_an_ordinary_one(mended: tuple[Run, Path], whole:
     assert {key: t.shape for key, t in new.items()} == {key: t.shape for key, t in old.items()}
     changed = [key for key, tensor in new.items() if not tensor.equal(old[key])]
     assert mended[0].healing is not None
-    assert len(changed) == sum(refit.taken for refit in mended[0].healing.refits) > 0
+    taken = sum(refit.taken for refit in mended[0].healing.refits)
+    assert 0 < taken <= len(changed) <= taken + 4 * len(mended[0].healing.grafts), "a graft brings reads and a write"
     assert (mended[1] / "config.json").read_text() == (whole[1] / "config.json").read_text()
 
 

@@ -43,7 +43,8 @@ def test_the_record_says_on_what_and_the_dense_model_stays(tiny_lm: Path, tmp_pa
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())
     old = {weight.data_ptr() for weight in model.model.parameters()}
     fresh = [weight for weight in compressed.parameters() if weight.data_ptr() not in old]
-    assert len(fresh) == sum(refit.taken for refit in record.refits) > 0
+    taken = sum(refit.taken for refit in record.refits)
+    assert 0 < taken <= len(fresh) <= taken + 4 * len(record.grafts), "a graft brings reads and a write"
 
 
 def test_a_model_that_cannot_be_healed_is_refused_before_the_search(

@@ -55,6 +55,10 @@ def closed_form(
     layer by least squares is an old idea (He et al. 2017, arXiv 1707.06168, section 3.1); that a removed run of blocks
     can be the target is that of ReplaceMe (arXiv 2505.02819), which fits one linear map for one run.
 
+    MLPs beside a gap may take neurons of a dropped one (``graft``): of the neurons of both, as many are kept as there
+    were, those with which the write does best (the optimal brain surgeon's choice), where that lowers the held-back
+    error more than refitting the write alone. What the dropped one was given is guessed as for the reads.
+
     In the end the whole is judged on the windows that were held back: where the healed model is no nearer to the dense
     one than the cut one (by the divergence of what they predict, see ``divergence``), the healing is refused.
 
@@ -73,7 +77,7 @@ def closed_form(
     stepper = Stepper(model, stack, list(batches_of(source, model)))
     walk = Walk(model, stepper, drops)
     walk.through(places(stack), progress)
-    healing = Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+    healing = Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
     if not healing.tensors:
         return healing
     changes = [simulate(model, anatomy, drops), _both(model, anatomy, drops, healing)]

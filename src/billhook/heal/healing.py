@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from billhook.anatomy.undo import Undo
-from billhook.plan.record import Refit
+from billhook.plan.record import Graft, Refit
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Healing:
     left_alone: Mapping[str, str]
     tokens: int
     work: int
+    grafts: tuple[Graft, ...] = ()
     cut: float | None = None
     healed: float | None = None
 

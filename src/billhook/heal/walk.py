@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.types import Sublayer
 from billhook.anatomy.undo import Undo
+from billhook.heal.divergence import held_back
+from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
 from billhook.heal.places import Place
+from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.stepping import Stepper
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
-from billhook.plan.errors import InputError
-from billhook.plan.record import Refit
+from billhook.plan.record import Graft, Refit
 
 Progress = Callable[[str, int, int], None]
 Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]
 """For each sublayer the linears that read, by the names of their weights, and what they were given, batch by batch."""
-HELD_BACK = 1 / 8
 _SMALLEST = 1e-12  # energy of a token, against division by zero
 
 
 class Walk:
-    """What has been found so far; see ``Healing``. The model is changed within calls only: once it is healed, a place
-    is not run again."""
+    """What has been found so far, see ``Healing``. The model is changed within calls; no place runs once healed."""
 
     def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
+        self.grafts: list[Graft] = []
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._stepper, self._drops = model, stepper, drops
         self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
+        self._donors: dict[Address, Sublayer] = {}
+        self._donated: Seen = {}
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
@@ -49,13 +53,18 @@ class Walk:
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
         cut, waiting, gap = dense, None, False
         seen: Seen = {}
+        self._donors = donors(self._model, places, self._drops)
+        giving = {donor.address: donor for donor in self._donors.values()}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
                     cut = self._heal(waiting, cut, dense, seen) if gap else dense
                 waiting, seen = place, self._watched(place) if gap else {}
             gap = gap or len(place.kept(self._drops)) < len(place.sublayers)
-            dense = self._ahead(place, dense, seen if place is waiting else {})
+            lent = self._room([giving[s.address] for s in place.sublayers if s.address in giving])
+            watched = (seen if place is waiting else {}) | lent
+            dense = self._ahead(place, dense, watched)
+            self._donated |= lent
             if progress is not None:
                 progress("healing", index + 1, len(places))
         if waiting is not None and gap:
@@ -63,7 +72,10 @@ class Walk:
 
     def _watched(self, place: Place) -> Seen:
         """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
-        groups = {} if place.mixed else {s: reads_of(self._model, s) for s in place.kept(self._drops)}
+        return {} if place.mixed else self._room(place.kept(self._drops))
+
+    def _room(self, sublayers: Iterable[Sublayer]) -> Seen:
+        groups = {s: reads_of(self._model, s) for s in sublayers}
         return {s.address: (reads, {name: [] for name in reads}) for s, reads in groups.items() if reads}
 
     def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
@@ -77,12 +89,17 @@ class Walk:
         self._count("cut", place)
         undo = Undo()
         try:
-            for name, tensor in self._reads(place, cut, seen).items():
-                self.tensors[name] = tensor
-                put(self._model, name, tensor, undo)
+            self._take(self._reads(place, cut, seen), undo)
+            for mlp in place.kept(self._drops):
+                self._take(self._graft(place, mlp, cut, target), undo)
             return self._writes(place, cut, target)
         finally:
             undo.restore()
+
+    def _take(self, new: dict[str, Tensor], undo: Undo) -> None:
+        self.tensors |= new
+        for name, tensor in new.items():
+            put(self._model, name, tensor, undo)
 
     def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
         """New reads: what the dense sublayer was given is guessed from what this one is given."""
@@ -103,6 +120,55 @@ class Walk:
             if solution is not None:
                 new |= folded(reads, solution.change)
         return new
+
+    def _graft(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor]) -> dict[str, Tensor]:
+        """New parameters of an MLP that takes neurons of its donor, its write still to be fitted; none without gain."""
+        donor = self._donors.get(mlp.address)
+        if donor is None:
+            return {}
+        theirs, given = self._donated.pop(donor.address)
+        found = {write.weight: (write, scale) for write, scale in self._scales(place, cut[0])}
+        if mlp.writes[0] not in found:
+            return {}
+        write, scale = found[mlp.writes[0]]
+        reads, goal = reads_of(self._model, mlp), same_inputs(given)
+        x, own, after = self._values(place, reads, write, cut)
+        if not x or not goal:
+            return {}
+        x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+        guess = solve(*self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal))
+        changed = {} if guess is None else folded(theirs, guess.change)
+        source = self._model.get_submodule(donor.writes[0].removesuffix(".weight"))
+        pool, n = Pool.of(reads, theirs, changed, write, source), own[0].shape[-1]
+        undo = Undo()
+        try:
+            for name, tensor in pool.chosen(torch.arange(n, 2 * n)).items():
+                put(self._model, name, tensor, undo)
+            _, other, _ = self._values(place, reads, write, cut)
+        finally:
+            undo.restore()
+        h = [torch.cat(pair, -1) for pair in zip(own, other, strict=True)]
+        old = pool.columns[:n].float() * scale
+        lacks = [end.float() - now.float() for end, now in zip(target, after, strict=True)]
+        lacks = [r + (mine.float() @ old).reshape(r.shape) for r, mine in zip(lacks, own, strict=True)]
+        fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
+        neurons = choose(fit, held, pool.columns.float() * scale, n)
+        if neurons is None:
+            return {}
+        taken = int((neurons >= n).sum())
+        self.grafts += [Graft(into=str(mlp.address), source=str(donor.address), neurons=taken)]
+        return pool.chosen(neurons) | pool.writing(neurons, write)
+
+    def _values(
+        self, place: Place, reads: dict[str, nn.Module], write: Write, cut: list[Tensor]
+    ) -> tuple[list[Tensor] | None, list[Tensor], list[Tensor]]:
+        """What reads are given (None unless all the same), what the write is given, and the stream after the place."""
+        given: dict[str, list[Tensor]] = {name: [] for name in reads}
+        inputs: list[Tensor] = []
+        hooks = [(linear, partial(_keep_input, given[name])) for name, linear in reads.items()]
+        hooks.append((write.linear, partial(_keep_input, inputs)))
+        after = [self._stepper.run(i, place, stream, place.silent(self._drops), hooks) for i, stream in enumerate(cut)]
+        return same_inputs(given), inputs, after
 
     def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
         scales = self._scales(place, cut[0])
@@ -149,6 +215,15 @@ class Walk:
     def _solve(self, names: list[str], h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> Solution | None:
         """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
         under these names."""
+        fit, held = self._moments(h, r, dense)
+        solution = solve(fit, held)
+        before = held.energy / held.tokens
+        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
+        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
+        return solution
+
+    def _moments(self, h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> tuple[Moments, Moments]:
+        """Of the windows to fit on, and of those held back."""
         fit, held = Moments(), Moments()
         for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
             real = self._stepper.real(i, lacks)
@@ -157,25 +232,12 @@ class Walk:
                 energy = goal[chosen].float().square().sum(-1)
                 rows = inputs.reshape(*real.shape, -1)[chosen]
                 moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
-        solution = solve(fit, held)
-        before = held.energy / held.tokens
-        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
-        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
-        return solution
+        return fit, held
 
     def _count(self, side: str, place: Place) -> None:
         if (side, place.number) not in self._counted:
             self._counted.add((side, place.number))
             self.work += self.tokens
-
-
-def held_back(rows: list[int]) -> list[Tensor]:
-    """Which rows of each batch are held back, bool [rows]: the last eighth of all, at least one and never all."""
-    total = sum(rows)
-    if total < 2:
-        raise InputError("healing needs at least two windows: one to fit on and one to hold back")
-    kept = total - max(1, round(HELD_BACK * total))
-    return list(torch.split(torch.arange(total) >= kept, rows))
 
 
 def _keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -168,6 +168,14 @@ class TrainingRecord(_Record):
         return self.curve[-1].step * self.tokens_a_step
 
 
+class Graft(_Record):
+    """Neurons of a dropped MLP (``source``) that took the place of as many of one that stays (``into``)."""
+
+    into: str
+    source: str
+    neurons: int
+
+
 class HealRecord(_Record):
     """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried, with
     the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone. ``divergence`` is
@@ -179,6 +187,7 @@ class HealRecord(_Record):
     work: int
     refits: tuple[Refit, ...]
     left_alone: dict[str, str] = {}
+    grafts: tuple[Graft, ...] = ()
     divergence: tuple[float, float] | None = None
     refused: bool = False
     unhealed: tuple[TextEvidence, ...] = ()

@@ -162,6 +162,7 @@ def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[A
         refits=healing.refits,
         left_alone=dict(healing.left_alone),
         divergence=None if healing.cut is None or healing.healed is None else (healing.cut, healing.healed),
+        grafts=healing.grafts,
         refused=healing.refused,
     )
     return compressed, record

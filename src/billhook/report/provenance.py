@@ -31,8 +31,15 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ]
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
+        done = (
+            "refused: it made nothing better"
+            if healing.refused
+            else f"{taken} of {len(healing.refits)} linears refitted"
+        )
+        grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
-            ("healing", f"{healing.method}, {taken} of {len(healing.refits)} linears refitted"),
+            ("healing", f"{healing.method}, {done}"),
+            ("neurons grafted", f"{grafted:,}" if grafted else ""),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]

@@ -1,0 +1,148 @@
+"""Grafting: the neurons that are needed are found, moved with all their parameters, and only where that pays."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from torch import Tensor
+
+from billhook.anatomy import discover
+from billhook.data import Windows
+from billhook.heal import closed_form
+from billhook.heal.graft import choose, donors, part, survivors
+from billhook.heal.places import places
+from billhook.heal.pool import Pool, rows
+from billhook.heal.reads import reads_of
+from billhook.heal.ridge import Moments
+from billhook.heal.writes import writes_of
+from billhook.plan.address import Address
+from billhook.plan.check import normalise
+
+PLAIN = ["llama", "gpt2", "opt", "gpt_neox", "qwen3", "t5", "dinov2", "stablelm"]
+OTHER = ["phi3", "mixtral", "bert"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def moments(h: Tensor, r: Tensor) -> Moments:
+    found = Moments()
+    found.add(h, r, torch.ones(len(h)))
+    return found
+
+
+def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values of 2 x 4 neurons, what each writes, and the sum that only neurons 1, 2, 4 and 7 have a part in."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(200, 8, generator=generator)
+    columns = torch.randn(8, 5, generator=generator)
+    needed = torch.tensor([1, 2, 4, 7])
+    return h, columns, h[:, needed] @ columns[needed]
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_neurons_that_are_needed_are_found(constant: bool) -> None:
+    h, columns, goal = drawn(0)
+    if constant:
+        h, goal = torch.cat([h, torch.ones(200, 1)], -1), goal + 3.0
+    fit, held = moments(h[:150], goal[:150]), moments(h[150:], goal[150:])
+    found = choose(fit, held, columns, 4)
+    assert found is not None and found.tolist() == [1, 2, 4, 7]
+
+
+def test_its_own_neurons_stay_where_they_do_as_well() -> None:
+    h, columns, _ = drawn(1)
+    goal = h[:, :4] @ columns[:4]
+    assert choose(moments(h[:150], goal[:150]), moments(h[150:], goal[150:]), columns, 4) is None
+
+
+def test_a_part_of_the_moments_is_that_of_a_part_of_the_inputs() -> None:
+    h, columns, goal = drawn(2)
+    chosen = torch.tensor([0, 3, 7])
+    found = part(moments(h, goal), columns, chosen)
+    expected = moments(h[:, chosen], goal - h[:, chosen] @ columns[chosen])
+    torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.cross, expected.cross, rtol=1e-4, atol=1e-3)
+    assert found.energy == pytest.approx(expected.energy, rel=1e-4)
+
+
+def test_constants_survive() -> None:
+    h = torch.cat([drawn(3)[0], torch.zeros(200, 1)], -1)
+    fit = moments(h, torch.ones(200, 5))
+    assert survivors(fit, torch.zeros(9, 5), 4, 1).max() < 8
+
+
+def test_donors_lie_beside_the_gap() -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    stack = anatomy.stack("decoder")
+    last = len(stack.blocks) - 1
+
+    def found(*texts: str) -> dict[str, str]:
+        drops = normalise([Address.parse(text) for text in texts], anatomy.outline)
+        return {str(into): str(donor.address) for into, donor in donors(model, places(stack), drops).items()}
+
+    assert found("decoder.1") == {"decoder.0.mlp": "decoder.1.mlp"}
+    assert found("decoder.1.mlp") == {"decoder.2.mlp": "decoder.1.mlp"}, "attention 1 reads before the gap"
+    assert found("decoder.1", "decoder.2") == {
+        "decoder.0.mlp": "decoder.1.mlp",
+        **({"decoder.3.mlp": "decoder.2.mlp"} if last >= 3 else {}),
+    }
+    assert found("decoder.1.attention") == {}
+    assert found(f"decoder.{last}") == {f"decoder.{last - 1}.mlp": f"decoder.{last}.mlp"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_an_mlp_with_all_neurons_of_another_is_that_other(name: str) -> None:
+    """Its write bias aside: what the first block's write puts out with the second one's neurons."""
+    model = build(name)
+    stack = discover(model).stacks[0]
+    one, other = (next(s for s in b.sublayers if s.kind == "mlp") for b in stack.blocks[1:3])
+    (write,), _ = writes_of(model, one, False)
+    (source,), _ = writes_of(model, other, False)
+    pool = Pool.of(reads_of(model, one), reads_of(model, other), {}, write, source.linear)
+    n = len(pool.columns) // 2
+    kept = model.state_dict()
+    for chosen, goal in ((torch.arange(n), one), (torch.arange(n, 2 * n), other)):
+        new = pool.chosen(chosen) | pool.writing(chosen, write)
+        expected = {old: model.get_parameter(there) for old, there in zip(one.reads, goal.reads, strict=True)}
+        expected[write.weight] = model.get_parameter(goal.writes[0])
+        for weight, tensor in expected.items():
+            assert new[weight].shape == kept[weight].shape
+            torch.testing.assert_close(new[weight], tensor)
+    assert {f"{r.removesuffix('weight')}{leaf}" for r in one.reads for leaf in rows(reads_of(model, one)[r])} == set(
+        pool.chosen(torch.arange(n))
+    )
+
+
+@pytest.mark.parametrize(("name", "plain"), [*product(PLAIN, [True]), *product(OTHER[:2], [False])])
+def test_only_mlps_made_of_rows_and_columns_take_part(name: str, plain: bool) -> None:
+    model = build(name)
+    stack = discover(model).stacks[0]
+    drops = frozenset({stack.blocks[1].address})
+    assert bool(donors(model, places(stack), drops)) == plain
+
+
+def test_a_graft_makes_the_model_better_and_is_on_record() -> None:
+    """The dropped block's neurons do what its write says; the kept MLP's own write next to nothing."""
+    model = build("llama")
+    anatomy = discover(model)
+    model.model.layers[0].mlp.down_proj.weight.mul_(0.01)
+    model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
+    ids = torch.randint(3, 90, (64, 24), generator=torch.Generator().manual_seed(5))
+    healing = closed_form(model, anatomy, [Address("decoder", 1)], Windows.of(ids, "test"))
+    (graft,) = healing.grafts
+    assert (graft.into, graft.source) == ("decoder.0.mlp", "decoder.1.mlp")
+    n = model.config.intermediate_size
+    assert 0.8 * n < graft.neurons <= n
+    assert {"model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"} <= set(healing.tensors)
+    (refit,) = (r for r in healing.refits if r.weight == "model.layers.0.mlp.down_proj.weight")
+    assert refit.after < 0.25
+    assert healing.healed is not None and healing.cut is not None and healing.healed < 0.5 * healing.cut
