@@ -1,4 +1,4 @@
-"""The execution table: sound or refused, the same after a round trip, and compiled to drops where it only leaves out."""
+"""The execution table: sound or refused, the same after a round trip, compiled to drops where it only leaves out."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tables_take_turns() -> None:
 def test_a_schedule_for_another_model_is_refused() -> None:
     outline = drawn(5)
     check_schedule(Schedule.chain([0, 3, 3, 1]), outline)
-    with pytest.raises(InputError, match="decoder.5 of the schedule is not in this"):
+    with pytest.raises(InputError, match=r"decoder.5 of the schedule is not in this"):
         check_schedule(Schedule.skipping(["decoder.5"]), outline)
     with pytest.raises(InputError, match="at least one must stay"):
         check_schedule(Schedule.skipping([f"decoder.{i}.attention" for i in range(5)]), outline)

@@ -56,7 +56,9 @@ def test_a_file_round_trips_with_its_tensors(tmp_path: Path) -> None:
     assert not (tmp_path / "p.safetensors").exists()
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"policy": "chain", "code": 1}', '{"policy": "chain", "parameters": 3}'])
+@pytest.mark.parametrize(
+    "content", ["[1]", "{}", '{"policy": "chain", "code": 1}', '{"policy": "chain", "parameters": 3}']
+)
 def test_a_file_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(content)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from families import build
@@ -50,7 +52,9 @@ def test_a_block_visited_twice_does_what_it_does_twice() -> None:
     anatomy = discover(model)
     ids = torch.tensor([[5, 9, 33, 12]])
     layer, once = model.model.layers[2], []
-    handle = layer.register_forward_hook(lambda module, args, kwargs, out: once.append((args, kwargs, out)), with_kwargs=True)
+    handle = layer.register_forward_hook(
+        lambda module, args, kwargs, out: once.append((args, kwargs, out)), with_kwargs=True
+    )
     with torch.no_grad():
         model(ids, use_cache=False)
         (_, kwargs, out) = once[0]
@@ -76,7 +80,7 @@ def test_even_skip_keeps_the_ends_and_as_many_as_the_target_says() -> None:
     policy = policy_of("even-skip:speedup=1.5")
     kept = policy.kept(30)  # type: ignore[attr-defined]
     assert (kept[0], kept[-1], len(kept)) == (0, 29, 20)
-    assert {b - a for a, b in zip(kept, kept[1:], strict=False)} == {1, 2}
+    assert {b - a for a, b in pairwise(kept)} == {1, 2}
     with pytest.raises(InputError, match="fewer than the first and the last"):
         policy_of("even-skip:speedup=20").attach(build("llama"))
 
@@ -89,7 +93,10 @@ def test_a_plan_with_a_schedule_is_simulated_and_applied_as_drops() -> None:
     assert equal(under, generate(apply(model, anatomy, plan), prompt))
     with simulate(model, anatomy, plan):
         assert equal(under, generate(model, prompt))
-    with pytest.raises(InputError, match="repeats or reorders"), simulate(model, anatomy, Plan(schedule=Schedule.chain([1, 0]))):
+    with (
+        pytest.raises(InputError, match="repeats or reorders"),
+        simulate(model, anatomy, Plan(schedule=Schedule.chain([1, 0]))),
+    ):
         pass
 
 

@@ -22,7 +22,9 @@ from billhook.runtime.catalogue import policy_of
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.low_rank import fit_factors, reduced_rank
+from billhook.runtime.online import Pass
 from billhook.runtime.silence import idle_params, stream_out, with_stream
+from billhook.runtime.similarity_exit import SimilarityExit, _Exit
 from billhook.runtime.voids import Voids
 
 IDS = torch.tensor([[5, 9, 33, 12, 60, 7, 41], [8, 2, 77, 31, 4, 50, 19]])
@@ -46,8 +48,8 @@ def replaced(model: nn.Module, path: str, output: Callable[[Tensor, Tensor, int]
 
 @pytest.mark.parametrize("name", GENERATING)
 def test_a_block_left_out_for_a_token_still_has_its_keys_and_values(name: str) -> None:
-    """Skipped at every second generated token: the logits are those of a block that computes its keys and values from the
-    stream that comes in, and whose output is thrown away."""
+    """Skipped at every second generated token: the logits are those of a block that computes its keys and values from
+    the stream that comes in, and whose output is thrown away."""
     model, anatomy, prompt = ready(name)
     block = anatomy.stack("decoder").blocks[2]
     turns = Schedule(tables=((Site(unit=block.address, verb="skip"),), ()))
@@ -74,8 +76,8 @@ def decoded(model: Any, ids: Tensor, prompt: int = 3) -> Tensor:
 
 
 def test_ffn_skip_leaves_out_what_follows_saturation() -> None:
-    """Everything counts as saturated: of the middle blocks 1 to 3 the first runs, the next two do not, prompt and warm-up
-    run whole."""
+    """Everything counts as saturated: of the middle blocks 1 to 3 the first runs, the next two do not; prompt and
+    warm-up run whole."""
     model = build("llama")
     anatomy = discover(model)
     policy = policy_of("ffn-skip:threshold=-1,span=2,first=1,last=1,warmup=1")
@@ -144,15 +146,25 @@ def test_similarity_exit_hands_on_the_stream_as_it_left() -> None:
     assert equal(under, by_hand)
 
 
-def test_an_encoder_is_left_by_the_mean_over_real_tokens() -> None:
+def test_an_encoder_row_is_left_by_the_mean_cosine_of_its_real_tokens() -> None:
+    """Row 0 leaves; row 1 is as similar on its real tokens, and turned round on padding, which does not count; row 2 is
+    turned round on a real token."""
     model = build("bart")
-    anatomy = discover(model)
-    mask = torch.ones_like(IDS)
-    mask[1, 4:] = 0
-    prompt = {"input_ids": IDS * mask, "attention_mask": mask}
-    other = {"input_ids": torch.where(mask.bool(), IDS, 9), "attention_mask": mask}
-    with policy_of("similarity-exit:decoder=1,encoder=0.6,first=1").attach(model, anatomy):
-        assert torch.equal(generate(model, prompt)[0], generate(model, other)[0])
+    block = discover(model).stack("encoder").blocks[0]
+    before = torch.randn(3, 4, 36, generator=torch.Generator().manual_seed(0))
+    after = before.clone()
+    after[1, 3] *= -1
+    after[2, 0] *= -1
+    real = torch.ones(3, 4, dtype=torch.bool)
+    real[1, 3] = False
+    trigger = _Exit(SimilarityExit(encoder=0.9, first=1))
+    now = Pass("encoder", 0, 4, 3, real)
+    trigger.begin(now)
+    assert trigger.decide(block, before, now) is None
+    trigger.saw(block, before, after, now)
+    skip = trigger.decide(block, after, now)
+    assert skip is not None and skip.where is not None
+    assert skip.where.tolist() == [[True] * 4, [True] * 4, [False] * 4]
 
 
 def test_voids_have_one_map_for_reading_and_one_for_writing() -> None:
@@ -165,9 +177,11 @@ def test_voids_have_one_map_for_reading_and_one_for_writing() -> None:
         "decoder.2.mlp": 2 * 3,  # the prompt; the first and the last block always run
         "decoder.1.mlp": 2 * 4,
     }
-    with replaced(model, "model.layers.2", lambda into, out, call: into if call == 0 else out):
-        with replaced(model, "model.layers.1", lambda into, out, call: out if call == 0 else into):
-            assert torch.equal(under, decoded(model, IDS))
+    with (
+        replaced(model, "model.layers.2", lambda into, out, call: into if call == 0 else out),
+        replaced(model, "model.layers.1", lambda into, out, call: out if call == 0 else into),
+    ):
+        assert torch.equal(under, decoded(model, IDS))
 
 
 def test_usage_is_traced_by_the_change_of_the_norm() -> None:
@@ -230,7 +244,9 @@ def test_the_low_rank_map_is_the_best_of_its_rank() -> None:
     """On a planted map of rank 2 it is found; and no random map of rank 1 does better than the fitted one."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(400, 12, generator=generator, dtype=torch.float64)
-    planted = torch.randn(12, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 12, generator=generator).double()
+    planted = (
+        torch.randn(12, 2, generator=generator, dtype=torch.float64) @ torch.randn(2, 12, generator=generator).double()
+    )
     z = x @ planted.T
     a, b = reduced_rank(x.T @ x, z.T @ x, 2)
     assert (a @ b - planted).norm() < 0.02 * planted.norm()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from families import build
-
 import torch
+from families import build
 
 from billhook.anatomy import discover
 from billhook.search.chains import Sample, find_chains

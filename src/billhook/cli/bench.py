@@ -9,7 +9,6 @@ import typer
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
-from billhook.plan.errors import InputError
 
 _AGAINST = "The dense model to compare with, timed in turns with DIR."
 
@@ -29,12 +28,12 @@ def bench(
     against itself without, and show the work that it saves and what it costs in quality.
 
     Both run in turns in one process; shown are the median ratio and its quartiles. The prompts are always the same:
-    --seed changes nothing here.
+    --seed changes nothing here, but which text a policy is judged on.
 
     [dim]Example:[/] billhook bench out/demo --against demo
     """
     if (against is None) == (policy is None):
-        raise InputError("bench needs either --against MODEL or --policy NAME")
+        raise typer.BadParameter("give either --against MODEL or --policy NAME")
     if policy is not None:
         with bars() as progress:
             from billhook.recipes.policy import bench_policy

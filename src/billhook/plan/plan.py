@@ -92,7 +92,7 @@ class Plan(_Record):
     target: Target = Target.ANY
     budget: str | None = None
     edits: tuple[Edit, ...] = ()
-    schedule: Schedule | None = None
+    schedule: Schedule | None = Field(default=None, exclude_if=lambda schedule: schedule is None)
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def bench_policy(
     model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     fitted = _fitted(chosen, model, text, seed)
     fitted.attach(model.model, model.anatomy).detach()  # what is impossible shows before anything expensive
-    judged = [Judge(model.model, model.anatomy, windows, domain=domain, progress=progress)(fitted)
-              for domain, windows in _held_back(model, text, seed)]  # fmt: skip
-    timings = policy_speed(model.model, model.anatomy, fitted, _held_back(model, text, seed)[0][1], progress=progress)
+    texts = _held_back(model, text, seed)
+    judged = _judged(fitted, model, texts, progress)
+    timings = policy_speed(model.model, model.anatomy, fitted, texts[0][1], progress=progress)
     return _report(source, fitted, model, judged).model_copy(update={"timings": timings})
 
 
@@ -85,13 +85,20 @@ def tune_policy(
         return evidence, saved.flops
 
     best, tried = tune(fitted, judged_by_flops, goal)
-    held_back = _held_back(model, text, seed)
-    judged = [Judge(model.model, model.anatomy, windows, domain=domain, progress=progress)(best)
-              for domain, windows in held_back]  # fmt: skip
-    report = _report(source, best, model, judged)
+    report = _report(source, best, model, _judged(best, model, _held_back(model, text, seed), progress))
     write_policy(best, out, {"target": str(goal), "model": os.fspath(source), "text": seen.name,
                              "fingerprint": seen.fingerprint, "tried": [vars(t) for t in tried]})  # fmt: skip
     return report, tried
+
+
+def _judged(
+    policy: Policy, model: Opened, texts: Sequence[tuple[Domain, Windows]], progress: Progress | None
+) -> list[tuple[TextEvidence, Savings]]:
+    """On one text after the other, so that the plain model's logits of one text at a time are kept."""
+    return [
+        Judge(model.model, model.anatomy, windows, domain=domain, progress=progress)(policy)
+        for domain, windows in texts
+    ]
 
 
 def _report(

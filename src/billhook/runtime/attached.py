@@ -36,7 +36,7 @@ class Attached:
         refused."""
         if _MARK in vars(model):
             raise InputError(
-                f"a policy is attached to this model already ({vars(model)[_MARK].policy}); detach it first"
+                f"a policy is attached to this model already ({vars(model)[_MARK].policy.name}); detach it first"
             )
         self.model, self.policy, self.counts = model, policy, counts
         self._undo = Undo()

@@ -53,34 +53,38 @@ class FfnSkip(Policy):
 
 
 class _Saturation:
+    """Decisions are plain numbers, one a row: a tensor would cost as much as a good part of a small MLP."""
+
     def __init__(self, policy: FfnSkip, blocks: int) -> None:
         self._policy = policy
         self._middle = range(policy.first, blocks - policy.last)
         self._began = 0  # tokens in the cache when the first one was generated
-        self._left: Tensor | None = None  # MLPs still to be left out, [batch, tokens]
-        self._skipped: Tensor | None = None  # who left out the MLP of this block
+        self._looking = False
+        self._left: list[int] = []  # MLPs still to be left out, of each row
+        self._skipped: list[bool] = []  # who leaves out the MLP of this block
 
     def begin(self, now: Pass) -> None:
         if now.prompt:
             self._began = now.past + now.tokens
-        looking = not now.prompt and now.past - self._began >= self._policy.warmup
-        self._left = torch.zeros(now.rows, now.tokens, dtype=torch.int64) if looking else None
+        self._looking = not now.prompt and now.past - self._began >= self._policy.warmup and self._policy.threshold < 1
+        self._left = [0] * now.rows
 
     def decide(self, block: Block, stream: Tensor, now: Pass) -> Skip | None:
-        self._skipped = None
-        if self._left is None or block.address.block not in self._middle:
+        if not self._looking or block.address.block not in self._middle:
             return None
-        self._left = self._left.to(stream.device)
-        self._skipped = self._left > 0
-        self._left = (self._left - 1).clamp(min=0)
-        return Skip(_MLP, self._skipped)
+        self._skipped = [left > 0 for left in self._left]
+        self._left = [max(left - 1, 0) for left in self._left]
+        if all(self._skipped):
+            return Skip(_MLP)
+        return Skip(_MLP, torch.tensor(self._skipped, device=stream.device)[:, None]) if any(self._skipped) else None
 
     def saw(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
         pass
 
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
-        if self._left is None or self._skipped is None:
+        if not self._looking or block.address.block not in self._middle:
             return
-        still = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1) > self._policy.threshold
-        still &= ~self._skipped if self._policy.threshold < 1 else False  # rounding may take a cosine beyond 1
-        self._left = torch.where(still, self._policy.span, self._left)
+        cosines = nn.functional.cosine_similarity(before[:, 0].float(), after[:, 0].float(), dim=-1).tolist()
+        for row, cosine in enumerate(cosines):
+            if cosine > self._policy.threshold and not self._skipped[row]:
+                self._left[row] = self._policy.span

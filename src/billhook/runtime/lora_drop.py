@@ -70,26 +70,28 @@ class LoraDrop(Policy):
 
     def fitted(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> Self:
         """With the corrections fitted on the windows; at rank 0 there is nothing to fit."""
-        own = self.model_copy()
-        if self.rank:
-            units = self.chosen(anatomy)
-            own._factors = fit_factors(model, anatomy, units, windows, rank=self.rank, residual=self.reuse == "update")
-        return own
+        if not self.rank:
+            return self
+        units, residual = self.chosen(anatomy), self.reuse == "update"
+        return self._with(fit_factors(model, anatomy, units, windows, rank=self.rank, residual=residual))
 
     def turned(self, value: float) -> Self:
-        own = type(self).of({**self.model_dump(), "period": round(value)})
-        own._factors = self._factors
-        return own
+        return type(self).of({**self.model_dump(), "period": round(value)})._with(self._factors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The corrections, by name, for a file beside the policy's."""
         return {f"{unit}.{part}": t for unit, pair in self._factors.items() for part, t in zip("AB", pair, strict=True)}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
-        own = self.model_copy()
         units = {Address.parse(name.rpartition(".")[0]) for name in tensors}
-        own._factors = {unit: (tensors[f"{unit}.A"], tensors[f"{unit}.B"]) for unit in units}
-        return own
+        return self._with({unit: (tensors[f"{unit}.A"], tensors[f"{unit}.B"]) for unit in units})
+
+    def _with(self, factors: dict[Address, Factors]) -> Self:
+        return self.model_copy()._holding(factors)
+
+    def _holding(self, factors: dict[Address, Factors]) -> Self:
+        self._factors = factors
+        return self
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
         if self.rank and not self._factors:

@@ -59,8 +59,8 @@ def find_chains(
     """Chains of the decoder's blocks that answer the samples, best first: one sample gives test-time depth for it, many
     give one chain for a data set.
 
-    reward = share of samples answered - ``price`` x visits / blocks. A sample is answered if every token of its answer is
-    the likeliest one after those before it. The search begins at the model's own chain; a move skips, or visits once
+    reward = share of samples answered - ``price`` x visits / blocks. A sample is answered if every token of its answer
+    is the likeliest one after those before it. The search begins at the model's own chain; a move skips, or visits once
     more, a span of 1, 2 or 4 visits; no chain is longer than 1.5 times the model. A text has one right continuation
     here and the search sees it: like the paper's, this says what depth could do, it is no policy for unseen text.
 

@@ -1,5 +1,5 @@
-"""Every policy on every family that generates: nothing changes where nothing is left out, rows decide for themselves, and
-detaching restores the model exactly."""
+"""Every policy on every family that generates: nothing changes where nothing is left out, rows decide for themselves,
+and detaching restores the model exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def quiet(blocks: int) -> list[Policy]:
     texts = ("static-skip", "even-skip:speedup=1", "chain", "ffn-skip:threshold=1,warmup=0", "lora-drop:period=1")
     policies = [policy_of(text) for text in (*texts, "similarity-exit:decoder=1,encoder=1")]
     turns = Schedule(tables=((), ()))
-    return [*policies, Voids(threshold=0, prompt=(0.0,) * blocks, generation=(0.0,) * blocks), Scheduled(schedule=turns)]
+    return [
+        *policies,
+        Voids(threshold=0, prompt=(0.0,) * blocks, generation=(0.0,) * blocks),
+        Scheduled(schedule=turns),
+    ]
 
 
 def loud(blocks: int) -> list[Policy]:
@@ -73,7 +77,9 @@ def test_a_row_does_not_see_its_neighbours(name: str) -> None:
         assert state(model) == before
 
 
-@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}, {"streamer": 1}])
+@pytest.mark.parametrize(
+    "how", [{"num_beams": 3}, {"do_sample": True}, {"cache_implementation": "static"}, {"streamer": 1}]
+)
 def test_the_users_own_generate_just_works(how: dict[str, Any], tiny_tokenizer: Any) -> None:
     model, anatomy, prompt = ready("qwen3")
     if "streamer" in how:
@@ -90,9 +96,9 @@ def test_a_static_cache_and_a_dynamic_one_agree() -> None:
     model, anatomy, prompt = ready("llama")
     for policy in loud(5):
         with policy.attach(model, anatomy):
-            assert torch.equal(
-                generate(model, prompt)[0], generate(model, prompt, cache_implementation="static")[0]
-            ), policy
+            assert torch.equal(generate(model, prompt)[0], generate(model, prompt, cache_implementation="static")[0]), (
+                policy
+            )
 
 
 def test_an_exception_passes_and_the_model_is_restored() -> None:

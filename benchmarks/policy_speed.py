@@ -1,0 +1,100 @@
+"""Does leaving work out while the model runs save the time that the work is worth?
+
+For decode at batch 1, three runs in turns: the plain model; the model under a policy; and the model from which the same
+work was cut for good, with no policy on it, which shows what the work is worth. Prints the median times, and the time
+that the policy saves over the time that the cut saves, which has to be at least 0.85:
+
+- ffn-skip set to leave out exactly a quarter of the MLPs of every generated token, its cosines computed all the same,
+  against a cut of as many MLPs;
+- even-skip of a fifth of the blocks, against the same blocks cut.
+
+About two minutes on two idle CPU cores; the times of a busy machine mean little, their ratio in turns still does.
+
+    python benchmarks/policy_speed.py [MODEL]      (default: the demo model)
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+
+from billhook.anatomy import Anatomy, discover
+from billhook.data import windows
+from billhook.evaluate.bench import engine
+from billhook.evaluate.workload import Workload, ready
+from billhook.measure.latency import Timed, interleaved
+from billhook.measure.patch import observing
+from billhook.models import Loaded, load
+from billhook.plan.address import Address
+from billhook.plan.plan import Plan
+from billhook.runtime.even_skip import EvenSkip
+from billhook.runtime.ffn_skip import FfnSkip
+from billhook.runtime.policy import Policy
+from billhook.surgery import apply
+
+REQUIRED = 0.85
+ROUNDS = 21
+DECODE = Workload(name="decode, batch 1", batch=1, prompt_tokens=128, new_tokens=16)
+
+
+def main(source: str) -> int:
+    loaded = load(source, dtype=torch.bfloat16)
+    anatomy = discover(loaded.model)
+    count = len(anatomy.stack("decoder").blocks)
+    # everything is saturated, so every second MLP of the middle half of the blocks is left out
+    middle = 2 * round(count / 4)
+    first = (count - middle) // 2
+    ffn = FfnSkip(threshold=-1, span=1, first=first, last=count - middle - first, warmup=0)
+    mlps = [Address("decoder", first + 1 + 2 * i, "mlp") for i in range(middle // 2)]
+    even = EvenSkip(speedup=1.25)
+    blocks = [Address("decoder", i) for i in range(count) if i not in even.kept(count)]
+    worst = min(
+        measured(loaded, anatomy, f"{len(mlps)} of {count} MLPs by ffn-skip", ffn, mlps),
+        measured(loaded, anatomy, f"{len(blocks)} of {count} blocks by even-skip", even, blocks),
+    )
+    print(engine(loaded.model))
+    print(f"at least {REQUIRED} of what the work is worth everywhere: {'yes' if worst >= REQUIRED else 'no'}")
+    return 0 if worst >= REQUIRED else 1
+
+
+def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, units: list[Address]) -> float:
+    """Time saved by the policy over time saved by cutting the units, from the medians of interleaved rounds."""
+    model = loaded.model
+    cut = apply(model, anatomy, Plan.of(units))
+    text = windows("builtin", loaded.tokenizer, tokens=DECODE.prompt_tokens, length=DECODE.prompt_tokens)
+    with observing(model), observing(cut):
+        plain, worth = ready(model, DECODE, text.ids), ready(cut, DECODE, text.ids)
+        with policy.attach(model, anatomy):
+            under = ready(model, DECODE, text.ids)
+        times = interleaved({"plain": plain, "policy": attached(model, anatomy, policy, under), "cut": worth}, ROUNDS)
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    share = (seconds["plain"] - seconds["policy"]) / (seconds["plain"] - seconds["cut"])
+    each = " ".join(f"{name} {1000 * value / DECODE.new_tokens:.2f}" for name, value in seconds.items())
+    print(f"{what}: ms a token: {each}; the policy saves {share:.3f} of what the work is worth", flush=True)
+    return share
+
+
+def attached(
+    model: torch.nn.Module, anatomy: Anatomy, policy: Policy, prepare: Callable[[], Timed]
+) -> Callable[[], Timed]:
+    """The same run under the policy, which is put on untimed and taken off right after the run, in its time."""
+
+    def prepared() -> Timed:
+        run, running = prepare(), policy.attach(model, anatomy)
+
+        def under() -> object:
+            try:
+                return run()
+            finally:
+                running.detach()
+
+        return under
+
+    return prepared
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))

@@ -1,0 +1,89 @@
+"""The commands on run-time policies, from the arguments to what is printed and written, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from terminal import billhook
+
+from billhook.runtime.catalogue import POLICIES
+
+
+def test_policies_are_listed_and_explained() -> None:
+    listed = billhook("policies")
+    assert listed.exit_code == 0
+    assert all(name in listed.stdout for name in POLICIES)
+    facts = json.loads(billhook("policies", "--json").stdout)["policies"]
+    assert [fact["name"] for fact in facts] == list(POLICIES)
+    explained = billhook("policies", "explain", "ffn-skip")
+    assert "FFN-SkipLLM" in explained.stdout
+    assert "threshold" in explained.stdout
+    assert json.loads(billhook("policies", "explain", "voids", "--json").stdout)["kv"] == POLICIES["voids"].kv
+    wrong = billhook("policies", "explain", "voyds")
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+    assert "there is no policy 'voyds'" in wrong.stderr
+
+
+def test_generate_under_a_policy(tiny_lm: Path) -> None:
+    plain = billhook("generate", tiny_lm, "A billhook", "--max-new-tokens", 4).stdout
+    quiet = billhook(
+        "generate", tiny_lm, "A billhook", "--max-new-tokens", 4, "--policy", "ffn-skip:threshold=1"
+    ).stdout
+    loud = billhook("generate", tiny_lm, "A billhook", "--max-new-tokens", 4, "--policy", "chain:blocks=0+0").stdout
+    assert quiet == plain != loud
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["bench", "MODEL"], "give either --against MODEL or --policy NAME"),
+        (["bench", "MODEL", "--policy", "chain", "--against", "demo"], "give either --against MODEL or --policy NAME"),
+        (["bench", "MODEL", "--policy", "static-skip:units=decoder.9"], "decoder.9 of the schedule is not in this"),
+        (["generate", "MODEL", "x", "--policy", "even-skip:speedup=0"], "parameter speedup"),
+        (
+            ["tune-policy", "MODEL", "--policy", "ffn-skip", "--target", "kl=1", "--out", "p.json"],
+            "not of the form kl<=",
+        ),
+        (["tune-policy", "MODEL", "--policy", "ffn-skip", "--target", "kl<=1", "--out", "p.txt"], "is a .json file"),
+        (["tune-policy", "MODEL", "--policy", "chain", "--target", "kl<=1", "--out", "p.json"], "no threshold to tune"),
+    ],
+)
+def test_bad_input_gets_one_line(tiny_lm: Path, arguments: list[str], reason: str) -> None:
+    result = billhook(*(str(tiny_lm) if a == "MODEL" else a for a in arguments))
+    assert result.exit_code == 2
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_tuned_written_and_used(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.recipes.policy.LENGTH", 12)
+    monkeypatch.setattr("billhook.recipes.policy.JUDGED_TOKENS", 36)
+    monkeypatch.setattr("billhook.recipes.policy.FITTED_TOKENS", 36)
+    monkeypatch.setattr("billhook.evaluate.tune_policy.STEPS", 3)
+    monkeypatch.setattr("billhook.runtime.voids.GENERATED", 3)
+    out = tmp_path / "p.json"
+    command = ["tune-policy", tiny_lm, "--policy", "voids:alpha=0.9", "--target", "kl<=0.9", "--out", out]
+    result = billhook(*command, "--json")
+    assert result.exit_code == 0, result.stderr
+    report, written = json.loads(result.stdout), json.loads(out.read_text())
+    assert written["policy"] == "voids"
+    assert written["parameters"] == report["parameters"]
+    assert len(written["parameters"]["prompt"]) == 5
+    assert len(written["tuned"]["tried"]) >= 1
+    assert {text["domain"] for text in report["evidence"]} == {"calibration", "other"}
+    again = billhook(*command)
+    assert again.exit_code == 2
+    assert "give --overwrite" in again.stderr
+    assert billhook("generate", tiny_lm, "A", "--max-new-tokens", 2, "--policy", out).exit_code == 0
+
+
+def test_bench_under_a_policy(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.recipes.policy.LENGTH", 64)
+    monkeypatch.setattr("billhook.recipes.policy.JUDGED_TOKENS", 640)
+    result = billhook("bench", tiny_lm, "--policy", "even-skip:speedup=1.25")
+    assert result.exit_code == 0, result.stderr
+    assert "blocks run" in result.stdout
+    assert "decode, batch 1" in result.stdout
+    assert "4.00" in result.stdout
