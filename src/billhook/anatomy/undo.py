@@ -16,6 +16,10 @@ class Undo:
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
 
+    def then(self, step: Callable[[], None]) -> None:
+        """Note a way back of something that is done elsewhere."""
+        self._steps.append(step)
+
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Change an attribute that exists."""
         old = getattr(owner, name)

@@ -17,6 +17,10 @@ WRITES = frozenset(
 )
 
 
+#: Leaf names of the linears that make queries alone: without them an attention still makes its keys and values.
+QUERIES = frozenset(("q_proj", "q", "q_a_proj"))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which norms and scales stand in which branch of a block.

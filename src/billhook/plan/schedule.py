@@ -1,7 +1,7 @@
 """The execution table: which parts of a model run, in which order, and what stands in for those that do not.
 
-Removal, run-time skipping, looping and reuse between steps are all such tables. A table is pure data; a constant one that
-only leaves out is the same thing as a plan's drops (``compiled``), any other is run by the run time.
+Removal, run-time skipping, looping and reuse between steps are all such tables. A table is pure data; a constant one
+that only leaves out is the same thing as a plan's drops (``compiled``), any other is run by the run time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Site(_Record):
     """One line of a table: a block or sublayer, and what becomes of it.
 
     ``run``: here, once. ``repeat``: here, ``times`` times in a row, each visit with cache slots of its own. ``skip``:
-    it writes nothing to the stream. ``reuse``: it is not computed; what it handed on at the previous token is used again.
+    it writes nothing to the stream. ``reuse``: it is not computed; what it handed on at the previous token is used
+    again.
     """
 
     unit: Annotated[Address, BeforeValidator(_address), PlainSerializer(str, return_type=str)]

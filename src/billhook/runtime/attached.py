@@ -22,9 +22,18 @@ class Attached:
     exception as well.
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Any, counts: Counts, fit: Callable[[Undo], None]) -> None:
-        """``fit`` changes the model and notes in the ``Undo`` how to change it back. Raises InputError where a policy is
-        attached already; whatever ``fit`` raises leaves the model as it was."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Any,
+        counts: Counts,
+        fit: Callable[[Undo], None],
+        *,
+        beams: bool = True,
+    ) -> None:
+        """``fit`` changes the model and notes in the ``Undo`` how to change it back. Raises InputError where a policy
+        is attached already; whatever ``fit`` raises leaves the model as it was. Without ``beams`` beam search is
+        refused."""
         if _MARK in vars(model):
             raise InputError(
                 f"a policy is attached to this model already ({vars(model)[_MARK].policy}); detach it first"
@@ -34,6 +43,8 @@ class Attached:
         self._undo.guard_hooks(model)
         try:
             fit(self._undo)
+            if not beams:
+                self._refuse_beams()
         except BaseException:
             self._undo.restore()
             raise
@@ -44,6 +55,19 @@ class Attached:
         if vars(self.model).get(_MARK) is self:
             del vars(self.model)[_MARK]
         self._undo.restore()
+
+    def _refuse_beams(self) -> None:
+        """Beam search moves rows about between two passes; what is kept of a row would be another one's."""
+        original = self.model.generate
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            config = kwargs.get("generation_config") or self.model.generation_config
+            if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
+                raise InputError(f"policy {self.policy.name} keeps what it saw of each row: beam search is not sound")
+            return original(*args, **kwargs)
+
+        vars(self.model)["generate"] = generate
+        self._undo.then(lambda: vars(self.model).__delitem__("generate"))
 
     def __enter__(self) -> Self:
         return self

@@ -21,8 +21,8 @@ def rewire(model: PreTrainedModel, anatomy: Anatomy, schedule: Schedule, undo: U
 
     Nothing is decided while the model runs: its stacks hold the visits of the schedule in order and its config counts
     them, so generation, static caches and ``torch.compile`` see an ordinary model. A further visit of a block is a twin
-    of its module tree around the same weights, with cache slots of its own. No weight is copied. Raises InputError where
-    the schedule is not possible on this model, which is untouched then.
+    of its module tree around the same weights, with cache slots of its own. No weight is copied. Raises InputError
+    where the schedule is not possible on this model, which is untouched then.
     """
     check_schedule(schedule, anatomy.outline)
     skips = schedule.skips()
@@ -53,6 +53,6 @@ def _visit(model: PreTrainedModel, stack: Stack, order: list[int], undo: Undo) -
 
 def _twin(block: nn.Module) -> nn.Module:
     """The same weights under another module tree, which can carry other cache slots."""
-    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    shared: dict[int, object] = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
     shared |= {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
     return copy.deepcopy(block, memo=shared)

@@ -1,0 +1,109 @@
+"""Middle blocks that are computed at every n-th token only, with a low-rank correction in between."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Self
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.anatomy import Anatomy
+from billhook.data import Windows
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.schedule import Schedule, Site
+from billhook.runtime.attached import Attached
+from billhook.runtime.in_turns import Correction, Reuse, attach_turns
+from billhook.runtime.low_rank import Factors, fit_factors
+from billhook.runtime.numbers import read_numbers
+from billhook.runtime.policy import Policy
+
+
+class LoraDrop(Policy):
+    """While tokens are generated the ``blocks`` of the decoder are computed at every ``period``-th token; in between
+    each reuses its state of the token before, corrected by a map of low ``rank``:
+
+        y[t] = x[t] + (y[t-1] - x[t-1]) + A B (x[t] - x[t-1])     for reuse "update"
+        y[t] = y[t-1] + A B (x[t] - x[t-1])                       for reuse "state"
+
+    with x the stream into and y the stream out of the block. A [hidden, rank] and B [rank, hidden] are fitted by
+    ``fitted`` (reduced-rank least squares over consecutive tokens of a text, see ``low_rank``); rank 0 has no
+    correction.
+    ``period`` 1 leaves nothing out. Without ``blocks`` it is the middle half.
+
+    Source: LoRA-Drop (temporal low-rank decoding; S. H. Bavandpour and others, repository hosseinbv/LoRA-Drop): the
+    previous token's hidden state plus a low-rank correction, refreshed periodically. There the correction is trained by
+    gradients together with the model. Chosen here: the closed form, and "update" by default, since the residual path
+    carries the token itself and "state" would put the token before in its place.
+
+    Keys and values: projected. On a cheap step a block makes the keys and values of its token from x[t], so the cache
+    has no gaps under any mask or cache type; the paper leaves them out and so saves cache as well. State: x and y of
+    the last token of each block; see ``in_turns`` for when it is dropped.
+    """
+
+    name: ClassVar[str] = "lora-drop"
+    paper: ClassVar[str] = "LoRA-Drop, repository hosseinbv/LoRA-Drop"
+    kv: ClassVar[str] = "projected from the stream"
+    dial: ClassVar[tuple[str, float, float]] = ("period", 1, 8)
+    wants_text: ClassVar[bool] = True
+
+    blocks: str = ""
+    period: Annotated[int, Field(ge=1, le=64)] = 2
+    rank: Annotated[int, Field(ge=0)] = 0
+    reuse: Reuse = "update"
+
+    _factors: dict[Address, Factors] = PrivateAttr(default_factory=dict)
+
+    def chosen(self, anatomy: Anatomy) -> list[Address]:
+        """The blocks that are reused. InputError for one that is not there."""
+        count = len(anatomy.stack("decoder").blocks)
+        numbers = read_numbers(self.blocks) or list(range(count // 4, count - count // 4))
+        if max(numbers) >= count:
+            raise InputError(f"policy lora-drop: there is no block {max(numbers)}; the decoder has 0 to {count - 1}")
+        return [Address("decoder", number) for number in sorted(set(numbers))]
+
+    def schedule(self, anatomy: Anatomy) -> Schedule:
+        cheap = tuple(Site(unit=unit, verb="reuse") for unit in self.chosen(anatomy))
+        return Schedule(tables=((), *[cheap] * (self.period - 1)))
+
+    def fitted(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> Self:
+        """With the corrections fitted on the windows; at rank 0 there is nothing to fit."""
+        own = self.model_copy()
+        if self.rank:
+            units = self.chosen(anatomy)
+            own._factors = fit_factors(model, anatomy, units, windows, rank=self.rank, residual=self.reuse == "update")
+        return own
+
+    def turned(self, value: float) -> Self:
+        own = type(self).of({**self.model_dump(), "period": round(value)})
+        own._factors = self._factors
+        return own
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The corrections, by name, for a file beside the policy's."""
+        return {f"{unit}.{part}": t for unit, pair in self._factors.items() for part, t in zip("AB", pair, strict=True)}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        own = self.model_copy()
+        units = {Address.parse(name.rpartition(".")[0]) for name in tensors}
+        own._factors = {unit: (tensors[f"{unit}.A"], tensors[f"{unit}.B"]) for unit in units}
+        return own
+
+    def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
+        if self.rank and not self._factors:
+            raise InputError(
+                "policy lora-drop: a rank above 0 needs corrections fitted on text first (tune-policy does)"
+            )
+        corrections = {unit: _correction(pair, model) for unit, pair in self._factors.items()}
+        return attach_turns(model, anatomy, self.schedule(anatomy), self, self.reuse, corrections)
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
+
+
+def _correction(factors: Factors, model: torch.nn.Module) -> Correction:
+    weight = next(model.parameters())
+    out, into = (factor.to(weight) for factor in factors)
+    return lambda change: change @ into.T @ out.T

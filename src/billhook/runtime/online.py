@@ -1,0 +1,192 @@
+"""The loop that asks a policy, block by block and token by token, what to leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.anatomy import Anatomy, Block, Stack
+from billhook.anatomy.undo import Undo
+from billhook.runtime.counts import Counts
+from billhook.runtime.silence import Forward, Gate, Masked, place, stream_in, stream_out, with_stream
+from billhook.runtime.watched import Watched
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of one stack.
+
+    ``past``: tokens in the cache before it. ``tokens``: those it reads. ``prompt``: several are read at once, or the
+    cache was empty; without a cache every pass is one. ``real``: no padding, bool [batch, tokens], None where nothing
+    is known to be padding.
+    """
+
+    stack: str
+    past: int
+    tokens: int
+    rows: int
+    real: Tensor | None
+
+    @property
+    def prompt(self) -> bool:
+        return self.past == 0 or self.tokens > 1
+
+
+@dataclass(frozen=True)
+class Skip:
+    """What a block leaves out in a pass.
+
+    ``kinds``: the sublayers. All of them means that the block hands the stream on as it is, norms on it included, or
+    ``instead`` of it. ``where``: for which tokens, bool [batch, tokens], None for all.
+    """
+
+    kinds: frozenset[str]
+    where: Tensor | None = None
+    instead: Tensor | None = None
+
+
+class Trigger(Protocol):
+    """What a policy decides while the model runs. Called once a pass for each block of its stacks, in order."""
+
+    def begin(self, now: Pass) -> None:
+        """A pass over a stack begins."""
+
+    def decide(self, block: Block, stream: Tensor, now: Pass) -> Skip | None:
+        """Before a block: what to leave out, given the stream [batch, tokens, hidden] that comes into it."""
+
+    def saw(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
+        """After a block: the stream that came in and the one that it handed on."""
+
+    def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
+        """After an MLP that ran, where the policy watches them: the stream without and with what it wrote."""
+
+
+class Online:
+    """A trigger at work on the stacks of a model.
+
+    Keys and values: where an attention with a cache is left out, its keys and values are still made, from the stream as
+    it stands there (the rule "projected from the stream"), so every position has an entry in every layer's cache and
+    later tokens may attend to it whatever was decided. A cross-attention left out makes none: it reads the encoder's,
+    all of them at once, the first time it runs.
+
+    What every real token of a pass leaves out is not computed; where tokens disagree it is computed for all and the
+    others' part is thrown away. So a row's result never depends on its neighbours, and the counts say what was saved.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        anatomy: Anatomy,
+        trigger: Trigger,
+        stacks: Iterable[str],
+        counts: Counts,
+        *,
+        watch_mlps: bool = False,
+    ) -> None:
+        wanted = set(stacks)
+        self.model, self.anatomy, self.trigger, self.counts = model, anatomy, trigger, counts
+        self.stacks = [stack for stack in anatomy.stacks if stack.name in wanted]
+        self.watch_mlps = watch_mlps
+        self._coming: tuple[str, int, Tensor | None] = ("", 0, None)
+        self._now: Pass | None = None
+
+    def fit(self, undo: Undo) -> None:
+        """Put the loop on the model; ``undo`` takes it off."""
+        for stack in self.stacks:
+            owner = self.model.get_submodule(stack.path.rpartition(".")[0])
+            place(owner, self._pass_of(stack, owner.forward), undo)
+            for block in stack.blocks:
+                watched = Watched(self.model, block, undo) if self.watch_mlps else None
+                module = self.model.get_submodule(block.path)
+                place(module, self._block(module.forward, block, self._gates(block), watched), undo)
+
+    def _gates(self, block: Block) -> list[Gate]:
+        """Of every sublayer; an attention with a cache keeps its keys and values."""
+        sizes = self.anatomy.outline.stack(block.address.stack).blocks[block.address.block].sublayers
+        return [
+            Gate(self.model, sub, keep_kv=sub.kind == "attention" and sizes[sub.kind].cache_width > 0)
+            for sub in block.sublayers
+        ]
+
+    def _pass_of(self, stack: Stack, original: Forward) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            past = int(cache.get_seq_length()) if cache is not None and stack.causal else 0
+            mask = kwargs.get("attention_mask")
+            self._coming = (stack.name, past, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            self._now = None
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._now = None
+
+        return forward
+
+    def _begin(self, stream: Tensor) -> Pass:
+        """The pass whose first block gets this stream: only there it is certain how many tokens are read."""
+        name, past, mask = self._coming
+        rows, tokens = stream.shape[:2]
+        real = mask[:, -tokens:].bool() if mask is not None and mask.shape[0] == rows else None
+        now = self._now = Pass(name, past, tokens, rows, real)
+        self.trigger.begin(now)
+        return now
+
+    def _block(self, original: Forward, block: Block, gates: list[Gate], watched: Watched | None) -> Forward:
+        kinds = frozenset(sub.kind for sub in block.sublayers)
+        masks = {sub.kind: Masked(self.model, sub) for sub in block.sublayers}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = stream_in(*args, **kwargs)
+            now = self._now or self._begin(stream)
+            skip = _settled(self.trigger.decide(block, stream, now), now)
+            whole = skip is not None and skip.kinds >= kinds
+            shut: list[Gate | Masked] = []
+            if skip is not None and skip.where is None:
+                shut = [gate for gate in gates if gate.sublayer.kind in skip.kinds]
+            elif skip is not None and not whole:
+                shut = [masks[kind].to(skip.where) for kind in skip.kinds & kinds]
+            for each in shut:
+                each.shut()
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                for each in shut:
+                    each.open()
+            if skip is not None and whole:
+                left = stream if skip.instead is None else skip.instead
+                if skip.where is not None:
+                    left = torch.where(skip.where[..., None], left, stream_out(output))
+                output = with_stream(output, left)
+            self._count(gates, shut, now)
+            if watched is not None and watched.before is not None:
+                self.trigger.saw_mlp(block, *watched.taken(stream, stream_out(output)), now)
+            self.trigger.saw(block, stream, stream_out(output), now)
+            return output
+
+        return forward
+
+    def _count(self, gates: list[Gate], shut: list[Gate | Masked], now: Pass) -> None:
+        tokens = now.rows * now.tokens
+        for gate in gates:
+            unit = gate.sublayer.address
+            if gate not in shut:
+                self.counts.ran[unit] += tokens
+                continue
+            self.counts.skipped[unit] += tokens
+            if gate.keep_kv:
+                self.counts.projected[unit] += tokens
+
+
+def _settled(skip: Skip | None, now: Pass) -> Skip | None:
+    """The same decision without its tensor where all real tokens agree."""
+    if skip is None or skip.where is None:
+        return skip
+    real = skip.where.new_ones(()) if now.real is None else now.real
+    if not (skip.where & real).any():
+        return None
+    return replace(skip, where=None) if (skip.where | ~real).all() else skip
