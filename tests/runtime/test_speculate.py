@@ -27,6 +27,7 @@ from billhook.runtime.draft import Draft, shapes
 from billhook.runtime.draft_length import Confidence
 from billhook.runtime.draft_report import Report
 from billhook.runtime.draft_search import SkipSearch
+from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.speculate import Speculating, speculate
 from billhook.surgery import apply, simulate
 
@@ -478,3 +479,16 @@ def test_detach_twice_and_reports() -> None:
     speculating.detach()
     speculating.detach()
     assert untouched(model)
+
+
+@pytest.mark.parametrize("parameters", [{"units": "decoder.1.attention + decoder.2"}, {"share": 0.5, "give_up": False}])
+def test_the_policy(parameters: dict[str, Any]) -> None:
+    model, _ = mild()
+    plain = write(model, prompt(), max_new_tokens=60)
+    with SelfSpeculation.of(parameters).attach(model) as attached:
+        assert isinstance(attached, Speculating)
+        assert torch.equal(write(model, prompt(), max_new_tokens=60), plain)
+    assert attached.reports[0].skips == tuple(sorted(attached.reports[0].skips)) != ()
+    assert untouched(model)
+    with pytest.raises(InputError, match="share"):
+        SelfSpeculation.of({"share": 2})

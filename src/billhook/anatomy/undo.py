@@ -26,10 +26,6 @@ class Undo:
         setattr(owner, name, value)
         self._steps.append(lambda: setattr(owner, name, old))
 
-    def then(self, step: Callable[[], None]) -> None:
-        """Note a way back of something that is done elsewhere."""
-        self._steps.append(step)
-
     def swap(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Put another module in the place of a submodule."""
         parent, _, name = path.rpartition(".")

@@ -42,13 +42,14 @@ def speculate(
     *,
     confidence: Confidence | None = None,
     give_up: bool = True,
+    policy: object = "self-speculation",
 ) -> Speculating:
     """Let ``model.generate`` speculate, in a ``with`` block or until ``detach``.
 
     ``skips``: what the draft leaves out, any plan or the units that it drops; or a search, which goes on from one call
     of ``generate`` to the next while nothing else is carried over. ``give_up``: decode plainly for the rest of a call
-    once rounds have been slower than plain steps, which are timed in the same run. Since the clock then decides when
-    random numbers are drawn, give it up where sampled text has to repeat from its seed.
+    once rounds have been slower than plain steps, which are timed in the same run. The clock then decides when random
+    numbers are drawn: switch it off where sampled text has to repeat from its seed.
 
     Batch 1, greedy or sampling, dynamic and static caches; streamers, stopping criteria and scores as usual. Everything
     else is refused in one line by InputError, as are models that are not decoders.
@@ -81,6 +82,6 @@ def speculate(
         undo.then(lambda: own.pop("generate") if before is None else own.update(generate=before))
         own["generate"] = generate
 
-    attached = Speculating(model, "self-speculation", Counts(), fit)
+    attached = Speculating(model, policy, Counts(), fit)
     attached.reports = reports
     return attached
