@@ -23,7 +23,7 @@ def run(search: SkipSearch, wanted: frozenset[Address]) -> list[frozenset[Addres
     proposed = []
     while not search.done:
         proposed.append(search.propose())
-        score = len(proposed[-1] & wanted) / len(wanted)
+        score = 0.9 * len(proposed[-1] & wanted) / len(wanted)  # never good enough to stop early
         search.observe(score, search.matchness)
     return proposed
 
@@ -32,11 +32,11 @@ def test_it_proposes_what_may_go_and_keeps_the_best(anatomy: object) -> None:
     search = SkipSearch(anatomy, 0.4, trials=30)
     wanted = frozenset(search.units[1:9:2])
     proposed = run(search, wanted)
-    assert len(proposed) == 30 or search.matchness >= search.target
+    assert len(proposed) == 30
     assert all(len(drops) == 4 and drops <= set(search.units) for drops in proposed)
     assert {a.block for a in search.units} == {1, 2, 3, 4, 5}
     best = max(len(drops & wanted) for drops in proposed)
-    assert len(search.best & wanted) == best and search.matchness == best / 4
+    assert len(search.best & wanted) == best and search.matchness == 0.9 * best / 4
 
 
 def test_it_does_better_than_chance(anatomy: object) -> None:
@@ -48,7 +48,7 @@ def test_it_does_better_than_chance(anatomy: object) -> None:
         draws = [frozenset(search._random.sample(search.units, 4)) for _ in range(24)]
         run(search, wanted)
         found.append(search.matchness)
-        random.append(max(len(draw & wanted) / 4 for draw in draws))
+        random.append(max(0.9 * len(draw & wanted) / 4 for draw in draws))
     assert statistics.mean(found) > statistics.mean(random)
 
 

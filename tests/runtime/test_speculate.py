@@ -140,7 +140,10 @@ def test_a_fork_leaves_the_verified_cache_alone(name: str, static: bool) -> None
         for step in range(3):
             assert int(fork.get_seq_length()) == 7 + step
             model(ids[:, :1], cache=fork)
-    assert int(verified.get_seq_length()) == 7
+    assert [int(layer.get_seq_length()) for layer in verified.layers] == [7] * len(verified.layers)
+    if not any(verified.is_sliding):
+        assert int(draft.fork(verified, back=2).get_seq_length()) == 5
+        assert int(verified.get_seq_length()) == 7
     for layer, (keys, values) in zip(verified.layers, before, strict=True):
         end = min(7, keys.shape[-2])
         assert torch.equal(layer.keys[..., :end, :], keys[..., :end, :])

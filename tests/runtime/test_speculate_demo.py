@@ -15,7 +15,7 @@ from billhook.runtime.draft_length import Confidence
 from billhook.runtime.speculate import speculate
 
 PROMPTS = 200
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 SKIPS = [f"decoder.{i}" for i in (24, 26)] + [f"decoder.{i}.attention" for i in (17, 22)] + ["decoder.13.mlp"]
 
 
