@@ -57,7 +57,7 @@ def test_the_process_prefers_neighbours_of_what_was_good(anatomy: object) -> Non
     vectors = [search._drawn() for _ in range(12)]
     good = vectors[0]
     for bits in vectors:
-        search._tried.append(bits)
+        search._proposed = bits
         search.observe(1.0 - (bits != good).sum() / 8, search.matchness)
     near, far = good.copy(), ~good
     near[[int(good.argmax()), int((~good).argmax())]] = [False, True]

@@ -4,89 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, params, tokens
-from hypothesis import Phase, given, settings
+from drafting import DECODERS, EAGER, SOME, dense, few, mild, prompt, skips, untouched, write
+from families import FAMILIES, build, tokens
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import chisquare
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
-from billhook.anatomy import Anatomy, discover
+from billhook.anatomy import discover
 from billhook.heal import closed_form, healed
 from billhook.plan.address import Address
-from billhook.plan.check import normalise, units, unsound
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.runtime.draft import Draft, shapes
-from billhook.runtime.draft_length import Confidence
-from billhook.runtime.draft_report import Report
 from billhook.runtime.draft_search import SkipSearch
 from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.speculate import Speculating, speculate
-from billhook.surgery import apply, simulate
-
-DECODERS = [n for n in params if FAMILIES[n].stacks.get("decoder") and "encoder" not in FAMILIES[n].stacks]
-few = settings(max_examples=2, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
-EAGER = Confidence(longest=4, threshold=0.0, step=0.0)
-SOME = ("decoder.1.attention", "decoder.2", "decoder.3.mlp")
+from billhook.surgery import apply
 
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@cache
-def dense(name: str) -> tuple[PreTrainedModel, Anatomy]:
-    """One model a family for the whole file: every test has to leave it as it was."""
-    model = build(name)
-    return model, discover(model)
-
-
-@cache
-def mild() -> tuple[PreTrainedModel, Anatomy]:
-    """A model that a draft without ``SOME`` often agrees with: what they write is small. Some tokens are rejected."""
-    model = build("llama")
-    anatomy = discover(model)
-    for block in anatomy.stack("decoder").blocks[1:4]:
-        for write in (w for s in block.sublayers for w in s.writes):
-            model.get_parameter(write).mul_(0.3)
-    return model, anatomy
-
-
-@st.composite
-def skips(draw: st.DrawFn, anatomy: Anatomy) -> list[Address]:
-    outline = anatomy.outline
-    candidates = [a for kind in ("block", "sublayer") for a in units(outline, kind) if a.stack == "decoder"]
-    chosen: list[Address] = []
-    for unit in draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=6, unique=True)):
-        if unsound([*chosen, unit], outline) is None:
-            chosen.append(unit)
-    return chosen
-
-
-def prompt(length: int = 9, seed: int = 1) -> Tensor:
-    return torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def write(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Any:
-    return model.generate(input_ids=ids, **{"max_new_tokens": 24, "do_sample": False} | settings)
-
-
-def untouched(model: PreTrainedModel) -> bool:
-    inside = [name for module in model.modules() for name in vars(module) if name in ("forward", "generate")]
-    return (
-        not inside
-        and not any(module._forward_hooks for module in model.modules())
-        and vars(model).get("billhook_policy") is None
-    )
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -101,53 +44,6 @@ def test_greedy_is_plain_greedy(name: str, data: st.DataObject) -> None:
         assert torch.equal(model.generate(**given, max_new_tokens=16, do_sample=False), plain)
     assert speculating.reports[0].drafted > 0
     assert untouched(model)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-@given(data=st.data())
-@few
-def test_the_draft_is_the_simulated_plan(name: str, data: st.DataObject) -> None:
-    """To the bit, with nothing verified before: on an empty cache its keys and values are all its own."""
-    model, anatomy = dense(name)
-    chosen = data.draw(skips(anatomy))
-    draft = Draft(model, anatomy, chosen)
-    inputs = FAMILIES[name].inputs(model, 1, None)
-    with shapes(draft.stack) as shaped:
-        model(**inputs)
-    with simulate(model, anatomy, normalise(chosen, anatomy.outline)):
-        expected = model(**inputs, use_cache=False).logits
-    with draft.skipping(shaped):
-        assert torch.equal(model(**inputs, use_cache=False).logits, expected)
-    assert untouched(model)
-
-
-@pytest.mark.parametrize(
-    ("name", "static"),
-    [("llama", False), ("gemma2", False), ("mistral", False), ("bloom", False), ("llama", True), ("bloom", True)],
-)
-def test_a_fork_leaves_the_verified_cache_alone(name: str, static: bool) -> None:
-    """Its verified entries, whatever the draft writes; and the fork counts on where it stopped."""
-    model, anatomy = dense(name)
-    ids = prompt(7)
-    verified = StaticCache(model.config, 16) if static else DynamicCache(config=model.config)
-    draft = Draft(model, anatomy, ["decoder.0.attention", "decoder.2"])
-    with shapes(draft.stack) as shaped:
-        model(ids, cache=verified)
-    verified.activate_past_recording()
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in verified.layers]
-    with draft.skipping(shaped):
-        fork = draft.fork(verified)
-        for step in range(3):
-            assert int(fork.get_seq_length()) == 7 + step
-            model(ids[:, :1], cache=fork)
-    assert [int(layer.get_seq_length()) for layer in verified.layers] == [7] * len(verified.layers)
-    if not any(verified.is_sliding):
-        assert int(draft.fork(verified, back=2).get_seq_length()) == 5
-        assert int(verified.get_seq_length()) == 7
-    for layer, (keys, values) in zip(verified.layers, before, strict=True):
-        end = min(7, keys.shape[-2])
-        assert torch.equal(layer.keys[..., :end, :], keys[..., :end, :])
-        assert torch.equal(layer.values[..., :end, :], values[..., :end, :])
 
 
 def test_no_verified_token_is_computed_twice() -> None:
@@ -294,56 +190,6 @@ def test_an_exception_restores_the_model(where: str) -> None:
     assert untouched(model) and torch.equal(write(model, prompt()), plain)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.6, "top_k": 3}, {"top_p": 0.7, "temperature": 1.5}])
-def test_sampling_keeps_the_distribution(settings: dict[str, Any]) -> None:
-    """A model that looks at the last token alone writes a Markov chain: its steps are counted in one long text and
-    compared with its own probabilities, as processed; the draft has quite other ones."""
-    model, anatomy, vocabulary = chain()
-    torch.manual_seed(0)
-    with speculate(model, anatomy, ["decoder.1.mlp"], confidence=EAGER, give_up=False) as speculating:
-        text = write(model, torch.tensor([[1]]), max_new_tokens=700, do_sample=True, eos_token_id=None, **settings)[0]
-    (report,) = speculating.reports
-    assert 0.05 < report.acceptance < 0.95
-    states = torch.arange(vocabulary)[:, None]
-    seen = torch.zeros(vocabulary, vocabulary)
-    for a, b in zip(text[:-1].tolist(), text[1:].tolist(), strict=True):
-        seen[a, b] += 1
-    expected = processed(model(states).logits[:, 0], settings) * seen.sum(-1, keepdim=True)
-    assert not seen[expected == 0].any()
-    likely = expected > 5
-    rest = seen[~likely].sum(), expected[~likely].sum()
-    counts, wanted = [*seen[likely].tolist(), float(rest[0])], [*expected[likely].tolist(), float(rest[1])]
-    pairs = [(c, w) for c, w in zip(counts, wanted, strict=True) if w > 0]
-    assert chisquare(*zip(*pairs, strict=True), sum_check=False).pvalue > 0.01
-
-
-def processed(logits: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Temperature, top-k and top-p worked out by hand."""
-    logits = logits / settings.get("temperature", 1.0)
-    if k := settings.get("top_k"):
-        logits = logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
-    p = logits.softmax(-1)
-    if (top := settings.get("top_p")) is not None:
-        ordered, places = p.sort(descending=True)
-        kept = ordered.cumsum(-1) - ordered < top
-        p = torch.zeros_like(p).scatter(-1, places, ordered * kept)
-    return p / p.sum(-1, keepdim=True)
-
-
-@cache
-def chain() -> tuple[PreTrainedModel, Anatomy, int]:
-    from families import _decoder, randomise
-
-    model = _decoder("LlamaForCausalLM", blocks=3, vocab_size=7).build()
-    randomise(model, seed=3)
-    anatomy = discover(model)
-    for block in anatomy.stack("decoder").blocks:
-        for write_ in block.sublayers[0].writes:
-            model.get_parameter(write_).zero_()
-    model.generation_config.top_k = None
-    return model, anatomy, 7
-
-
 def test_the_search_finds_what_writes_nothing() -> None:
     """Two MLPs and two attentions write nothing: the search settles on skipping them, and the text stays the same."""
     model = build("llama")
@@ -364,54 +210,6 @@ def test_the_search_finds_what_writes_nothing() -> None:
     assert speculating.reports[0].search_seconds > 0 == speculating.reports[1].search_seconds
 
 
-def test_it_stops_when_it_is_slower() -> None:
-    report = Report()
-    for _ in range(3):
-        assert report.wants_plain
-        report.plain(1.0)
-        assert not report.slower()
-    for window in range(2):
-        for _ in range(8):
-            assert not report.wants_plain
-            report.round(4, 1, draft_seconds=1.5, verify_seconds=1.0)  # two tokens in 2.5 seconds
-        assert report.wants_plain
-        report.plain(1.0)
-        assert report.slower() == (window == 1)
-    assert report.speedup == pytest.approx(0.8)
-    assert report.acceptance == 0.25 and report.tokens_per_verify == 2
-
-
-def test_one_slow_window_does_not_stop_it() -> None:
-    report = Report()
-    for _ in range(3):
-        report.plain(1.0)
-    for seconds in (2.5, 1.5, 2.5, 1.5):
-        for _ in range(8):
-            report.round(4, 1, draft_seconds=seconds, verify_seconds=0.0)
-        report.plain(1.0)
-        assert not report.slower()
-
-
-def test_it_decodes_plainly_once_it_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, anatomy = mild()
-    plain = write(model, prompt(), max_new_tokens=40)
-    monkeypatch.setattr(Report, "slower", lambda self: self.rounds > 0)
-    with speculate(model, anatomy, SOME, confidence=EAGER) as speculating:
-        assert torch.equal(write(model, prompt(), max_new_tokens=40), plain)
-    (report,) = speculating.reports
-    assert report.stopped is not None and report.rounds == 8
-    assert report.plain_tokens == 40 - 1 - report.tokens
-
-
-def test_confidence() -> None:
-    rule = Confidence(longest=3, threshold=0.5, target=0.8, step=0.1)
-    assert [rule.enough(1, 0.6), rule.enough(1, 0.4), rule.enough(3, 0.9)] == [False, True, True]
-    rule.update(4, 4)
-    assert rule.threshold == pytest.approx(0.4)  # all accepted: draft on at less confidence
-    rule.update(4, 0)
-    assert rule.threshold == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("heal", [False, True])
 def test_a_cut_model_is_an_ordinary_assistant(heal: bool) -> None:
     model, anatomy = mild()
@@ -423,65 +221,6 @@ def test_a_cut_model_is_an_ordinary_assistant(heal: bool) -> None:
     assert torch.equal(write(model, prompt(), max_new_tokens=30, assistant_model=smaller), plain)
     with speculate(model, anatomy, plan):
         assert torch.equal(write(model, prompt(), max_new_tokens=30), plain)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "batch": ({"input_ids": prompt().repeat(2, 1)}, "one sequence at a time"),
-    "beams": ({"num_beams": 2}, "one sequence at a time"),
-    "no cache": ({"use_cache": False}, "needs a KV cache"),
-    "hidden states": (
-        {"return_dict_in_generate": True, "output_hidden_states": True},
-        "no attentions or hidden states",
-    ),
-    "assistant": ({"assistant_model": "another"}, "says how to decode"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_it_cannot_do_is_refused(name: str) -> None:
-    model, anatomy = mild()
-    settings, message = REFUSED[name]
-    with speculate(model, anatomy, SOME), pytest.raises(InputError, match=message):
-        model.generate(**{"input_ids": prompt(), "max_new_tokens": 8, "do_sample": False} | settings)
-
-
-def test_drafts_and_models_that_it_cannot_use() -> None:
-    model, anatomy = mild()
-    with pytest.raises(InputError, match="the model itself"):
-        speculate(model, anatomy, [])
-    with pytest.raises(InputError, match=r"decoder\.9 is not in"):
-        speculate(model, anatomy, ["decoder.9"])
-    with speculate(model, anatomy, SOME), pytest.raises(InputError, match="attached"):
-        speculate(model, anatomy, SOME)
-    assert untouched(model)
-    for name in ("t5", "bart", "bert", "vit"):
-        other = build(name)
-        with pytest.raises(InputError, match="needs a decoder language model"):
-            speculate(other, discover(other), ["encoder.1"])
-    sliding, its_anatomy = dense("mistral")
-    with (
-        speculate(sliding, its_anatomy, SkipSearch(its_anatomy, 0.5)),
-        pytest.raises(InputError, match="without sliding windows"),
-    ):
-        write(sliding, prompt())
-
-
-def test_a_sliding_static_cache_is_refused_once_it_is_full() -> None:
-    model, anatomy = dense("mistral")
-    with speculate(model, anatomy, SOME), pytest.raises(InputError, match="cannot take tokens back"):
-        write(model, prompt(), cache_implementation="static")
-
-
-def test_detach_twice_and_reports() -> None:
-    model, anatomy = mild()
-    speculating = speculate(model, anatomy, SOME)
-    assert isinstance(speculating, Speculating) and not untouched(model)
-    write(model, prompt())
-    write(model, prompt())
-    assert len(speculating.reports) == 2
-    speculating.detach()
-    speculating.detach()
-    assert untouched(model)
 
 
 @pytest.mark.parametrize("parameters", [{"units": "decoder.1.attention + decoder.2"}, {"share": 0.5, "give_up": False}])

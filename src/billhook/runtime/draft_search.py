@@ -53,6 +53,7 @@ class SkipSearch:
         self._outline, self._random = anatomy.outline, random.Random(seed)
         spread = np.linspace(0, len(self.units) - 1, self.size).round().astype(int)
         self._best: Bits = np.isin(np.arange(len(self.units)), spread)
+        self._proposed = self._best
         self.matchness = 0.0
         self._tried: list[Bits] = []
         self._scores: list[float] = []
@@ -75,15 +76,16 @@ class SkipSearch:
         else:
             pool = np.stack([self._drawn() for _ in range(POOL)])
             chosen = pool[int(np.argmax(self._expected_improvement(pool)))]
-        self._tried.append(chosen)
+        self._proposed = chosen
         return self._addresses(chosen)
 
     def observe(self, score: float, best: float) -> None:
         """The matchness of what was proposed last, and that of the best set so far on the same window."""
+        self._tried.append(self._proposed)
         self._scores.append(score)
         self.matchness = max(score, best)
         if score > best:
-            self._best = self._tried[-1]
+            self._best = self._proposed
 
     def _drawn(self) -> Bits:
         """A random set or, as often, the best one with a unit exchanged; never one that no model survives."""
