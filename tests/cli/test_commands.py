@@ -21,6 +21,7 @@ RUN = example_run()
 COMMANDS = {
     "inspect": ["inspect", "demo"],
     "compress": ["compress", "demo", "--budget", "params=0.8", "--out", "out"],
+    "heal": ["heal", "out", "--out", "better"],
     "apply": ["apply", "demo", "plan.json", "--out", "out"],
     "evaluate": ["eval", "out", "--against", "demo"],
     "bench": ["bench", "out", "--against", "demo"],
@@ -51,6 +52,7 @@ def test_the_interface_is_the_one_that_scripts_rely_on():
             "--overwrite",
             "--max-new-tokens",
         ],
+        "heal": ["--out", "--method", "--against", "--calibration", "--tokens", "--overwrite", "--max-new-tokens"],
         "apply": ["--out", "--target", "--overwrite"],
         "eval": ["--against", "--calibration"],
         "bench": ["--against"],
@@ -122,6 +124,37 @@ def test_compress_hands_on_everything_it_was_given(monkeypatch):
         "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip
+
+
+def test_heal_hands_on_everything_it_was_given(monkeypatch):
+    calls = fake_recipe(monkeypatch, "heal", RUN)
+    billhook(
+        "heal", "out", "--out", "o", "--method", "lora", "--against", "org/model", "--calibration", "self",
+        "--tokens", 200000, "--seed", 3, "--dtype", "bfloat16", "--device", "cuda:1", "--overwrite",
+        "--trust-remote-code", "--max-new-tokens", 9,
+    )  # fmt: skip
+    (call,) = calls
+    assert callable(call.__dict__.pop("progress"))
+    assert call.__dict__ == {
+        "positional": ("out",), "out": Path("o"), "method": "lora", "against": "org/model", "calibration": "self",
+        "tokens": 200000, "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
+        "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
+    }  # fmt: skip
+
+
+def test_the_words_for_healing_are_those_of_the_methods():
+    from typing import get_args
+
+    from billhook.cli.heal import Method
+    from billhook.cli.options import HealName
+    from billhook.heal.training import METHODS
+    from billhook.recipes.schema import TRAINED, Heal
+    from billhook.recipes.settings import TRAINING_TOKENS
+
+    assert set(TRAINED) == set(METHODS)
+    assert get_args(Heal) == ("none", "closed-form", *TRAINED) == tuple(HealName)
+    assert tuple(Method) == tuple(HealName)[1:]
+    assert f"[default: {TRAINING_TOKENS}]" in " ".join(billhook("heal", "--help").stdout.split())
 
 
 def test_dtype_auto_is_none_below(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from families import FAMILIES, build
@@ -66,7 +68,8 @@ def test_ranks_add_up_and_follow_the_loss(lost: list[float], mean: int) -> None:
     ranks = ranks_by_loss(lost, mean)
     assert sum(ranks) == mean * len(lost)
     assert min(ranks) >= min(LEAST, mean)
-    for one, other in zip(sorted(zip(lost, ranks, strict=True)), sorted(zip(lost, ranks, strict=True))[1:], strict=False):
+    pairs = sorted(zip(lost, ranks, strict=True))
+    for one, other in pairwise(pairs):
         assert one[1] <= other[1] + 1, "who lost more gets no less, but for the remainder"
 
 

@@ -87,7 +87,10 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("sublayer", "neuron"), "unit: Input should be"),
         (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
-        (GOOD + "heal: lora\n", "heal: Input should be 'none' or 'closed-form'"),
+        (
+            GOOD + "heal: hope\n",
+            "heal: Input should be 'none', 'closed-form', 'tune', 'lora', ",
+        ),
         (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
         (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),
         ("- a\n- b\n", "the top level: Input should be"),

@@ -182,9 +182,9 @@ class Loop:
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The windows to learn from and those held back: the last eighth, at least one, but at most so many tokens."""
+    """The windows to learn from, and those held back: the last eighth, of a short text up to four."""
     if len(ids) < 2:
         raise InputError("training needs at least two windows: one to learn from and one to hold back")
-    kept_back = max(1, round(HELD_BACK * len(ids)))
+    kept_back = max(1, round(HELD_BACK * len(ids)), min(4, len(ids) // 4))
     held = ids[len(ids) - kept_back :]
     return ids[: len(ids) - kept_back], held[: max(1, HELD_BACK_TOKENS // ids.shape[1])]

@@ -1,0 +1,187 @@
+"""``heal``: a cut model goes in, a better one comes out, killed or not; what cannot be is one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from billhook.heal import Healing
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.plan.record import Run
+from billhook.recipes import heal as walk
+from billhook.recipes import proof, training
+from billhook.recipes.apply import apply
+from billhook.recipes.heal import heal
+from billhook.recipes.workplace import workplace
+from billhook.surgery.reopen import load
+
+WEIGHTS = "model.safetensors"
+TOKENS = 1024  # four steps
+
+KILL = """
+import os, signal, sys
+from billhook.heal import loop
+from billhook.recipes import heal as walk
+from billhook.recipes import proof, training
+
+keep, calls = loop.keep, []
+def dying(*args):
+    keep(*args)
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.keep = dying
+SMALL
+walk.heal(sys.argv[1], out=sys.argv[2], calibration=sys.argv[3], tokens=int(sys.argv[4]))
+"""
+
+SIZES = {
+    (training, "TRAINING_LENGTH"): 64,
+    (walk, "CALIBRATION_LENGTH"): 64,
+    (walk, "HEALING_TOKENS"): 1024,
+    (proof, "EVALUATION_TOKENS"): 512,
+    (proof, "EVALUATION_LENGTH"): 64,
+}
+SMALL = "\n".join(f"{module.__name__.split('.')[-1]}.{name} = {size}" for (module, name), size in SIZES.items())
+SMALL = SMALL.replace("heal.", "walk.")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (module, name), size in SIZES.items():
+        monkeypatch.setattr(module, name, size)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from billhook.data.builtin import docstrings
+
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(docstrings().content[:80_000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cut") / "cut"
+    apply(tiny_lm, Plan.of(["decoder.1", "decoder.3.mlp"], target="remote"), out=out)  # type: ignore[arg-type]
+    return out
+
+
+@pytest.fixture
+def unproven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the proof, which other tests are about."""
+    monkeypatch.setattr(walk, "proven", lambda run, *_: run)
+
+
+@pytest.mark.usefixtures("unproven")
+def test_killed_and_run_again(cut: Path, words: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    expected = heal(cut, out=whole, calibration=str(words), tokens=TOKENS)
+    command = [sys.executable, "-c", KILL.replace("SMALL", SMALL), cut, out, words, str(TOKENS)]
+    killed = subprocess.run(command, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    steps: list[int] = []
+
+    def progress(label: str, done: int, total: int) -> None:
+        assert label != "healing", "closed form is not done again"
+        steps.extend([done] if label == "training" else [])
+
+    again = heal(cut, out=out, calibration=str(words), tokens=TOKENS, progress=progress)
+    assert steps == [3, 4], "two looks were paid for"
+    assert again.healing == expected.healing
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert not workplace(out).exists()
+
+
+def test_the_whole_walk(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distilled; then healed once more, by something that makes it worse."""
+    monkeypatch.setattr(proof, "bench", lambda *_, **__: ())
+    monkeypatch.setattr(proof, "probes", lambda *_, **__: ())
+    out = tmp_path / "out"
+    run = heal(cut, out=out, calibration=str(words), tokens=TOKENS, max_new_tokens=2)
+    assert run == Run.model_validate_json((out / "billhook.json").read_text())
+    assert run.model == str(tiny_lm)
+    assert run.healing is not None and run.healing.training is not None
+    told = run.healing.training
+    assert run.healing.method == "distill" and any(refit.taken for refit in run.healing.refits)
+    assert told.tokens == TOKENS and told.best > 0
+    assert len(told.untrained) == len(run.healing.unhealed) == 2
+    cut_kl, begun_kl, kl = (side[0].kl.value for side in (run.healing.unhealed, told.untrained, run.evidence))
+    assert max(begun_kl, kl) < cut_kl and begun_kl != kl
+    page = (out / "report.html").read_text()
+    assert "The training" in page and "not yet trained" in page and "loss along the training" in page
+    assert "trained on little text" in (out / "README.md").read_text()
+    assert len(load(out).model.model.layers) == 4
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    worse = Healing({name: 3 * load_file(tiny_lm / WEIGHTS)[name]}, (), {}, 0, 0)
+    monkeypatch.setattr(walk, "closed_form", lambda *_: worse)
+    monkeypatch.setattr(walk, "proven", lambda run, *_: run)
+    again = heal(out, out=tmp_path / "again", method="closed-form", calibration=str(words))
+    assert again.healing == run.healing, "what is worse is not taken, and the record says what was kept"
+    first, second = load_file(out / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+@pytest.mark.usefixtures("unproven")
+def test_what_was_healed_is_not_refitted_before_it_is_trained(cut: Path, words: Path, tmp_path: Path) -> None:
+    heal(cut, out=tmp_path / "one", method="closed-form", calibration=str(words))
+    refitted = Run.model_validate_json((tmp_path / "one" / "billhook.json").read_text()).healing
+    assert refitted is not None and refitted.training is None
+
+    def progress(label: str, done: int, total: int) -> None:
+        assert label != "healing"
+
+    run = heal(tmp_path / "one", out=tmp_path / "two", calibration=str(words), tokens=512, progress=progress)
+    assert run.healing is not None and run.healing.refits == refitted.refits
+    assert run.healing.training is not None
+
+
+@pytest.mark.usefixtures("unproven")
+def test_text_that_the_model_writes_is_kept_until_the_end(
+    cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(training, "taught", lambda *args: seen.append(args[6].ids) or 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            heal(cut, out=tmp_path / "out", calibration="self", tokens=128)
+        (kept,) = workplace(tmp_path / "out").glob("text-*.safetensors")
+    assert (seen[0] == seen[1]).all() and (load_file(kept)["ids"] == seen[0]).all()
+
+
+def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path) -> None:
+    def refused(source: Path, message: str, **options: Any) -> None:
+        with pytest.raises(InputError, match=message) as error:
+            heal(source, out=tmp_path / "out", calibration=str(words), **options)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()
+
+    refused(tiny_lm, "not a cut model with a record")
+    refused(cut, "at least 1 token", tokens=0)
+    refused(cut, "does not exist", against=str(tmp_path / "nowhere.gguf"))
+    refused(cut, "has other weights than its plan leaves", against=str(cut))
+    record = json.loads((cut / "billhook.json").read_text())
+    record["plan"]["provenance"]["model"] = "0" * 64
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in cut.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "billhook.json").unlink()
+    (other / "billhook.json").write_text(json.dumps(record))
+    refused(other, "was cut from another model")
+    (words.parent / "short.txt").write_text("too short a text\nto train on\n")
+    with pytest.raises(InputError, match="give a longer text"):
+        heal(cut, out=tmp_path / "out", calibration=str(words.parent / "short.txt"))
+    with pytest.raises(InputError, match="already exists"):
+        heal(cut, out=other, calibration=str(words))
