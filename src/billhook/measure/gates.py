@@ -32,7 +32,7 @@ class Gates:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         anatomy: Anatomy,
         windows: Windows,
         units: Sequence[Address],
@@ -41,7 +41,7 @@ class Gates:
     ) -> None:
         """Raises InputError if the model does not predict the next token of its own inputs."""
         stack = anatomy.stack(units[0].stack)
-        if anatomy.head is None or not stack.causal or len(anatomy.stacks) > 1:
+        if anatomy.head is None or not stack.causal or model.config.is_encoder_decoder:
             raise InputError(f"gates are trained on next tokens, which this {anatomy.family} model does not predict")
         self.model, self.anatomy, self.units = model, anatomy, tuple(units)
         self.windows = len(windows.ids)

@@ -32,9 +32,7 @@ def learned(
             return search.gates(problem, Gates(*about), steps=choice.steps, progress=progress)
         case Sampled():
             masked = Gates(*about, LowRank(choice.low_rank, seed) if choice.low_rank else None)
-            return search.sampled(
-                problem, masked, steps=choice.steps, rate=choice.rate, seed=seed, progress=progress
-            )
+            return search.sampled(problem, masked, steps=choice.steps, rate=choice.rate, seed=seed, progress=progress)
         case Bandit():
             skipped = Gates(*about, Adapters(choice.adapters, seed) if choice.adapters else None)
             return search.bandit(

@@ -127,9 +127,10 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice and a knapsack have a ``score``; a greedy, evolutionary or learned one (gates, sampled masks, bandit:
-    those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error
-    of the last ``stream``, or one of three distances of the output (see ``measure.distances``).
+    A one-shot choice and a knapsack have a ``score``; a greedy, evolutionary or learned one (gates, sampled masks,
+    bandit: those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from the dense
+    model's next tokens ``kl``, the ``loss`` on the text, the error of the last ``stream``, or one of three distances of
+    the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]

@@ -1,7 +1,7 @@
 """One file a strategy; the objective they ask; the ledger that survives a crash."""
 
-from billhook.search.baselines import at_random, evenly_kept, evenly_spaced, first, last, span
 from billhook.search.bandit import bandit
+from billhook.search.baselines import at_random, evenly_kept, evenly_spaced, first, last, span
 from billhook.search.evolve import Stage, evolve
 from billhook.search.gates import gates
 from billhook.search.greedy import greedy

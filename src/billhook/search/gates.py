@@ -14,7 +14,7 @@ from billhook.search.relaxed import Relaxed, shares
 
 RATE = 0.15  # how far a gate moves in one step at most
 RAMP = 0.4  # share of the steps in which the budget comes down
-PULL = 4.0  # discount of a shut unit in the end, in median prices
+PULL = 12.0  # discount of a shut unit in the end, in median prices
 _MEMORY = 0.5  # of the prices seen before
 
 
