@@ -20,8 +20,9 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.record import SearchRecord
+from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
-from billhook.recipes.schema import Evolve, Greedy, Knapsack, OneShot, Recipe, Span
+from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 
@@ -34,6 +35,7 @@ OBJECTIVES: dict[Kind, str] = {
     "euclidean": "distance of the output from dense",
     "jensen-shannon": "Jensen-Shannon divergence from dense",
 }
+LEARNED = {"gates": "trained gate", "sampled-masks": "logit of being kept", "bandit": "worth of not being skipped"}
 BASELINES: dict[str, Callable[..., Found]] = {
     "random": search.at_random,
     "evenly-spaced": search.evenly_spaced,
@@ -83,6 +85,9 @@ def find(
             }
         case Evolve():
             found = _evolve(choice, problem, windows, search_on, seed, progress)
+        case Trained() | Sampled() | Bandit():
+            found, worth = learned(choice, model, problem, windows, seed=seed, progress=progress)
+            importance[LEARNED[choice.word]] = {str(u): value for u, value in sorted(worth.items())}
         case OneShot() | Knapsack():
             scores, work = _scores(recipe, model, problem, windows, seen, progress)
             if isinstance(choice, Knapsack):

@@ -85,6 +85,34 @@ class Evolve(_Words):
     start: Greedy | None = None
 
 
+class Trained(_Words):
+    """Gates of all units trained at once for so many ``steps``, the units that are shut furthest going."""
+
+    word: Literal["gates"]
+    steps: Annotated[int, Field(ge=4)]
+
+
+class Sampled(_Words):
+    """Masks sampled for so many ``steps``, from logits that learn by gradients at ``rate``. ``low_rank``: the rank of
+    an update of the weights that is trained along and stands in for a later recovery; 0 for none."""
+
+    word: Literal["sampled-masks"]
+    steps: Annotated[int, Field(ge=4)]
+    rate: Annotated[float, Field(gt=0)] = 0.3
+    low_rank: Annotated[int, Field(ge=0)] = 0
+
+
+class Bandit(_Words):
+    """Random choices tried, ``draws`` of them on the same text in each of so many ``rounds``, and units told apart by
+    what they earn. ``adapters``: the width of small networks trained in the place of what is skipped; 0 for none."""
+
+    word: Literal["bandit"]
+    rounds: Annotated[int, Field(ge=1)]
+    draws: Annotated[int, Field(ge=2)] = 3
+    rate: Annotated[float, Field(gt=0)] = 1.0
+    adapters: Annotated[int, Field(ge=0)] = 0
+
+
 class Span(_Words):
     """The run of adjacent blocks over which the stream turns least."""
 
@@ -100,9 +128,10 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice and a knapsack have a ``score``; a greedy or evolutionary one has an ``objective``, which the
-    drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error
-    of the last ``stream``, or one of three distances of the output (see ``measure.distances``).
+    A one-shot choice and a knapsack have a ``score``; a greedy, evolutionary or learned one (gates, sampled masks,
+    bandit: those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from the dense
+    model's next tokens ``kl``, the ``loss`` on the text, the error of the last ``stream``, or one of three distances of
+    the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -111,7 +140,10 @@ class Recipe(_Words):
     unit: Unit
     score: Score | None = None
     objective: Kind | None = None
-    choice: Annotated[OneShot | Knapsack | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
+    choice: Annotated[
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Baseline,
+        Field(discriminator="word"),
+    ]
     act: Literal["drop"] = "drop"
     heal: Heal = "none"
     note: Line | None = None
@@ -120,8 +152,11 @@ class Recipe(_Words):
     def _fits_together(self) -> Self:
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
-        if (self.objective is not None) != (self.choice.word in ("greedy", "evolve")):
+        learned = isinstance(self.choice, Trained | Sampled | Bandit)
+        if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
+        if learned and self.objective != "loss":
+            raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.score is not None:

@@ -8,7 +8,7 @@ import re
 from billhook.heal import closed_form
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Evolve, Greedy, Recipe, Span
+from billhook.recipes.schema import Bandit, Evolve, Greedy, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
@@ -27,6 +27,10 @@ def passes(recipe: Recipe) -> str:
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):
         return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
+    if isinstance(recipe.choice, Trained | Sampled):
+        return "2 a step/window"
+    if isinstance(recipe.choice, Bandit):
+        return f"{recipe.choice.draws + 2} a round/window"
     if isinstance(recipe.choice, Span):
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":

@@ -1,0 +1,102 @@
+"""One scalar for each sublayer that stays, folded into what it writes with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.anatomy import discover
+from billhook.anatomy.types import Anatomy, Sublayer
+from billhook.data import Windows
+from billhook.heal.healing import Healing
+from billhook.heal.writes import NOT_ADDED
+from billhook.measure.gates import Gates
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.surgery import apply
+
+Progress = Callable[[str, int, int], None]
+STEPS = 24
+RATE = 0.04
+HELD_BACK = 1 / 8
+
+
+def gains(
+    model: Any,
+    anatomy: Anatomy,
+    plan: Plan | Iterable[Address],
+    source: Windows,
+    steps: int = STEPS,
+    rate: float = RATE,
+    progress: Progress | None = None,
+) -> tuple[Healing, dict[Address, float]]:
+    """A gain g for each sublayer that ``plan`` leaves, so that it adds g x what it added; new write weights, and the
+    gains by address in the cut model.
+
+    The gains minimise the loss on the text, the weights fixed: Adam on all of them at once, from 1, its rate falling to
+    0, the mean over the last third of the steps. They are taken where they lower the loss on the last eighth of the
+    windows, which the steps never see; else the old weights stay. Some tens of scalars cannot learn a text by heart.
+
+    Source: a scale on every residual branch as the control of a deep network's paths, from the residual expansion of
+    "On residual network depth"; that it should be fitted anew after a removal is the reading of this project.
+    Left alone: sublayers behind whose writes stands a norm, which would undo a gain. The result is an ordinary model.
+
+    Cost: a forward and a backward pass of the cut model over one window a step, and two passes over those held back.
+    Raises InputError for fewer than two windows, and where the loss is not finite.
+    """
+    if len(source.ids) < 2:
+        raise InputError("gains need two windows of text or more: some are held back")
+    small = apply(model, anatomy, plan)
+    inside = discover(small)
+    held = max(1, round(HELD_BACK * len(source.ids)))
+    fitted, kept = Windows.of(source.ids[:-held], source.name), Windows.of(source.ids[-held:], source.name)
+    sublayers = [s for stack in inside.stacks if stack.name == "decoder" for b in stack.blocks for s in b.sublayers]
+    free = {s.address: s for s in sublayers if _last(s)}
+    if not free:
+        raise InputError(f"norms stand behind all that a {anatomy.family} model writes: gains would change nothing")
+    gates, judge = Gates(small, inside, fitted, list(free)), Gates(small, inside, kept, list(free))
+    found = _fitted(gates, steps, rate, progress)
+    before, after = (fmean(judge.loss(at, window) for window in range(held)) for at in ({}, found))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    if after < before:
+        for unit, gain in found.items():
+            for parameter in _written(small, free[unit]):
+                tensors[names[id(parameter)]] = (parameter.detach().float() * gain).to(parameter.dtype)
+    left = {names[id(small.get_parameter(w))]: NOT_ADDED for s in sublayers if not _last(s) for w in s.writes}
+    work = gates.work + judge.work
+    return Healing(tensors, (), left, source.tokens, work), found if tensors else dict.fromkeys(found, 1.0)
+
+
+def _fitted(gates: Gates, steps: int, rate: float, progress: Progress | None) -> dict[Address, float]:
+    values = torch.ones(len(gates.units))
+    adam = torch.optim.Adam([values], lr=rate, betas=(0.8, 0.95))
+    total = torch.zeros_like(values)
+    last = max(1, steps // 3)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = rate * (1 - step / steps)
+        _, slopes = gates.slopes(dict(zip(gates.units, values.tolist(), strict=True)), step)
+        values.grad = torch.tensor([slopes[unit] for unit in gates.units])
+        adam.step()
+        if step >= steps - last:
+            total += values
+        if progress is not None:
+            progress("gains", step + 1, steps)
+    return dict(zip(gates.units, (total / last).tolist(), strict=True))
+
+
+def _last(sublayer: Sublayer) -> bool:
+    """Whether nothing but sums comes between the writes and the stream."""
+    return all(weight.startswith(f"{sublayer.output}.") for weight in sublayer.writes)
+
+
+def _written(model: Any, sublayer: Sublayer) -> list[Tensor]:
+    """The weights a sublayer writes with, and their biases."""
+    own = dict(model.named_parameters())
+    biases = [name.removesuffix("weight") + "bias" for name in sublayer.writes if name.endswith(".weight")]
+    return [own[name] for name in (*sublayer.writes, *biases) if name in own]
