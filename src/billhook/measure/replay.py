@@ -92,6 +92,17 @@ class Replay:
         """Positions in all batches, padding included: what a block forward over everything costs in ``work``."""
         return sum(streams[-1].shape[0] * streams[-1].shape[1] for streams in self._streams)
 
+    def streams(self, batch: int) -> list[Tensor]:
+        """The stream at the input of every block, and after the last one, in the current state: [rows, tokens, hidden]
+        each."""
+        return self._streams[batch]
+
+    def onward(self, batch: int, start: int, stream: Tensor) -> list[Tensor]:
+        """The stream after each block from ``start`` (1 at least) on, if it were this one at the input of that block;
+        the state stays. Costs these blocks.
+        """
+        return self._run(batch, start, stream, self.state)
+
     def without(self, *units: Address) -> list[Tensor]:
         """The stream after the last block with these units dropped as well; the state stays.
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from billhook.plan.audit import StackAudit
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 
@@ -179,6 +180,7 @@ class Run(_Record):
     costs: dict[str, Quantity] = {}
     search: SearchRecord | None = None
     measures: Measures | None = None
+    audits: dict[str, StackAudit] = {}
     healing: HealRecord | None = None
     evidence: tuple[TextEvidence, ...] = ()
     probes: tuple[ProbeEvidence, ...] = ()
