@@ -149,6 +149,11 @@ class HealRecord(_Record):
     left_alone: dict[str, str] = {}
     unhealed: tuple[TextEvidence, ...] = ()
 
+    @property
+    def combined(self) -> bool:
+        """Whether the new weights are the act of the recipe itself, which no option asks for."""
+        return self.method in ("average", "fuse", "gains")
+
 
 class Measures(_Record):
     """What was measured of the dense model: for each score, unit address -> importance (high is important), and the

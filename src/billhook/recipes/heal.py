@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from billhook.anatomy import Anatomy
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
-from billhook.heal import closed_form, healed
+from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord
 from billhook.recipes.opened import Opened
@@ -15,6 +16,19 @@ from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
+
+
+def _average(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress: Progress | None) -> Healing:
+    return average(model, anatomy, plan)
+
+
+METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
+    "closed-form": closed_form,
+    "average": _average,
+    "fuse": fuse,
+    "gains": branch_gains,
+}
+"""Where new weights for what is left come from, by the words of a recipe (``heal`` and ``act``)."""
 
 
 def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
@@ -35,8 +49,9 @@ def healing_text(model: Opened, calibration: str, seed: int, progress: Progress 
 def mended(
     model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None
 ) -> tuple[Any, HealRecord]:
-    """The cut model with new weights of its own for what was refitted; the dense model stays as it is."""
-    healing = closed_form(model.model, model.anatomy, plan, windows, progress)
+    """The cut model with new weights of its own for what was refitted; the dense model stays as it is. ``method`` is a
+    way to heal, or an act that combines blocks."""
+    healing = METHODS[method](model.model, model.anatomy, plan, windows, progress)
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
     record = HealRecord(

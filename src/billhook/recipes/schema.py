@@ -17,6 +17,7 @@ class _Words(BaseModel):
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
 Heal = Literal["none", "closed-form"]
+Act = Literal["drop", "average", "fuse", "gains"]
 
 
 class Paper(_Words):
@@ -111,7 +112,7 @@ class Recipe(_Words):
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[OneShot | Knapsack | Greedy | Evolve | Span | Baseline, Field(discriminator="word")]
-    act: Literal["drop"] = "drop"
+    act: Act = "drop"
     heal: Heal = "none"
     note: Line | None = None
 
@@ -123,6 +124,10 @@ class Recipe(_Words):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
+        if self.act in ("average", "fuse") and self.unit != "block":
+            raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
+        if self.act != "drop" and self.heal != "none":
+            raise ValueError(f"act {self.act} makes the new weights itself: it goes with heal none")
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self

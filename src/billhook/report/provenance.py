@@ -31,8 +31,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ]
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
+        refitted = f", {taken} of {len(healing.refits)} linears refitted" if healing.refits else ""
         found += [
-            ("healing", f"{healing.method}, {taken} of {len(healing.refits)} linears refitted"),
+            ("act" if healing.combined else "healing", f"{healing.method}{refitted}"),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]
