@@ -143,6 +143,8 @@ class Replay:
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if "use_cache" in self.batches[0]:
             inputs["use_cache"] = False
+        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
+            inputs["output_router_logits"] = False  # no router is reached
         with observing(self.model), overridden(self._stepping(0, len(self._blocks), stream[None])):
             return torch.as_tensor(self.model(**inputs).logits)[0]
 

@@ -57,7 +57,8 @@ def skips(audit: StackAudit) -> str:
                 f"For {name}, later blocks change by {percent(first)} on average if the skipped block is in the first "
                 f"half, by {percent(second)} if it is in the second."
             )
-    for name, row in (("", audit.skips.output_now), (" of later tokens", audit.skips.output_future)):
+    # no token reads the last block's output of another: it cannot matter for later ones
+    for name, row in (("", audit.skips.output_now), (" of later tokens", audit.skips.output_future[:-1])):
         known = {i: value for i, value in enumerate(row) if value is not None}
         if known:
             least, most = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
