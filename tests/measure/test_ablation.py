@@ -88,3 +88,18 @@ def test_stream_error_of_a_known_change() -> None:
     real, stream = ablator.replay.real[0], ablator.replay.final[0]
     tripled = [torch.where(real[..., None], 3 * stream, 7)]
     assert ablator._judge(tripled) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_turn_is_the_mean_cosine_lost_by_the_last_stream(name: str) -> None:
+    model = build(name)
+    anatomy = discover(model)
+    inputs = FAMILIES[name].inputs(model, 3, "right")
+    ablator = Ablator(model, anatomy, [inputs], "turn")
+    assert ablator.value() == pytest.approx(0, abs=1e-6)
+    unit = Address(next(iter(FAMILIES[name].stacks)), 1)
+    real = inputs["attention_mask"].bool()
+    dense, cut = ablator.replay.final[0][real], ablator.replay.without(unit)[0][real]
+    expected = 1 - torch.cosine_similarity(dense, cut, dim=-1).mean().item()
+    assert expected > 0.001
+    assert ablator.with_drop(unit) == pytest.approx(expected, abs=1e-5)

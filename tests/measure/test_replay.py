@@ -227,3 +227,13 @@ def test_reached_does_not_escape() -> None:
         Replay(model, discover(model), windows())
     except Reached:
         pytest.fail("the private signal escaped")
+
+
+@torch.no_grad()
+def test_logits_of_a_mixture_that_balances_its_experts() -> None:
+    """Its forward adds up the routers' choices, of which there are none while every block hands on."""
+    model = build("mixtral")
+    model.config.output_router_logits = True
+    replay = Replay(model, discover(model), windows(1))
+    ids = replay.batches[0]["input_ids"][0]
+    torch.testing.assert_close(replay.logits(ids, replay.final[0][0]), model(input_ids=ids[None]).logits[0])

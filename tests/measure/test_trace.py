@@ -84,6 +84,10 @@ def test_sublayers_of_a_sequential_block() -> None:
     assert result.means("cosine")[Address("decoder", 2, "attention")] == pytest.approx(cosine, abs=1e-6)
     cosine = cosine_similarity(middle, seen["y"], -1).mean().item()
     assert result.means("cosine")[Address("decoder", 2, "mlp")] == pytest.approx(cosine, abs=1e-6)
+    for kind, stream in (("attention", seen["x"]), ("mlp", middle)):
+        written = seen["attention"] if kind == "attention" else seen["y"] - middle
+        cosine = cosine_similarity(stream, written, -1).mean().item()
+        assert result.means("alignment")[Address("decoder", 2, kind)] == pytest.approx(cosine, abs=1e-5)
 
 
 def test_sublayers_of_a_parallel_block() -> None:

@@ -11,7 +11,7 @@ from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
 
-_OUT = "Also write report.html and billhook.json there: a new folder."
+_OUT = "Also audit the depth, and write report.html and billhook.json there: a new folder. Takes minutes."
 
 
 def inspect(
@@ -27,7 +27,9 @@ def inspect(
 ) -> None:
     """Show what MODEL consists of and how much each block and sublayer matters.
 
-    One bar a block, from the first to the last; the taller, the more important.
+    One bar a block, from the first to the last; the taller, the more important. With [bold]--out[/] also how the model
+    uses its depth: what skipping a block does to later ones and to the output, how far affine maps between depths
+    reach, what blocks do token by token.
 
     [dim]Example:[/] billhook inspect demo --out out/inspect
     """
@@ -51,4 +53,5 @@ def inspect(
     from billhook.cli import inspection, views
 
     files = [views.files(out)] if out else []
-    print_views(inspection.model(run), inspection.importance(run), *files)
+    audited = [inspection.audit(run)] if run.audits else []
+    print_views(inspection.model(run), inspection.importance(run), *audited, *files)

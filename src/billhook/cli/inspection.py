@@ -10,6 +10,7 @@ from rich.text import Text
 from billhook.plan.address import SUBLAYERS, Address
 from billhook.plan.outline import StackOutline
 from billhook.plan.record import Run
+from billhook.report.audit import parts
 from billhook.report.numbers import quantity
 from billhook.report.palette import kind_name
 
@@ -55,6 +56,16 @@ def importance(run: Run) -> Table:
                 for row in _lines(stack, kind, values):
                     table.add_row(name, *row)
                     name = ""
+    return table
+
+
+def audit(run: Run) -> Table:
+    """What the depth audit says, a topic a row; the pictures are on the page."""
+    table = Table(box=None, padding=(0, 2, 1, 0), pad_edge=False, show_header=False)
+    table.add_column(style="dim", max_width=24)
+    table.add_column()
+    for part in parts(run):
+        table.add_row(Text(part.title), Text(part.says))
     return table
 
 

@@ -1,6 +1,22 @@
 """What is left after a cut, made good again: new weights for parts that stay, in the architecture as it is."""
 
+from billhook.heal.average import average, refill
 from billhook.heal.closed_form import closed_form, require_healable
+from billhook.heal.fuse import fuse
+from billhook.heal.gains import branch_gains
 from billhook.heal.healing import UNTOUCHED, Healing, healed
+from billhook.heal.restore import restore, scale_updates
 
-__all__ = ["UNTOUCHED", "Healing", "closed_form", "healed", "require_healable"]
+__all__ = [
+    "UNTOUCHED",
+    "Healing",
+    "average",
+    "branch_gains",
+    "closed_form",
+    "fuse",
+    "healed",
+    "refill",
+    "require_healable",
+    "restore",
+    "scale_updates",
+]

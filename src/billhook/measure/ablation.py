@@ -16,7 +16,7 @@ from billhook.measure.replay import Progress, Replay
 from billhook.measure.teacher import Teacher
 from billhook.plan.address import Address
 
-Kind = Literal["kl", "loss", "stream", "angle", "euclidean", "jensen-shannon"]
+Kind = Literal["kl", "loss", "stream", "turn", "angle", "euclidean", "jensen-shannon"]
 
 
 class Ablator:
@@ -26,10 +26,12 @@ class Ablator:
     - ``loss``: mean negative log-likelihood of the text, nats a token;
     - ``angle``, ``euclidean``, ``jensen-shannon``: mean distance of its logits from the dense ones (see
       ``measure.distances``);
-    - ``stream``: squared error of the stream after the last block relative to the dense stream, for any model.
+    - ``stream``: squared error of the stream after the last block relative to the dense stream, for any model;
+    - ``turn``: 1 - E[cos] of the stream after the last block and the dense one, over tokens, for any model (the Macro
+      Influence of FuseGPT, arXiv 2411.14507, if a block is dropped).
 
     One evaluation costs the blocks after the first one affected and the head: twice for the three distances, never for
-    ``stream``.
+    ``stream`` and ``turn``.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ def _judge(replay: Replay, kind: Kind) -> Callable[[list[Tensor]], float]:
     match kind:
         case "stream":
             return _stream_error(replay)
+        case "turn":
+            return _turn(replay)
         case "angle" | "euclidean" | "jensen-shannon":
             return OutputDistance(replay, kind)
     teacher = Teacher(replay)
@@ -103,3 +107,17 @@ def _stream_error(replay: Replay) -> Callable[[list[Tensor]], float]:
         return sum(distances) / energy
 
     return error
+
+
+def _turn(replay: Replay) -> Callable[[list[Tensor]], float]:
+    dense = [stream[real].float() for stream, real in zip(replay.final, replay.real, strict=True)]
+    count = sum(len(stream) for stream in dense)
+
+    def turn(streams: list[Tensor]) -> float:
+        now = (stream[real].float() for stream, real in zip(streams, replay.real, strict=True))
+        cosines = (
+            torch.cosine_similarity(a, b, dim=-1).sum(dtype=torch.float64) for a, b in zip(now, dense, strict=True)
+        )
+        return 1 - sum(cosine.item() for cosine in cosines) / count
+
+    return turn

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.measure.patch import Forward, hooked, stream_in, stream_out
 from billhook.measure.stand_ins import Nothing, StandIn
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.surgery.stubs import STUBS
 
 
 class Gates:

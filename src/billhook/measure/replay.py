@@ -92,6 +92,17 @@ class Replay:
         """Positions in all batches, padding included: what a block forward over everything costs in ``work``."""
         return sum(streams[-1].shape[0] * streams[-1].shape[1] for streams in self._streams)
 
+    def streams(self, batch: int) -> list[Tensor]:
+        """The stream at the input of every block, and after the last one, in the current state: [rows, tokens, hidden]
+        each."""
+        return self._streams[batch]
+
+    def onward(self, batch: int, start: int, stream: Tensor) -> list[Tensor]:
+        """The stream after each block from ``start`` (1 at least) on, if it were this one at the input of that block;
+        the state stays. Costs these blocks.
+        """
+        return self._run(batch, start, stream, self.state)
+
     def without(self, *units: Address) -> list[Tensor]:
         """The stream after the last block with these units dropped as well; the state stays.
 
@@ -132,6 +143,8 @@ class Replay:
         inputs: dict[str, Any] = {"input_ids": ids[None]}
         if "use_cache" in self.batches[0]:
             inputs["use_cache"] = False
+        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
+            inputs["output_router_logits"] = False  # no router is reached
         with observing(self.model), overridden(self._stepping(0, len(self._blocks), stream[None])):
             return torch.as_tensor(self.model(**inputs).logits)[0]
 

@@ -95,12 +95,18 @@ class Teacher:
             yield from (rows[i : i + self._chunk] for i in range(0, len(rows), self._chunk))
 
 
+def predicts_next_tokens(replay: Replay) -> bool:
+    """Whether the model predicts the next token of its own inputs."""
+    batch = replay.batches[0]
+    return replay.anatomy.head is not None and replay.stack.causal and "decoder_input_ids" not in batch
+
+
 def require_next_tokens(replay: Replay) -> None:
     """InputError if the model does not predict the next token of its own inputs."""
-    anatomy = replay.anatomy
-    if anatomy.head is None or not replay.stack.causal or "decoder_input_ids" in replay.batches[0]:
+    if not predicts_next_tokens(replay):
+        family = replay.anatomy.family
         raise InputError(
-            f"what a model predicts needs a decoder-only language model, which this {anatomy.family} model is not; "
+            f"what a model predicts needs a decoder-only language model, which this {family} model is not; "
             f"the error of the stream can be measured instead"
         )
 

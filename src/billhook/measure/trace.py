@@ -36,7 +36,8 @@ def trace(
 
     - ``cosine``: cos(x, y); 1 - E[cos] is the block influence of ShortGPT (arXiv 2403.03853);
     - ``update``: ||y - x|| / ||x||, the relative norm of what the unit writes;
-    - ``update_share``: ||y - x|| / ||y||.
+    - ``update_share``: ||y - x|| / ||y||;
+    - ``alignment``: cos(x, y - x), below 0 where the unit takes away from the stream (arXiv 2505.13898).
 
     The stream after a sublayer is what its block would hand on if the later sublayers were silent (in a parallel
     block: all others), which is what dropping these leaves; the stream before it is what the previous one left.
@@ -139,6 +140,7 @@ class _Pass:
             "cosine": (x * y).sum(-1) / before / after,
             "update": written / before,
             "update_share": written / after,
+            "alignment": ((y - x) * x).sum(-1) / before / written.clamp(min=tiny),
         }
         for name, values in rows.items():
             mean = Mean(values.sum(dtype=torch.float64).item(), len(values))

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from billhook.plan.audit import StackAudit
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 
@@ -193,6 +194,11 @@ class HealRecord(_Record):
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 
+    @property
+    def combined(self) -> bool:
+        """Whether the new weights are the act of the recipe itself, which no option asks for."""
+        return self.method in ("average", "fuse", "gains")
+
 
 class Measures(_Record):
     """What was measured of the dense model: for each score, unit address -> importance (high is important), and the
@@ -224,6 +230,7 @@ class Run(_Record):
     costs: dict[str, Quantity] = {}
     search: SearchRecord | None = None
     measures: Measures | None = None
+    audits: dict[str, StackAudit] = {}
     healing: HealRecord | None = None
     evidence: tuple[TextEvidence, ...] = ()
     probes: tuple[ProbeEvidence, ...] = ()

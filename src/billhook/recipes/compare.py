@@ -23,10 +23,12 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find
+from billhook.recipes.heal import mended
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
@@ -61,7 +63,8 @@ def compare(
     against the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
-    random baseline is drawn several times. Nothing is healed, so that methods are judged by what they cut. ``told``
+    random baseline is drawn several times. Nothing is healed, so that methods are judged by what they cut; those whose
+    act combines blocks do so on the calibration text. ``told``
     hears of each entry when it is done. A recipe that cannot meet a budget on this model is an entry that says why.
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
@@ -167,11 +170,19 @@ def _judged(
     target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
-    compressed = [apply(model.model, model.anatomy, map(Address.parse, entry.drops)) for entry in met]
+    compressed = [_acted(recipe, model, entry, windows, progress) for entry in met]
     on_text = evidence_of_each(model.model, compressed, texts, progress=progress) if met else []
     proofs = zip(on_text, map(probe, compressed), strict=True)
     proven = ({"evidence": evidence, "probes": probes} for evidence, probes in proofs)
     return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
+
+
+def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progress: Progress | None) -> Any:
+    """The cut model; where the recipe combines blocks, with the weights that its act makes of the calibration text."""
+    plan = Plan.of(map(Address.parse, entry.drops))
+    if recipe.act == "drop":
+        return apply(model.model, model.anatomy, plan)
+    return mended(model, plan, recipe.act, windows, progress)[0]
 
 
 def _searched(

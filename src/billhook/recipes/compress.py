@@ -57,15 +57,16 @@ def compress(
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
-    target is taken; ``heal`` is what the recipe says unless told. Everything that can be refused is refused before the
-    search; an interrupted search goes on from its last finished evaluation when the same call is made again (its ledger
-    lies beside ``out`` until then). Two runs cannot work on one ``out`` at once.
+    target is taken; ``heal`` is what the recipe says unless told, and an act that combines blocks stands in its place.
+    Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
+    evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
+    ``out`` at once.
     """
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
-    way = heal or chosen.heal
+    way = _way(chosen, heal)
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -145,6 +146,15 @@ def compress(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+def _way(recipe: Recipe, heal: Heal | None) -> str:
+    """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
+    if recipe.act == "drop":
+        return heal or recipe.heal
+    if heal not in (None, "none"):
+        raise InputError(f"recipe {recipe.name} makes new weights itself (act {recipe.act}); leave out --heal {heal}")
+    return recipe.act
 
 
 def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple[Recipe, Target]:

@@ -31,6 +31,7 @@ OBJECTIVES: dict[Kind, str] = {
     "kl": "divergence from dense",
     "loss": "loss",
     "stream": "error of the last stream",
+    "turn": "turn of the last stream",
     "angle": "angle of the output from dense",
     "euclidean": "distance of the output from dense",
     "jensen-shannon": "Jensen-Shannon divergence from dense",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from billhook.anatomy import Anatomy
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import Healing, closed_form, healed, require_healable
+from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
 from billhook.models import building, check_out, fingerprint
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -29,6 +30,19 @@ from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINI
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
+
+
+def _average(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress: Progress | None) -> Healing:
+    return average(model, anatomy, plan)
+
+
+METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
+    "closed-form": closed_form,
+    "average": _average,
+    "fuse": fuse,
+    "gains": branch_gains,
+}
+"""Where new weights for what is left come from, by the words of a recipe (``heal`` and ``act``)."""
 
 
 def heal(
@@ -147,8 +161,9 @@ def healing_text(model: Opened, calibration: str, seed: int, progress: Progress 
 def mended(
     model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None
 ) -> tuple[Any, HealRecord]:
-    """The cut model with new weights of its own for what was refitted; the dense model stays as it is."""
-    return applied(model, plan, closed_form(model.model, model.anatomy, plan, windows, progress), method)
+    """The cut model with new weights of its own for what was refitted; the dense model stays as it is. ``method`` is a
+    way to heal in closed form, or an act that combines blocks."""
+    return applied(model, plan, METHODS[method](model.model, model.anatomy, plan, windows, progress), method)
 
 
 def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[Any, HealRecord]:

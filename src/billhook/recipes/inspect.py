@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from billhook.data import Windows
 from billhook.data import calibration as windows_of
+from billhook.measure.audit import audit
 from billhook.measure.cost import quantities
 from billhook.models import building, check_out
+from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.recipes.measures import measures, watch
@@ -33,8 +36,8 @@ def inspect(
 ) -> Run:
     """Find the parts of a model and measure, in one pass over the calibration, how much each changes the stream.
 
-    A model without a tokenizer (a vision tower, say) is described without being measured. With ``out`` the record and
-    the page are written there.
+    A model without a tokenizer (a vision tower, say) is described without being measured. With ``out`` every stack that
+    the text reaches is audited as well (see ``measure.audit``), and the record and the page are written there.
     """
     if out is not None:
         check_out(out, overwrite, source)
@@ -61,8 +64,28 @@ def inspect(
             )
             seen = watch(model, windows, progress)
         run = run.model_copy(update={"measures": measures(model, calibration, windows, seen)})
+        if out is not None:
+            with clock.step("audit"):
+                fit, held = divided(windows)
+                audits = {
+                    stack: audit(model.model, model.anatomy, fit, held, seen, stack, progress) for stack in seen.angles
+                }
+            run = run.model_copy(update={"audits": audits})
     run = run.model_copy(update={"seconds": clock.seconds})
     if out is not None:
         with building(out, overwrite) as folder:
             write_down(run, Path(folder))
     return run
+
+
+def divided(windows: Windows) -> tuple[Windows, Windows]:
+    """The text that maps are fitted on, and the last third of the windows, at least one, which they never see. A single
+    window is cut in two. InputError for less than two tokens."""
+    ids = windows.ids
+    if len(ids) == 1:
+        if ids.shape[1] < 2:
+            raise InputError(f"an audit needs two tokens at least; {windows.name} has {ids.shape[1]}")
+        half = ids.shape[1] // 2
+        ids = ids[:, : 2 * half].reshape(2, half)
+    kept = len(ids) - max(1, len(ids) // 3)
+    return Windows.of(ids[:kept], f"{windows.name}, fitted"), Windows.of(ids[kept:], f"{windows.name}, held back")

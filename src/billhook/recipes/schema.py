@@ -18,6 +18,7 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
 Heal = Literal["none", "closed-form", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
+Act = Literal["drop", "average", "fuse", "gains"]
 
 
 class Paper(_Words):
@@ -144,7 +145,7 @@ class Recipe(_Words):
         OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Baseline,
         Field(discriminator="word"),
     ]
-    act: Literal["drop"] = "drop"
+    act: Act = "drop"
     heal: Heal = "none"
     note: Line | None = None
 
@@ -159,6 +160,10 @@ class Recipe(_Words):
             raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
+        if self.act in ("average", "fuse") and self.unit != "block":
+            raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
+        if self.act != "drop" and self.heal != "none":
+            raise ValueError(f"act {self.act} makes the new weights itself: it goes with heal none")
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self

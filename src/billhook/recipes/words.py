@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import closed_form
+from billhook.heal import average, branch_gains, closed_form, fuse
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
 from billhook.recipes.schema import Bandit, Evolve, Greedy, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
+ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 
@@ -53,6 +54,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
     word = recipe.choice.word
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
+    if recipe.act != "drop":
+        words[f"act {recipe.act}"] = first_sentence(ACTS[recipe.act])
     if recipe.heal == "closed-form":
         words[f"heal {recipe.heal}"] = first_sentence(closed_form)
     elif recipe.heal in METHODS:

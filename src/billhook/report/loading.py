@@ -70,7 +70,8 @@ def commands(run: Run) -> str:
             "budget": run.asked,
             "target": str(run.plan.target),
             "recipe": run.plan.provenance.recipe,
-            "heal": healed or "none",  # said in either case: the recipe may say otherwise
+            # said in either case, for the recipe may say otherwise; an act that combines blocks is the recipe's own
+            "heal": "" if run.healing and run.healing.combined else healed or "none",
         }
         seed = run.plan.provenance.seed
         options["seed"] = "" if seed is None else str(seed)

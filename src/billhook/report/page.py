@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from billhook.plan.record import Run
 from billhook.report import (
     answers,
+    audit,
     cuts,
     figures,
     figures_result,
@@ -74,6 +75,7 @@ def _context(run: Run) -> dict[str, Any]:
         "speed": figures_result.speedups(run) + figures_result.memory(run),
     }
     columns = cuts.columns(run)
+    audited = audit.parts(run)
     return {
         "run": run,
         "title": headline.title(run),
@@ -92,7 +94,9 @@ def _context(run: Run) -> dict[str, Any]:
         "loading": loading.loading(run),
         "commands": loading.commands(run),
         "facts": provenance.facts(run),
-        "drawing": any(pictures.values()),
+        "audit": audited,
+        "audit_basis": audit.basis(run),
+        "drawing": any(pictures.values()) or bool(audited),
     }
 
 

@@ -31,14 +31,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ]
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
-        done = (
-            "refused: it made nothing better"
-            if healing.refused
-            else f"{taken} of {len(healing.refits)} linears refitted"
-        )
+        refitted = f", {taken} of {len(healing.refits)} linears refitted" if healing.refits else ""
+        done = ", refused: it made nothing better" if healing.refused else refitted
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
-            ("healing", f"{healing.method}, {done}"),
+            ("act" if healing.combined else "healing", f"{healing.method}{done}"),
             ("neurons grafted", f"{grafted:,}" if grafted else ""),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
