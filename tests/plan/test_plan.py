@@ -69,7 +69,7 @@ def test_read_takes_a_plan_a_run_or_the_folder_of_one(tmp_path: Path) -> None:
         ('{"edit": []}', "edit: Extra inputs are not permitted"),
         ('{"edits": [{"unit": "decoder.1", "ratio": 0.5}]}', "edits.0.ratio: Extra inputs are not permitted"),
         ('{"provenance": {"host": "x"}}', "provenance.host: Extra inputs are not permitted"),
-        ('{"edits": [{"kind": "merge", "unit": "decoder.1"}]}', "edits.0.kind"),
+        ('{"edits": [{"kind": "merge", "unit": "decoder.1"}]}', "edits.0: Input tag 'merge' found using 'kind'"),
         ('{"edits": [{"unit": "layer 1"}]}', "edits.0.unit: address 'layer 1' is not of the form"),
         ('{"edits": [{"unit": 1}]}', "edits.0.unit: an address is a text such as decoder.12, not 1"),
         ('{"edits": [{"unit": {"stack": "decoder", "block": -1}}]}', "edits.0.unit: an address is a text"),

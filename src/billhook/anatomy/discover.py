@@ -12,6 +12,7 @@ from billhook.anatomy.families import PINNED, refusal, refused_targets
 from billhook.anatomy.outline import draw
 from billhook.anatomy.roles import NotUnderstood, looks_like_block, read_block
 from billhook.anatomy.types import Anatomy, Block, Counter, Stack
+from billhook.anatomy.width import widened
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
@@ -61,13 +62,14 @@ def discover(model: PreTrainedModel) -> Anatomy:
         )
 
     outline = draw(model, tuple(stacks), _pins(model, stacks), refused_targets(config, _single_decoder(stacks)))
-    return Anatomy(
+    anatomy = Anatomy(
         family=family,
         stacks=tuple(stacks),
         embedding=_path_of(model, _call(model, "get_input_embeddings")),
         head=_path_of(model, _call(model, "get_output_embeddings")),
         outline=outline,
     )
+    return widened(model, anatomy)
 
 
 def _all_lists(model: PreTrainedModel) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from billhook.plan.target import Target
 
@@ -41,6 +41,39 @@ NOT_SHORTER: dict[str, dict[str, str]] = {"t5": {"encoder": "decoder"}}
 
 #: Families whose weights a DeciLM loader (vLLM, llama.cpp) can read under their own names.
 DECI_SHAPED = frozenset({"llama", "mistral", "qwen2"})
+
+#: How a fused projection of q, k and v is laid out: all of q, then k, then v; or q, k and v of one KV group, then of
+#: the next. A fused projection of a family that is not listed is not understood.
+FUSED_QKV: dict[str, Literal["stacked", "interleaved"]] = {
+    "phi3": "stacked",
+    "gpt2": "stacked",
+    "modernbert": "stacked",
+    "gpt_neox": "interleaved",
+    "falcon": "interleaved",
+}
+
+#: Families that fuse gate and up into one linear, one above the other.
+FUSED_GATE_UP = frozenset({"phi3", "modernbert"})
+
+_ONE_BIAS = "every block's heads read one tensor of position biases, with an entry a head"
+
+#: Families whose heads are tied across blocks.
+RIGID_HEADS: dict[str, Callable[[Config], str | None]] = {
+    "t5": lambda config: _ONE_BIAS,
+    "bloom": lambda config: _ONE_BIAS,
+    "falcon": lambda config: _ONE_BIAS if config.alibi else None,
+}
+
+#: Families whose config states the width of a head beside their number, or can; and whether it insists that the number
+#: divides the hidden size.
+HEAD_WIDTH_STATED: dict[str, bool] = {
+    **dict.fromkeys(("llama", "gemma2", "gemma3_text"), True),
+    **dict.fromkeys(("mistral", "qwen2", "qwen3", "phi3", "olmo2", "granite", "cohere", "smollm3"), False),
+    **dict.fromkeys(("mixtral", "qwen3_moe", "deepseek_v3", "vit", "dinov2"), False),
+}
+
+#: Config values that an attention looks up while it runs.
+LOOKED_UP: dict[str, tuple[str, ...]] = {"phi3": ("num_attention_heads",)}
 
 
 def ambiguous_norms(model_type: str, names: frozenset[str]) -> bool:

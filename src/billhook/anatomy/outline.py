@@ -96,7 +96,7 @@ def _heads(module: Any, config: Any) -> tuple[int, int, int]:
     head_dim = _first(inner, config, ("head_dim", "qk_head_dim", "attention_head_size", "key_value_proj_dim"))
     head_dim = head_dim or config.hidden_size // heads
     if hasattr(inner, "k_proj"):
-        return heads, inner.k_proj.weight.shape[0] // head_dim, head_dim
+        return inner.q_proj.weight.shape[0] // head_dim, inner.k_proj.weight.shape[0] // head_dim, head_dim
     if getattr(inner, "new_decoder_architecture", False):
         return heads, heads, head_dim  # keys and values are broadcast to all heads before they are cached
     kv_heads = _first(inner, config, ("num_kv_heads", "num_key_value_heads")) or heads

@@ -23,8 +23,8 @@ class Slice:
 
     ``parameter`` is the name of a parameter or buffer in the live model. A tensor that fuses several projections has
     one slice for each run of units: the gate half and the up half of ``gate_up_proj``, or q, k and v of ``qkv_proj``;
-    where heads are interleaved (q, k and v of the first head, then of the second) one wide slice says it all. Entries
-    that no slice covers belong to no unit and stay.
+    where heads are interleaved (q, k and v of the first head, then of the second) one wide slice says it all. Together
+    the slices of a tensor cover its axis.
 
     ``writes`` marks the weight through which the unit writes to the residual stream (down; o; an expert's down). For
     neurons and groups the same entries of that linear's *input* are the unit's activation.
@@ -47,9 +47,11 @@ class Inner:
 
     ``count`` is how many there are. ``attributes`` are numbers that modules keep of them, as (module path, attribute,
     amount a unit): 3 units of ``("layers.0.self_attn", "num_heads", 2)`` make ``num_heads`` 6; an attribute
-    ``config.NAME`` is read from a config of the module's own. ``keys`` are the config values that state the size, as
-    (key, amount a unit) in the config of the stack, empty where no config value can say it. At least ``least`` units
-    must stay; of each of ``parts`` equal runs of units as many as of the others.
+    ``config.NAME`` is one that the module looks up in its config. ``keys`` are the values of the stack's config that
+    state the size, as (key, amount a unit), empty where no config value can say it; ``states`` are values that the
+    config must then state outright, because it works them out from the size otherwise. Where ``divides`` is not 0 the
+    first key's value must divide it. At least ``least`` units must stay, of each of ``parts`` equal runs of units as
+    many as of the others.
     """
 
     kind: Literal["neuron", "group", "expert"]
@@ -57,6 +59,8 @@ class Inner:
     slices: tuple[Slice, ...]
     attributes: tuple[tuple[str, str, int], ...] = ()
     keys: tuple[tuple[str, int], ...] = ()
+    states: tuple[tuple[str, int], ...] = ()
+    divides: int = 0
     least: int = 1
     parts: int = 1
 

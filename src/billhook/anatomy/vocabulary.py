@@ -70,3 +70,21 @@ NOT_PER_BLOCK = frozenset(
         *("image_size", "patch_size", "image_mean", "image_std", "keys_to_ignore_at_inference"),
     )
 )
+
+#: Leaf names of the linears of an attention that keeps queries, keys and values apart.
+APART = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"), ("query", "key", "value"))
+
+#: Names of the norms of queries and of keys: of one head's width (shared by all heads), or with an entry a head.
+QUERY_NORMS, KEY_NORMS = ("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")
+
+#: How modules and configs call their sizes.
+HEAD_WIDTH = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+HEADS = ("num_heads", "n_heads", "num_attention_heads")
+KV_HEADS = ("num_kv_heads", "num_key_value_heads")
+ALL_HEADS = ("split_size", "all_head_size", "inner_dim")
+NEURONS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff", "n_inner")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+#: Names of a router, and of parts of a mixture that every token runs through.
+ROUTERS = ("gate", "router")
+SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_expert_gate")

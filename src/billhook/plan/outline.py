@@ -18,13 +18,37 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class InnerOutline(_Record):
+    """The inner units of one kind in a sublayer (neurons, KV groups or experts), ``count`` of them.
+
+    The other figures are those of one unit: its ``params`` and those that every token multiplies with (of an expert
+    only its share of the router), its query heads, its heads in the cache, the cached values per token that are its
+    own. ``key`` names the config value that states the size (``config.intermediate_size``), ``amount`` a unit; empty
+    where no config value can say it. Where ``divides`` is not 0 that value must divide it. At least ``least`` units
+    must stay, of each of ``parts`` equal runs as many as of the others.
+    """
+
+    count: int
+    params: int
+    active_params: int
+    heads: int = 0
+    kv_heads: int = 0
+    cache_width: int = 0
+    key: str = ""
+    amount: int = 1
+    divides: int = 0
+    least: int = 1
+    parts: int = 1
+
+
 class SublayerOutline(_Record):
     """One sublayer. Sizes that do not apply are 0.
 
     ``params`` counts everything that goes when the sublayer is dropped (its linears, biases, inner norms and the norms
     of its branch). ``active_params`` counts the weights that one token multiplies with: below ``params`` for
     mixture-of-experts. ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the
-    number of cached values per token (keys and values together).
+    number of cached values per token (keys and values together). ``inner`` are the units that can be cut from it, by
+    kind; ``rigid`` says why there are none.
     """
 
     params: int
@@ -37,6 +61,25 @@ class SublayerOutline(_Record):
     active_experts: int = 0
     window: int | None = None
     cache_width: int = 0
+    inner: dict[str, InnerOutline] = {}
+    rigid: str = ""
+
+    def narrowed(self, kind: str, count: int) -> SublayerOutline:
+        """The same sublayer with only ``count`` of its inner units of one kind."""
+        unit = self.inner[kind]
+        gone = unit.count - count
+        left = {"neuron": "neurons", "expert": "experts"}
+        return self.model_copy(
+            update={
+                "params": self.params - gone * unit.params,
+                "active_params": self.active_params - gone * unit.active_params,
+                "heads": self.heads - gone * unit.heads,
+                "kv_heads": self.kv_heads - gone * unit.kv_heads,
+                "cache_width": self.cache_width - gone * unit.cache_width,
+                "inner": {**self.inner, kind: unit.model_copy(update={"count": count})},
+                **({left[kind]: count} if kind in left else {}),
+            }
+        )
 
 
 class BlockOutline(_Record):

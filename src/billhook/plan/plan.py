@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
+from billhook.plan.ranges import parse_ranges, write_ranges
 from billhook.plan.target import Target
 
 
@@ -44,7 +45,32 @@ class Drop(_Record):
     unit: AddressField
 
 
-Edit = Drop  # a discriminated union on ``kind`` as soon as there is a second edit
+IndicesField = Annotated[
+    tuple[int, ...],
+    BeforeValidator(parse_ranges),
+    PlainSerializer(write_ranges, return_type=str),
+]
+
+
+class Keep(_Record):
+    """Keep these inner units of a sublayer and remove the others of their kind, with everything coupled to them.
+
+    ``indices`` count in the original model, in rising order. In JSON they are ranges in one string, ``0-511,514``: short
+    where units were kept in runs, a few bytes a unit otherwise, and still readable and diffable in the plan itself.
+    """
+
+    kind: Literal["keep"] = "keep"
+    unit: AddressField
+    inner: Literal["neuron", "group", "expert"]
+    indices: IndicesField
+
+
+def _edit_kind(value: object) -> object:
+    """Edits of the first plans may lack ``kind``: they are drops."""
+    return {"kind": "drop", **value} if isinstance(value, dict) else value
+
+
+Edit = Annotated[Annotated[Drop | Keep, Field(discriminator="kind")], BeforeValidator(_edit_kind)]
 
 
 class Provenance(_Record):
@@ -67,14 +93,21 @@ class Plan(_Record):
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod
-    def of(cls, units: Iterable[Address | str], target: Target = Target.ANY) -> Self:
-        """A plan that drops the given units, in order of address."""
+    def of(cls, units: Iterable[Address | str], target: Target = Target.ANY, keeps: Iterable[Keep] = ()) -> Self:
+        """A plan that drops the given units and narrows others by ``keeps``, in order of address, drops first."""
         addresses = {Address.parse(u) if isinstance(u, str) else u for u in units}
-        return cls(target=target, edits=tuple(Drop(unit=a) for a in sorted(addresses)))
+        drops = tuple(Drop(unit=a) for a in sorted(addresses))
+        return cls(target=target, edits=(*drops, *sorted(keeps, key=lambda keep: (keep.unit, keep.inner))))
 
     @property
     def drops(self) -> frozenset[Address]:
-        return frozenset(edit.unit for edit in self.edits)
+        """The blocks and sublayers that go."""
+        return frozenset(edit.unit for edit in self.edits if isinstance(edit, Drop))
+
+    @property
+    def keeps(self) -> tuple[Keep, ...]:
+        """The sublayers that get narrower."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Keep))
 
     def dumps(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -108,7 +141,7 @@ class Plan(_Record):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the top level"
+            place = ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep")) or "the top level"
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{name} is not a valid plan: {place}: {reason}") from error
 

@@ -1,0 +1,116 @@
+"""What can be cut inside a sublayer: for every family, which entries of which tensors belong to one inner unit.
+
+This is stated here once, as data (``Inner``); simulation, physical cut, cut on disk, saved form and cost all work on
+it. Every parameter of a sublayer must be accounted for, or the sublayer has no inner units and the reason is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from billhook.anatomy.config import owner_of, resolve
+from billhook.anatomy.families import RIGID_HEADS
+from billhook.anatomy.groups import groups
+from billhook.anatomy.neurons import experts, neurons
+from billhook.anatomy.roles import NotUnderstood
+from billhook.anatomy.tensors import Work
+from billhook.anatomy.types import Anatomy, Inner, Stack, Sublayer
+from billhook.plan.address import Address
+from billhook.plan.outline import InnerOutline, Outline, SublayerOutline
+
+
+def inner_units(model: PreTrainedModel, anatomy: Anatomy) -> dict[Address, tuple[Inner, ...]]:
+    """The inner units of every sublayer that has any. Reads names and shapes only; works on the meta device."""
+    return _read(model, anatomy)[0]
+
+
+def widened(model: PreTrainedModel, anatomy: Anatomy) -> Anatomy:
+    """The same anatomy with the inner units of every sublayer, in its outline too."""
+    inner, rigid = _read(model, anatomy)
+    owners = {stack.name: stack.counters[0].owner for stack in anatomy.stacks}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+    def drawn(address: Address, sublayer: SublayerOutline) -> SublayerOutline:
+        units = {u.kind: _outline(u, sublayer, owners[address.stack], sizes) for u in inner.get(address, ())}
+        return sublayer.model_copy(update={"inner": units, "rigid": rigid.get(address, "")})
+
+    return replace(anatomy, inner=inner, rigid=rigid, outline=_redrawn(anatomy.outline, drawn))
+
+
+def _read(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[Address, tuple[Inner, ...]], dict[Address, str]]:
+    inner: dict[Address, tuple[Inner, ...]] = {}
+    rigid: dict[Address, str] = {}
+    for stack in anatomy.stacks:
+        for sublayer in (s for block in stack.blocks for s in block.sublayers):
+            try:
+                inner[sublayer.address] = (_units(model, anatomy, stack, sublayer),)
+            except NotUnderstood as problem:
+                rigid[sublayer.address] = str(problem)
+        _agree(inner, stack)
+    return inner, rigid
+
+
+def _units(model: PreTrainedModel, anatomy: Anatomy, stack: Stack, sublayer: Sublayer) -> Inner:
+    config = owner_of(model, stack.path)[1].config
+    saved = resolve(model, stack.counters[0].owner)
+    work = Work(model, sublayer, config, saved)
+    if sublayer.kind == "mlp":
+        return experts(work) if work.expert_lists() else neurons(work)
+    pinned = anatomy.outline.pinned.get(str(sublayer.address))
+    rule = RIGID_HEADS.get(config.model_type)
+    reason = pinned or (rule(config) if rule else None)
+    if reason:
+        raise NotUnderstood(reason)
+    return groups(work)
+
+
+def _agree(inner: dict[Address, tuple[Inner, ...]], stack: Stack) -> None:
+    """A config value states the size of all sublayers that have such units, or it states none."""
+    for kind in ("attention", "cross_attention", "mlp"):
+        for name in ("neuron", "group", "expert"):
+            places = [
+                (address, unit)
+                for address, units in inner.items()
+                if address.stack == stack.name and address.sublayer == kind
+                for unit in units
+                if unit.kind == name
+            ]
+            if len({unit.keys for _, unit in places}) > 1:
+                for address, unit in places:
+                    inner[address] = (replace(unit, keys=(), states=(), divides=0),)
+
+
+def _outline(inner: Inner, sublayer: SublayerOutline, owner: str, sizes: dict[str, int]) -> InnerOutline:
+    named = {s.parameter for s in inner.slices}
+    whole = sum(sizes.get(name, 0) for name in named)  # of a router's bias that is a buffer: none
+    params = whole // inner.count
+    idle = sum(sizes[name] for name in named if ".experts." in name) // inner.count if inner.kind == "expert" else 0
+    group = inner.kind == "group"
+    latent = any(name.endswith("kv_b_proj.weight") for name in named)  # the cache is of one latent for all heads
+    return InnerOutline(
+        count=inner.count,
+        params=params,
+        active_params=params - idle,
+        heads=sublayer.heads // inner.count if group else 0,
+        kv_heads=sublayer.kv_heads // inner.count if group else 0,
+        cache_width=sublayer.cache_width // inner.count if group and not latent else 0,
+        key=f"{owner}.{inner.keys[0][0]}" if inner.keys else "",
+        amount=inner.keys[0][1] if inner.keys else 1,
+        divides=inner.divides,
+        least=inner.least,
+        parts=inner.parts,
+    )
+
+
+def _redrawn(outline: Outline, drawn: Callable[[Address, SublayerOutline], SublayerOutline]) -> Outline:
+    stacks = []
+    for stack in outline.stacks:
+        blocks = []
+        for index, block in enumerate(stack.blocks):
+            parts = {k: drawn(Address(stack.name, index, k), s) for k, s in block.sublayers.items()}
+            blocks.append(block.model_copy(update={"sublayers": parts}))
+        stacks.append(stack.model_copy(update={"blocks": tuple(blocks)}))
+    return outline.model_copy(update={"stacks": tuple(stacks)})
