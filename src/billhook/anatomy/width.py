@@ -49,7 +49,7 @@ def _read(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[Address, tuple
                 inner[sublayer.address] = (_units(model, anatomy, stack, sublayer),)
             except NotUnderstood as problem:
                 rigid[sublayer.address] = str(problem)
-        _agree(inner, stack)
+        _agree(inner, rigid, stack)
     return inner, rigid
 
 
@@ -67,19 +67,15 @@ def _units(model: PreTrainedModel, anatomy: Anatomy, stack: Stack, sublayer: Sub
     return groups(work)
 
 
-def _agree(inner: dict[Address, tuple[Inner, ...]], stack: Stack) -> None:
-    """A config value states the size of all sublayers that have such units, or it states none."""
-    for kind in ("attention", "cross_attention", "mlp"):
-        for name in ("neuron", "group", "expert"):
-            places = [
-                (address, unit)
-                for address, units in inner.items()
-                if address.stack == stack.name and address.sublayer == kind
-                for unit in units
-                if unit.kind == name
-            ]
-            if len({unit.keys for _, unit in places}) > 1:
-                for address, unit in places:
+def _agree(inner: dict[Address, tuple[Inner, ...]], rigid: dict[Address, str], stack: Stack) -> None:
+    """A config value must state the size of all sublayers of its kind in a stack, or it cannot state that of any."""
+    here = [s.address for block in stack.blocks for s in block.sublayers]
+    for part in {address.sublayer for address in here}:
+        alike = [address for address in here if address.sublayer == part]
+        for kind in {unit.kind for address in alike for unit in inner.get(address, ())}:
+            places = {address: u for address in alike for u in inner.get(address, ()) if u.kind == kind}
+            if len({unit.keys for unit in places.values()}) > 1 or any(address in rigid for address in alike):
+                for address, unit in places.items():
                     inner[address] = (replace(unit, keys=(), states=(), divides=0),)
 
 

@@ -23,8 +23,9 @@ from billhook.anatomy import Anatomy
 from billhook.export.remote import ABSENT, render
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
+from billhook.surgery.form import Form
 from billhook.surgery.reopen import STOCK
-from billhook.surgery.skips import PER_LAYER
+from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY
 
 _MODEL_TYPE, _CLASS, _CONFIG = "nemotron-nas", "DeciLMForCausalLM", "DeciLMConfig"
 _WIDTH_STEP = 256  # DeciLM rounds an MLP width computed from ffn_mult up to a multiple of this
@@ -55,8 +56,12 @@ _SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
     return [kind for kind, part in (("attention", block.attention), ("mlp", block.ffn)) if part.no_op]"""
 
 
-def files(full: Any, anatomy: Anatomy, skips: frozenset[Address]) -> dict[str, Any]:
-    """The files beside the weights. ``full`` is the stock model (meta device) before ``skips`` are taken out,
+_UNITS = """def units(config: Any, name: str, index: int, sublayer: str, kind: str, key: str, amount: int) -> Any:
+    return config.block_configs[index].ffn.intermediate_size if kind == "neuron" else None"""
+
+
+def files(full: Any, anatomy: Anatomy, form: Form) -> dict[str, Any]:
+    """The files beside the weights. ``full`` is the stock model (meta device) before ``form`` is carried out,
     ``anatomy`` its anatomy. InputError if a DeciLM loader would compute something else."""
     outline = anatomy.outline.stacks[0]
     windows = [s.window for block in outline.blocks for s in block.sublayers.values() if s.window]
@@ -73,18 +78,20 @@ def files(full: Any, anatomy: Anatomy, skips: frozenset[Address]) -> dict[str, A
             "AutoConfig": f"configuration_decilm.{_CONFIG}",
             "AutoModelForCausalLM": f"modeling_decilm.{_CLASS}",
         },
-        "block_configs": _block_configs(anatomy, skips, full.config.hidden_size),
+        "block_configs": _block_configs(anatomy, form, full.config.hidden_size),
         "attention_bias": _has_bias(full, anatomy, "o_proj"),
         "qkv_bias": _has_bias(full, anatomy, "q_proj"),
         STOCK: {"model_type": full.config.model_type, "architectures": [stock]},
         PER_LAYER: ABSENT,
+        READ_GLOBALLY: ABSENT,
     }
     modeling = render(
         stock,
         anatomy,
-        skips,
+        form,
         name=_CLASS,
         skipped=_SKIPPED,
+        units=_UNITS,
         imports=f"\nfrom .configuration_decilm import {_CONFIG}\n",
         own=f"config_class = {_CONFIG}",
     )
@@ -92,19 +99,20 @@ def files(full: Any, anatomy: Anatomy, skips: frozenset[Address]) -> dict[str, A
     return {"config.json": settings, "configuration_decilm.py": configuration, "modeling_decilm.py": modeling}
 
 
-def _block_configs(anatomy: Anatomy, skips: frozenset[Address], hidden: int) -> list[dict[str, dict[str, Any]]]:
+def _block_configs(anatomy: Anatomy, form: Form, hidden: int) -> list[dict[str, dict[str, Any]]]:
     blocks = []
     for address, block in anatomy.outline.blocks():
         attention, mlp = block.sublayers["attention"], block.sublayers["mlp"]
-        no_attention, no_mlp = (Address(address.stack, address.block, kind) in skips for kind in ("attention", "mlp"))
+        no_attention, no_mlp = (Address(address.stack, address.block, k) in form.skips for k in ("attention", "mlp"))
         group = None if no_attention else attention.heads // attention.kv_heads
         ffn: dict[str, Any] = {"no_op": no_mlp, "replace_with_linear": False, "sparsify": None}
         if no_mlp:
             ffn |= {"ffn_mult": None, "intermediate_size": None}
         else:
-            ffn["intermediate_size"] = mlp.neurons
-            if mlp.neurons % _WIDTH_STEP == 0:
-                ffn["ffn_mult"] = 1.5 * mlp.neurons / hidden
+            width = form.widths.get((Address(address.stack, address.block, "mlp"), "neuron"), mlp.neurons)
+            ffn["intermediate_size"] = width
+            if width % _WIDTH_STEP == 0:
+                ffn["ffn_mult"] = 1.5 * width / hidden
         blocks.append(
             {
                 "attention": {

@@ -14,14 +14,13 @@ from billhook import models
 from billhook.anatomy import Anatomy, discover
 from billhook.export import deci
 from billhook.export.remote import ABSENT, MODULE, auto_classes, remote_code
-from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.surgery.checkpoint import Rewritten, rewrite
-from billhook.surgery.live import drops_of
+from billhook.surgery.form import Form, form_after, write_form
+from billhook.surgery.live import drops_of, keeps_of
 from billhook.surgery.reopen import on_meta
-from billhook.surgery.skips import read_skips, skips_after, write_skips
 
 
 def save(
@@ -35,17 +34,16 @@ def save(
     """Write a compressed model into an existing folder (wrap the call in ``models.building``).
 
     ``model`` is what ``surgery.apply`` made with ``plan``; ``anatomy`` is that of the dense model. Where only whole
-    blocks are gone the result is an ordinary checkpoint of the stock class, whatever the target; otherwise the target
-    decides: ``remote`` and ``any`` get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
+    blocks are gone, and what got narrower did so everywhere in a way that plain config values say, the result is an
+    ordinary checkpoint of the stock class, whatever the target; otherwise the target decides: ``remote`` and ``any`` get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
 
     Before anything is written the stock class is built from the new config, without weights, and must have exactly the
     tensors of ``model``, in name and shape; InputError with the difference otherwise.
     """
-    drops = drops_of(plan, anatomy)
     config = copy.deepcopy(model.config)
-    skips = skips_after(read_skips(config, anatomy), drops, anatomy)
-    write_skips(config, anatomy, skips)
-    files = _dressed(config, model, anatomy, skips, plan.target)
+    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy)
+    form = write_form(config, anatomy, form)
+    files = _dressed(config, model, anatomy, form, plan.target)
     models.save(model, tokenizer, folder, source_folder)
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     _put(files, config, folder)
@@ -65,32 +63,31 @@ def save_checkpoint(
 def write_checkpoint(source: Path, plan: Plan, folder: Path) -> Rewritten:
     """As ``save_checkpoint``, from a folder into an existing empty one."""
     done = rewrite(source, plan, folder)
-    _put(_dressed(done.small.config, done.small, done.anatomy, done.skips, plan.target), done.small.config, folder)
+    _put(_dressed(done.small.config, done.small, done.anatomy, done.form, plan.target), done.small.config, folder)
     return done
 
 
-def _dressed(config: Any, model: Any, anatomy: Anatomy, skips: frozenset[Address], target: Target) -> dict[str, Any]:
+def _dressed(config: Any, model: Any, anatomy: Anatomy, form: Form, target: Target) -> dict[str, Any]:
     """What goes beside the weights: file name -> Python source, or for ``config.json`` the values to change (``ABSENT``
     removes one). InputError if the stock class could not load the weights with it."""
     stock = type(model)
     if getattr(transformers, stock.__name__, None) is not stock:
         raise InputError(f"{stock.__name__} is not a class of transformers; a result in its form would not load")
     _check_same(on_meta(stock, copy.deepcopy(config)), model, stock.__name__)
-    if not skips:
+    if not form:
         return {"config.json": {"auto_map": ABSENT}}
     if target is Target.UNIFORM:
-        raise InputError(
-            f"target uniform cannot carry this model: it already lacks {min(skips)}; use target remote or any"
-        )
+        odd = f"lacks {min(form.skips)}" if form.skips else f"has a size of its own in {min(form.widths)[0]}"
+        raise InputError(f"target uniform cannot carry this model: it already {odd}; use target remote or any")
     plain = copy.deepcopy(config)
-    write_skips(plain, anatomy, frozenset())
+    write_form(plain, anatomy, Form())
     full = on_meta(stock, plain)
     if target is Target.DECI:
-        return deci.files(full, discover(full), skips)
+        return deci.files(full, discover(full), form)
     names = auto_classes(config, stock.__name__)
     return {
         "config.json": {"auto_map": dict.fromkeys(names, f"{MODULE}.{stock.__name__}")},
-        f"{MODULE}.py": remote_code(stock.__name__, discover(full), skips),
+        f"{MODULE}.py": remote_code(stock.__name__, discover(full), form),
     }
 
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import inspect
 from pprint import pformat
 from string import Template
+from textwrap import indent
 from typing import Any
 
 from billhook.anatomy import Anatomy, Stack
-from billhook.plan.address import Address
+from billhook.export.narrowing import UNITS, narrowing
 from billhook.plan.errors import InputError
 from billhook.surgery import slots, stubs
+from billhook.surgery.form import Form
 
 MODULE = "modeling_billhook"
 ABSENT: Any = object()  # in the place of a value of config.json: it is removed
 
-_CODE = Template('''"""$stock without the sublayers that config.json lists as missing. Written by Billhook.
+_CODE = Template('''"""$stock without what config.json lists as missing. Written by Billhook.
 
 Needs transformers and nothing else.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, defaultdict
 from functools import reduce
 from typing import Any
@@ -31,7 +34,20 @@ import transformers
 from torch import nn
 $imports
 
-$parts
+$sections
+
+
+class $name(transformers.$stock):$config_class
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+$calls
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # stored weights have the stock class's names: transformers may rename them as it does there
+''')
+
+_CUT = Template('''$parts
 
 STUBS = {$stubs}
 
@@ -56,19 +72,7 @@ def cut(model: nn.Module, name: str, path: str, owner: str, attentions: Any, cut
                     part.layer_idx = slot
     for block, kinds in zip(blocks, skips, strict=True):
         for inside, stub in (pair for kind in kinds for pair in cuts[kind].items()):
-            block.set_submodule(inside, STUBS[stub]())
-
-
-class $name(transformers.$stock):$config_class
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        for stack in STACKS:
-            cut(self, *stack)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        return False  # stored weights have the stock class's names: transformers may rename them as it does there
-''')
+            block.set_submodule(inside, STUBS[stub]())''')
 
 _SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
     if getattr(config, "skip_sublayers", None):
@@ -76,32 +80,47 @@ _SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
     return getattr(config.per_layer_config[index], "skip", ())"""
 
 
-def remote_code(stock: str, anatomy: Anatomy, skips: frozenset[Address]) -> str:
-    """The source of ``modeling_billhook.py``. ``anatomy`` is that of the stock class before ``skips`` are taken out."""
-    return render(stock, anatomy, skips, name=stock, skipped=_SKIPPED)
+def remote_code(stock: str, anatomy: Anatomy, form: Form) -> str:
+    """The source of ``modeling_billhook.py``. ``anatomy`` is that of the stock class before ``form`` is carried out."""
+    return render(stock, anatomy, form, name=stock, skipped=_SKIPPED, units=UNITS)
 
 
 def render(
     stock: str,
     anatomy: Anatomy,
-    skips: frozenset[Address],
+    form: Form,
     *,
     name: str,
     skipped: str,
+    units: str,
     imports: str = "",
     own: str = "",
 ) -> str:
-    """As ``remote_code`` for a class ``name``; ``skipped`` is the source of the function that reads the config, ``own``
-    a line of the class body."""
-    rows = [_row(stack) for stack in anatomy.stacks if any(a.stack == stack.name for a in skips)]
-    used = sorted({stub for row in rows for cuts in row[4].values() for stub in cuts.values()})
-    classes: list[Any] = [stubs.STUBS[stub] for stub in used]
-    parts = [inspect.getsource(part) for part in (stubs._stream, *classes, slots.cache_slots)]
+    """As ``remote_code`` for a class ``name``; ``skipped`` and ``units`` are the source of the functions that read the
+    config, ``own`` a line of the class body."""
+    sections, calls = [], []
+    if form.widths:  # first: a sublayer is narrowed before another one goes
+        sections.append(narrowing(anatomy, form, units))
+        calls.append("for stack in WIDTHS:\n    narrow(self, *stack)")
+    if form.skips:
+        sections.append(_cutting(anatomy, form, skipped))
+        calls.append("for stack in STACKS:\n    cut(self, *stack)")
     return _CODE.substitute(
         stock=stock,
         name=name,
         imports=imports,
         config_class=f"\n    {own}\n" if own else "",
+        sections="\n\n\n".join(sections),
+        calls=indent("\n".join(calls), " " * 8),
+    )
+
+
+def _cutting(anatomy: Anatomy, form: Form, skipped: str) -> str:
+    rows = [_row(stack) for stack in anatomy.stacks if any(a.stack == stack.name for a in form.skips)]
+    used = sorted({stub for row in rows for cuts in row[4].values() for stub in cuts.values()})
+    classes: list[Any] = [stubs.STUBS[stub] for stub in used]
+    parts = [inspect.getsource(part) for part in (stubs._stream, *classes, slots.cache_slots)]
+    return _CUT.substitute(
         parts="\n\n".join(parts),
         stubs=", ".join(f'"{stub}": {stubs.STUBS[stub].__name__}' for stub in used),
         stacks=pformat(rows, width=116, sort_dicts=False),

@@ -8,6 +8,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
+from billhook.plan.widths import check_keeps
 from billhook.plan.target import Target
 
 _DECI_FIRST = "DeciLM loaders fail when the first block that is left has no attention"
@@ -44,6 +45,8 @@ def check(plan: Plan, outline: Outline) -> None:
     check_target(plan.target, outline)
     known = {str(a) for a, _ in outline.blocks()} | {str(a) for a, _ in outline.sublayers()}
     for address in sorted(plan.drops):
+        if address.inner is not None:
+            raise InputError(f"unit {address} cannot be dropped by itself; say which {address.inner}s to keep")
         if str(address) not in known:
             raise InputError(f"unit {address} is not in this {outline.family} model; it has {_extent(outline)}")
         if str(address) in outline.pinned:
@@ -56,6 +59,7 @@ def check(plan: Plan, outline: Outline) -> None:
     reason = unsound(drops, outline)
     if reason:
         raise InputError(f"the plan {reason}")
+    check_keeps(plan, drops, outline)
     for stack in outline.stacks:
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
         if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first

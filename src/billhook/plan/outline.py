@@ -6,7 +6,7 @@ the check of a plan, the report) works on it and needs neither weights nor torch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict
 
@@ -123,6 +123,17 @@ class Outline(_Record):
     def block_params(self) -> int:
         """Parameters inside the blocks: what ``params`` budgets count."""
         return sum(block.params for stack in self.stacks for block in stack.blocks)
+
+    def narrowed(self, counts: Mapping[tuple[Address, str], int]) -> Outline:
+        """The outline of the model that has only so many units of a kind in these sublayers."""
+        stacks = {stack.name: list(stack.blocks) for stack in self.stacks}
+        for (address, kind), count in counts.items():
+            block = stacks[address.stack][address.block]
+            part = str(address.sublayer)
+            parts = {**block.sublayers, part: block.sublayers[part].narrowed(kind, count)}
+            stacks[address.stack][address.block] = block.model_copy(update={"sublayers": parts})
+        drawn = (stack.model_copy(update={"blocks": tuple(stacks[stack.name])}) for stack in self.stacks)
+        return self.model_copy(update={"stacks": tuple(drawn)})
 
     def stack(self, name: str) -> StackOutline:
         return next(s for s in self.stacks if s.name == name)

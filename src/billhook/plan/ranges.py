@@ -28,10 +28,15 @@ def parse_ranges(value: object) -> object:
 
 def write_ranges(numbers: Sequence[int]) -> str:
     """The shortest ranges for numbers in rising order."""
-    runs: list[list[int]] = []
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs(numbers))
+
+
+def runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers."""
+    found: list[tuple[int, int]] = []
     for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
         else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+            found.append((number, number))
+    return found

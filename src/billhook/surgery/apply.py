@@ -11,7 +11,7 @@ from torch import nn
 from billhook.anatomy import Anatomy
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
-from billhook.surgery.live import Undo, drop, drops_of
+from billhook.surgery.live import Undo, cut, drops_of, keeps_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,11 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Model:
     """A compressed model that shares the weights it keeps with ``model``, which stays as it is.
 
-    Nothing is copied but the module tree and the config, so dense and compressed fit side by side; ``del model`` frees
-    what was cut. Raises InputError if the plan is not possible on this model.
+    Nothing is copied but the module tree, the config, and of tensors that get narrower what is left of them; ``del
+    model`` frees what was cut. Raises InputError if the plan is not possible on this model.
     """
     drops = drops_of(plan, anatomy)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=dict(shared))
-    drop(twin, anatomy, drops, Undo())
+    cut(twin, anatomy, drops, keeps_of(plan, anatomy), Undo())
     return twin

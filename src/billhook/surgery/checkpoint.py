@@ -21,16 +21,14 @@ from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery.apply import apply
-from billhook.surgery.live import drops_of
+from billhook.surgery.form import Form, form_after, write_form
+from billhook.surgery.live import drops_of, keeps_of
 from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
-from billhook.surgery.shards import Stored, read_header, write_shard
-from billhook.surgery.skips import read_skips, skips_after, write_skips
+from billhook.surgery.shards import Headers, read_header, write_shard
+from billhook.surgery.slices import narrowed
 
 _INDEX = "model.safetensors.index.json"
-
-Headers = dict[Path, tuple[dict[str, Stored], dict[str, str]]]
-
 
 def apply_to_checkpoint(
     source: str | os.PathLike[str], plan: Plan | Iterable[Address], out: str | os.PathLike[str], overwrite: bool = False
@@ -49,12 +47,12 @@ def apply_to_checkpoint(
 
 @dataclass(frozen=True)
 class Rewritten:
-    """``small`` is the compressed model on the meta device, ``anatomy`` that of the source, ``skips`` what the new
-    config skips, ``left_out`` the stored weights that the model has no place for (see ``models.Loaded``)."""
+    """``small`` is the compressed model on the meta device, ``anatomy`` that of the source, ``form`` what the new
+    config lists as missing or narrower, ``left_out`` the stored weights that the model has no place for (see ``models.Loaded``)."""
 
     small: Any
     anatomy: Anatomy
-    skips: frozenset[Address]
+    form: Form
     left_out: tuple[str, ...]
 
 
@@ -64,19 +62,19 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         files = weight_files(view)
         dense = skeleton(view)
         anatomy = discover(dense)
-        drops = drops_of(plan, anatomy)
-        small = apply(dense, anatomy, drops)
-        skips = skips_after(read_skips(dense.config, anatomy), drops, anatomy)
-        write_skips(small.config, anatomy, skips)
+        drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
+        small = apply(dense, anatomy, plan)
+        form = form_after(small.config, drops, keeps, anatomy)
+        form = write_form(small.config, anatomy, form)
 
         headers = {path: read_header(path) for path in files}
         live, left_out = live_names(dense, _all_names(view, headers), str(source))
         moves = moved(live, anatomy, drops)
         _account(moves, dense, small, anatomy, drops)
-        _write(folder, headers, moves)
+        _write(folder, *narrowed(headers, moves, live, dense, anatomy, keeps))
         _write_config(small.config, folder)
         copy_extras(source, folder)
-    return Rewritten(small, anatomy, skips, left_out)
+    return Rewritten(small, anatomy, form, left_out)
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

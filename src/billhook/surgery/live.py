@@ -1,4 +1,4 @@
-"""The one mechanism behind ``simulate`` and ``apply``: dropping units of a live model in place, with a way back."""
+"""The one mechanism behind ``simulate`` and ``apply``: cutting a live model in place, with a way back."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from billhook.anatomy import Anatomy, Stack
 from billhook.anatomy.config import owners, resolve, shortened
 from billhook.plan.address import Address
 from billhook.plan.check import check, normalise, survivors
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Keep, Plan
+from billhook.plan.widths import narrowing
+from billhook.surgery.narrow import narrow, state
 from billhook.surgery.slots import assign_slots
 from billhook.surgery.stubs import STUBS
 
+_NOTHING: Any = object()
 _HOOKED = "_output_capturing_hooks_installed"  # how transformers marks a model that has its hooks
 
 
@@ -25,10 +28,10 @@ class Undo:
         self._steps: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """Change an attribute that exists."""
-        old = getattr(owner, name)
+        """Change an attribute, or give the owner one."""
+        old = getattr(owner, name, _NOTHING)
         setattr(owner, name, value)
-        self._steps.append(lambda: setattr(owner, name, old))
+        self._steps.append(lambda: delattr(owner, name) if old is _NOTHING else setattr(owner, name, old))
 
     def swap(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Put another module in the place of a submodule."""
@@ -69,11 +72,23 @@ def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Addr
     return normalise(plan.drops, anatomy.outline)
 
 
+def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ...]:
+    """The keeps of a (checked) plan that remove anything."""
+    return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
+
+
+def cut(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], keeps: tuple[Keep, ...], undo: Undo) -> None:
+    """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
+    but for the stubs and for widths that differ from block to block."""
+    state(model, anatomy, keeps, drops, undo.set)
+    narrow(model, anatomy, keeps, undo.set)
+    drop(model, anatomy, drops, undo)
+
+
 def drop(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], undo: Undo) -> None:
     """Drop units in place: stubs for sublayers, shorter lists for blocks, then configs and cache slots that fit.
 
-    No weight is copied or changed. Afterwards the model is what its stock class would build from the new config, but
-    for the stubs.
+    No weight is copied or changed.
     """
     for address in sorted(a for a in drops if a.sublayer is not None):
         for cut in anatomy.sublayer(address).cuts:

@@ -20,8 +20,11 @@ from billhook.anatomy import discover
 from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Keep
+from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import Undo, drop
-from billhook.surgery.skips import PER_LAYER, declares_skips, read_skips
+from billhook.surgery.narrow import narrow
+from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY, declares_cuts
 
 STOCK = "billhook_stock"  # in a config.json under a foreign model_type: the values that transformers knows
 
@@ -42,10 +45,10 @@ def load(
     folder = models.locate(source, trust_remote_code)
     settings = read_config(folder)
     with stock_view(folder, settings) as view:
-        if not declares_skips(read_config(view)):
+        if not declares_cuts(read_config(view)):
             loaded = models.load(view, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         else:
-            loaded = models.load(view, dtype=dtype, device=device, wrap=with_skips)
+            loaded = models.load(view, dtype=dtype, device=device, wrap=as_cut)
     return replace(loaded, source=os.fspath(source), folder=folder)
 
 
@@ -68,25 +71,40 @@ def skeleton(folder: Path) -> Any:
 
 
 def on_meta(stock: type, config: Any) -> Any:
-    """An instance of ``stock`` on the meta device, without the sublayers that ``config`` skips. Eval mode."""
+    """An instance of ``stock`` on the meta device, cut as ``config`` lists. Eval mode."""
     with torch.device("meta"):
-        return with_skips(stock)(config).eval()
+        return as_cut(stock)(config).eval()
 
 
-def with_skips(stock: type) -> type:
-    """A class whose instances are those of ``stock`` with the sublayers taken out that their config skips.
+def as_cut(stock: type) -> type:
+    """A class whose instances are those of ``stock`` with the sublayers taken out, and those narrowed, that their config
+    lists.
 
     Instances become plain ``stock`` ones as soon as they are made, so that transformers treats them as its own.
     """
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         stock.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
-        if declares_skips(config.to_dict()):
+        if declares_cuts(config.to_dict()):
             anatomy = discover(self)
-            drop(self, anatomy, read_skips(config, anatomy), Undo())
+            form = read_form(config, anatomy)
+            narrow(self, anatomy, _any_units(form, anatomy), setattr)
+            drop(self, anatomy, form.skips, Undo())
         self.__class__ = stock
 
     return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})
+
+
+def _any_units(form: Form, anatomy: Anatomy) -> list[Keep]:
+    """Keeps that leave tensors of the right sizes, which the file then fills."""
+    for (address, kind), number in form.widths.items():
+        count = next(inner.count for inner in anatomy.inner[address] if inner.kind == kind)
+        if number > count:
+            raise InputError(f"config.json gives {address} {number} {kind}s, where its plain values make {count}")
+    return [
+        Keep.model_validate({"unit": address, "inner": kind, "indices": tuple(range(number))})
+        for (address, kind), number in form.widths.items()
+    ]
 
 
 @contextmanager
@@ -101,14 +119,15 @@ def stock_view(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
         return
     blocks = settings.get("block_configs")
     try:
-        skips = {i: _missing(block) for i, block in enumerate(blocks)}  # type: ignore[arg-type]
+        layers = {str(i): _layer(block, settings) for i, block in enumerate(blocks)}  # type: ignore[arg-type]
         view = {key: value for key, value in settings.items() if key not in (STOCK, "block_configs", "auto_map")}
         view |= {key: stock[key] for key in ("model_type", "architectures")}
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{folder / 'config.json'} is not in the DeciLM form that Billhook writes: {error!r}"
         ) from error
-    view[PER_LAYER] = {str(i): {"skip": kinds} for i, kinds in skips.items() if kinds}
+    view[PER_LAYER] = {i: layer for i, layer in layers.items() if layer}
+    view[READ_GLOBALLY] = True
     with tempfile.TemporaryDirectory() as temporary:
         for path in folder.iterdir():
             if path.name != "config.json":
@@ -117,6 +136,9 @@ def stock_view(folder: Path, settings: dict[str, Any]) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _missing(block: dict[str, dict[str, Any]]) -> list[str]:
+def _layer(block: dict[str, dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
     parts = {"attention": block["attention"], "mlp": block["ffn"]}
-    return [kind for kind, part in parts.items() if part.get("no_op")]
+    skip = [kind for kind, part in parts.items() if part.get("no_op")]
+    width = block["ffn"].get("intermediate_size")
+    own = {} if width in (None, settings["intermediate_size"]) else {"intermediate_size": width}
+    return own | ({"skip": skip} if skip else {})

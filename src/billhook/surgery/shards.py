@@ -7,8 +7,9 @@ shape, [begin, end) into the data; ``__metadata__``), then the data without gaps
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from typing import BinaryIO
 import torch
 
 from billhook.plan.errors import InputError
+from billhook.plan.ranges import runs
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 8 * 2**20  # bytes in memory at any time
@@ -24,7 +26,8 @@ _METADATA = "__metadata__"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32)."""
+    """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32). Of a
+    tensor to be narrowed only the entries ``kept`` along ``axis`` are written."""
 
     name: str
     file: Path
@@ -32,10 +35,23 @@ class Stored:
     shape: tuple[int, ...]
     begin: int
     end: int
+    axis: int = 0
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The shape that is written."""
+        if self.kept is None:
+            return self.shape
+        return (*self.shape[: self.axis], len(self.kept), *self.shape[self.axis + 1 :])
 
     @property
     def size(self) -> int:
-        return self.end - self.begin
+        """The bytes that are written."""
+        return (self.end - self.begin) * math.prod(self.written) // max(math.prod(self.shape), 1)
+
+
+Headers = dict[Path, tuple[dict[str, Stored], dict[str, str]]]
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -54,7 +70,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dict[str, str]) -> None:
-    """Write tensors under new names by copying their bytes. Holds one chunk in memory, whatever the tensors' sizes.
+    """Write tensors, or what is kept of them, under new names. Holds one chunk in memory, whatever the tensors' sizes.
 
     Raises InputError naming the first tensor that holds NaN or Inf.
     """
@@ -62,7 +78,7 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dic
     header: dict[str, object] = {_METADATA: metadata} if metadata else {}
     at = 0
     for name, stored in tensors:
-        header[name] = {"dtype": stored.dtype, "shape": stored.shape, "data_offsets": [at, at + stored.size]}
+        header[name] = {"dtype": stored.dtype, "shape": stored.written, "data_offsets": [at, at + stored.size]}
         at += stored.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
@@ -73,15 +89,35 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dic
 
 
 def _copy(stored: Stored, out: BinaryIO) -> None:
-    dtype = _FLOATS.get(stored.dtype)
+    """Copy a tensor, or what is kept of it, a chunk at a time: of the first axis byte ranges, of any other whole rows
+    (all entries of the axes before it) of which the kept entries are picked."""
+    whole = stored.end - stored.begin
     with stored.file.open("rb") as source:
-        source.seek(stored.begin)
-        left = stored.size
-        while left:
-            chunk = bytearray(min(left, _CHUNK))
-            if source.readinto(chunk) != len(chunk):
-                raise OSError(f"{stored.file} ended {left} bytes early")
-            if dtype is not None and not torch.frombuffer(chunk, dtype=dtype).isfinite().all():
-                raise InputError(f"{stored.file}: weight {stored.name} holds NaN or Inf; the checkpoint is damaged")
-            out.write(chunk)
-            left -= len(chunk)
+        if stored.kept is None:
+            for chunk in _chunks(stored, source, 0, whole, _CHUNK):
+                out.write(chunk)
+        elif stored.axis == 0:
+            entry = whole // stored.shape[0]
+            for first, last in runs(stored.kept):
+                for chunk in _chunks(stored, source, first * entry, (last + 1) * entry, _CHUNK):
+                    out.write(chunk)
+        else:
+            row = whole // math.prod(stored.shape[: stored.axis])
+            index = torch.tensor(stored.kept)
+            for chunk in _chunks(stored, source, 0, whole, max(_CHUNK // row, 1) * row):
+                rows = torch.frombuffer(chunk, dtype=torch.uint8).view(len(chunk) // row, stored.shape[stored.axis], -1)
+                out.write(rows.index_select(1, index).numpy().tobytes())
+
+
+def _chunks(stored: Stored, source: BinaryIO, begin: int, end: int, size: int) -> Iterator[bytearray]:
+    dtype = _FLOATS.get(stored.dtype)
+    source.seek(stored.begin + begin)
+    left = end - begin
+    while left:
+        chunk = bytearray(min(left, size))
+        if source.readinto(chunk) != len(chunk):
+            raise OSError(f"{stored.file} ended {left} bytes early")
+        if dtype is not None and not torch.frombuffer(chunk, dtype=dtype).isfinite().all():
+            raise InputError(f"{stored.file}: weight {stored.name} holds NaN or Inf; the checkpoint is damaged")
+        yield chunk
+        left -= len(chunk)

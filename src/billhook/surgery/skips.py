@@ -17,17 +17,20 @@ from billhook.plan.address import SUBLAYERS, Address
 from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 
-PER_LAYER, PER_STACK = "per_layer_config", "skip_sublayers"
+PER_LAYER, PER_STACK, PER_STACK_WIDTHS = "per_layer_config", "skip_sublayers", "inner_units"
+READ_GLOBALLY = "allow_global_per_layer_attribute_access"  # transformers': plain values may be read beside those
 
 
-def declares_skips(content: Any) -> bool:
-    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped."""
+def declares_cuts(content: Any) -> bool:
+    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped or narrower than others."""
     if not isinstance(content, dict):
         return False
     layers = content.get(PER_LAYER)
     if isinstance(layers, dict) and any(isinstance(layer, dict) and layer.get("skip") for layer in layers.values()):
         return True
-    return bool(content.get(PER_STACK)) or any(declares_skips(value) for value in content.values())
+    if any(content.get(key) for key in (PER_STACK, PER_STACK_WIDTHS, READ_GLOBALLY)):
+        return True
+    return any(declares_cuts(value) for value in content.values())
 
 
 def by_config(anatomy: Anatomy) -> dict[str, list[Stack]]:
@@ -43,7 +46,7 @@ def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
     for; a sublayer that is listed need not be there any more."""
     found = set()
     for owner, stacks in by_config(anatomy).items():
-        content = _part(config, owner).to_dict()
+        content = part_of(config, owner).to_dict()
         table: Any = content.get(PER_STACK) or {}
         if not table and len(stacks) == 1:
             layers = content.get(PER_LAYER) or {}
@@ -86,7 +89,7 @@ def write_skips(config: Any, anatomy: Anatomy, skips: frozenset[Address]) -> Non
         table: dict[str, dict[int, list[str]]] = {}
         for address in sorted(a for a in skips if a.stack in {stack.name for stack in stacks}):
             table.setdefault(address.stack, {}).setdefault(address.block, []).append(str(address.sublayer))
-        part = _part(config, owner)
+        part = part_of(config, owner)
         if len(stacks) == 1 and not part.per_layer_attributes:
             blocks = table.get(stacks[0].name, {})
             part.per_layer_config = {i: {"skip": kinds} for i, kinds in blocks.items()} or None
@@ -105,5 +108,6 @@ def _retype_first(config: Any) -> None:
     config.per_layer_config = {**layers, 0: layers.get(like, {})}
 
 
-def _part(config: Any, path: str) -> Any:
+def part_of(config: Any, path: str) -> Any:
+    """The part of a model's config at ``config.PATH``."""
     return resolve(SimpleNamespace(config=config), path)

@@ -1,0 +1,62 @@
+"""Which entries of the tensors in a checkpoint stay when sublayers get narrower."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from billhook.anatomy import Anatomy
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Keep
+from billhook.surgery.narrow import inner_of, kept_entries
+from billhook.surgery.shards import Headers, Stored
+
+_EXPERT = re.compile(r"(?<=\.experts\.)[0-9]+(?=\.)")
+
+
+def narrowed(
+    headers: Headers,
+    moves: Mapping[str, str | None],
+    live: Mapping[str, str | None],
+    dense: Any,
+    anatomy: Anatomy,
+    keeps: Iterable[Keep],
+) -> tuple[Headers, dict[str, str | None]]:
+    """The same tensors with a note of what stays of each, and their new names.
+
+    Experts that are stored one by one, where the model has them in one tensor, are kept or dropped whole and numbered
+    anew. InputError for any other tensor that is not stored in the shape in which the model has it.
+    """
+    kept: dict[str, tuple[int, list[int]]] = {}
+    experts: dict[str, tuple[int, ...]] = {}
+    for keep in keeps:
+        inner = inner_of(anatomy, keep)
+        kept |= kept_entries(inner, keep.indices)
+        if inner.kind == "expert":
+            experts |= {piece.parameter: keep.indices for piece in inner.slices}
+    shapes = {name: tuple(tensor.shape) for name, tensor in dense.state_dict().items() if name in kept}
+    moves = dict(moves)
+
+    def note(stored: Stored) -> Stored:
+        name = live[stored.name]
+        new = moves[stored.name]
+        if name not in kept or new is None:
+            return stored
+        if stored.shape == shapes[name]:
+            axis, entries = kept[name]
+            return replace(stored, axis=axis, kept=tuple(entries))
+        single = _EXPERT.search(new)
+        if single is None or name not in experts:
+            raise InputError(
+                f"{stored.file}: {stored.name} is stored as {list(stored.shape)}, which the model keeps as "
+                f"{list(shapes[name])}; it cannot be narrowed on disk"
+            )
+        number = int(single[0])
+        left = experts[name]
+        moves[stored.name] = _EXPERT.sub(str(left.index(number)), new, count=1) if number in left else None
+        return stored
+
+    noted = {path: ({n: note(s) for n, s in tensors.items()}, extra) for path, (tensors, extra) in headers.items()}
+    return noted, moves
