@@ -19,14 +19,14 @@ from billhook.evaluate.probes import answers, paired, posed
 from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
-from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find
+from billhook.recipes.find import find, pose_for
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
@@ -34,7 +34,6 @@ from billhook.recipes.schema import Baseline, Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.report.comparison import write_comparison
-from billhook.search import pose
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -167,7 +166,8 @@ def _judged(
     target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
-    compressed = [apply(model.model, model.anatomy, map(Address.parse, entry.drops)) for entry in met]
+    plans = [Plan.of(entry.drops, target, entry.keeps) for entry in met]
+    compressed = [apply(model.model, model.anatomy, plan) for plan in plans]
     on_text = evidence_of_each(model.model, compressed, texts, progress=progress) if met else []
     proofs = zip(on_text, map(probe, compressed), strict=True)
     proven = ({"evidence": evidence, "probes": probes} for evidence, probes in proofs)
@@ -191,15 +191,16 @@ def _searched(
     clock = Stopwatch()
     try:
         with clock.step("search"):
-            problem = pose(model.anatomy.outline, Budget.parse(budget), recipe.unit, target, stack="decoder")
+            problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)})
     drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops)
+    costs = quantities(model.anatomy.outline, drops, choice.keeps)
     return entry.model_copy(
         update={
             "drops": tuple(str(unit) for unit in sorted(drops)),
+            "keeps": choice.keeps,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,

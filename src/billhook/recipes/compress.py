@@ -22,15 +22,14 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, require_path
+from billhook.recipes.find import find, pose_for, require_path
 from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import Heal, Recipe
+from billhook.recipes.schema import Heal, Recipe, Widths
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.recipes.workplace import claimed
-from billhook.search import pose
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +73,7 @@ def compress(
     require_causal(model.model, "compress")
     if way != "none":
         require_healable(model.anatomy)
-    problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
+    problem = pose_for(chosen, outline, limits, aim)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -97,7 +96,7 @@ def compress(
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
 
-        plan = Plan.of(choice.found.drops, aim).model_copy(
+        plan = Plan.of(choice.found.drops, aim, choice.keeps).model_copy(
             update={
                 "budget": str(limits),
                 "provenance": Provenance(
@@ -114,7 +113,7 @@ def compress(
         if longer is not None:
             with clock.step("heal"):
                 compressed, healing = mended(model, plan, way, longer, progress)
-        costs = quantities(outline, choice.found.drops)
+        costs = quantities(outline, choice.found.drops, choice.keeps)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -145,7 +144,13 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
         chosen = catalogue.load(recipe)
     if aim is None:
         aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
-    if aim is Target.UNIFORM and chosen.unit != "block":
+    if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
+        if chosen.choice.allocation != "uniform":
+            raise InputError(
+                f"recipe {chosen.name} leaves blocks of different widths, which target uniform cannot carry; use target "
+                f"remote, or a recipe whose allocation is uniform"
+            )
+    elif aim is Target.UNIFORM and chosen.unit != "block":
         raise InputError(
             f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
             f"the same sublayers in every block; use target remote, or a recipe of whole blocks"

@@ -9,7 +9,6 @@ from billhook.measure.channels import channels
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
 from billhook.measure.width import WidthTrace, units_of
-from billhook.plan.address import Address
 from billhook.plan.budget import realised
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
@@ -32,8 +31,9 @@ def narrow(
     *,
     seed: int,
     progress: Progress | None,
-) -> tuple[tuple[Keep, ...], SearchRecord]:
-    """Carry out the choice of a recipe of width. ``seen`` is the trace of the dense model over the calibration."""
+) -> tuple[tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
+    """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer. ``seen``
+    is the trace of the dense model over the calibration."""
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, windows, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
@@ -47,7 +47,8 @@ def narrow(
     narrowed = tuple(str(keep.unit) for keep in keeps)
     step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
     record = SearchRecord(recipe=recipe.name, objective=score.name, steps=(step,), work=work, evaluations=0)
-    return keeps, record
+    importance = {str(address): figures.mean().item() for address, figures in scores.items()}
+    return keeps, record, {f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}": importance}
 
 
 def _measured(
@@ -66,8 +67,3 @@ def _measured(
             slopes = sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress)
             return WidthTrace.of(live, units, slopes=slopes, work=3 * work)
     return WidthTrace.of(live, units)
-
-
-def places(keeps: tuple[Keep, ...]) -> tuple[Address, ...]:
-    """The sublayers that get narrower."""
-    return tuple(keep.unit for keep in keeps)
