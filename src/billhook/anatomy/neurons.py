@@ -44,13 +44,15 @@ def experts(work: Work) -> Inner:
 
     The neurons of experts are no units: neuron j of one expert has nothing to do with neuron j of another.
     """
-    (path,) = work.expert_lists()
+    path = work.expert_lists()[0]
     above = path.rpartition(".")[0]
     inside = [name for name in work.left if name.startswith(f"{path}.")]
+    if len(work.expert_lists()) > 1 or any("." in name.removeprefix(f"{path}.") for name in inside):
+        raise NotUnderstood("its experts are modules of their own")
     count = int(work.left[inside[0]].shape[0])
     slices = []
     for name in inside:
-        if work.left[name].ndim < 2 or work.left[name].shape[0] != count:
+        if work.left[name].shape[0] != count:
             raise NotUnderstood(f"{name} has no entry an expert")
         slices += work.entries(name, 1, writes=name in work.sublayer.writes)
     routers = [p for p in work.modules if p.rpartition(".")[2] in ROUTERS and p.rpartition(".")[0] == above]

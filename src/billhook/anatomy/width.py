@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -54,7 +55,7 @@ def _read(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[Address, tuple
 
 
 def _units(model: PreTrainedModel, anatomy: Anatomy, stack: Stack, sublayer: Sublayer) -> Inner:
-    config = owner_of(model, stack.path)[1].config
+    config: Any = owner_of(model, stack.path)[1].config
     saved = resolve(model, stack.counters[0].owner)
     work = Work(model, sublayer, config, saved)
     if sublayer.kind == "mlp":

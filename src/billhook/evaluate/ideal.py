@@ -15,14 +15,15 @@ from billhook.surgery.live import Undo
 
 
 def kept_share(dense: PreTrainedModel, plan: Plan) -> float | None:
-    """Share of the decoder's blocks that a plan keeps; None where it drops single sublayers of it, or parts of them.
+    """Share of the decoder's blocks that a plan keeps; None where it drops single sublayers of it, or parts
+    of them.
 
     Vision blocks do not count: they take no part in reading or writing text.
     """
     anatomy = discover(dense)
     stack = next(s for s in anatomy.stacks if s.causal)
     drops = {a for a in normalise(plan.drops, anatomy.outline) if a.stack == stack.name}
-    if plan.keeps or any(a.sublayer is not None for a in drops):
+    if any(a.sublayer is not None for a in drops) or any(keep.unit.stack == stack.name for keep in plan.keeps):
         return None
     return len(survivors(drops, anatomy.outline, stack.name)) / len(stack.blocks)
 

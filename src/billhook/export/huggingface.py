@@ -35,7 +35,8 @@ def save(
 
     ``model`` is what ``surgery.apply`` made with ``plan``; ``anatomy`` is that of the dense model. Where only whole
     blocks are gone, and what got narrower did so everywhere in a way that plain config values say, the result is an
-    ordinary checkpoint of the stock class, whatever the target; otherwise the target decides: ``remote`` and ``any`` get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
+    ordinary checkpoint of the stock class, whatever the target. Otherwise the target decides: ``remote`` and ``any``
+    get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
 
     Before anything is written the stock class is built from the new config, without weights, and must have exactly the
     tensors of ``model``, in name and shape; InputError with the difference otherwise.

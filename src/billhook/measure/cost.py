@@ -11,6 +11,7 @@ from collections.abc import Iterable, Set
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
+from billhook.plan.plan import Keep
 from billhook.plan.record import Quantity
 
 Costs = dict[str, float]
@@ -60,11 +61,17 @@ class CostModel:
         for block_address in self._parts:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
 
-    def of(self, drops: Iterable[Address]) -> Costs:
-        """The costs with these units dropped."""
+    def of(self, drops: Iterable[Address], keeps: Iterable[Keep] = ()) -> Costs:
+        """The costs with these units dropped and these sublayers narrowed."""
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
+        for keep in keeps:
+            stack = self.outline.stack(keep.unit.stack)
+            sublayer = stack.blocks[keep.unit.block].sublayers[str(keep.unit.sublayer)]
+            narrow = sublayer.narrowed(keep.inner, len(keep.indices))
+            costs = _plus(costs, self._shares[keep.unit], -1)
+            costs = _plus(costs, self._share(narrow, keep.unit.sublayer == "cross_attention", stack), 1)
         return costs
 
     def saving(self, unit: Address, drops: Set[Address] = frozenset()) -> Costs:
@@ -115,24 +122,27 @@ class CostModel:
 def cost(
     outline: Outline,
     drops: Iterable[Address] = (),
+    keeps: Iterable[Keep] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> Costs:
-    """Every kind of cost of a model with these units dropped; see CostModel for what is counted."""
-    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops)
+    """Every kind of cost of a model with these units dropped and these sublayers narrowed; see CostModel for what is
+    counted."""
+    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps)
 
 
 def quantities(
     outline: Outline,
     drops: Iterable[Address],
+    keeps: Iterable[Keep] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Quantity]:
     """The costs before and after, for the record of a run."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops)
+    after = model.of(drops, keeps)
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

@@ -45,7 +45,7 @@ class Address:
         inner = found["inner"]
         if inner is not None and found["sublayer"] not in INNER.get(inner, ()):
             raise InputError(
-                f"address {text!r}: an inner unit is an mlp.neuron, an mlp.expert or an attention.group with its number "
+                f"address {text!r}: an inner unit is an mlp.neuron, mlp.expert or attention.group with its number "
                 "(such as decoder.12.mlp.neuron.511)"
             )
         number = None if inner is None else int(found["number"])

@@ -8,8 +8,8 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
-from billhook.plan.widths import check_keeps
 from billhook.plan.target import Target
+from billhook.plan.widths import check_keeps
 
 _DECI_FIRST = "DeciLM loaders fail when the first block that is left has no attention"
 

@@ -55,8 +55,8 @@ IndicesField = Annotated[
 class Keep(_Record):
     """Keep these inner units of a sublayer and remove the others of their kind, with everything coupled to them.
 
-    ``indices`` count in the original model, in rising order. In JSON they are ranges in one string, ``0-511,514``: short
-    where units were kept in runs, a few bytes a unit otherwise, and still readable and diffable in the plan itself.
+    ``indices`` count in the original model, in rising order. In JSON they are ranges in one string, ``0-511,514``:
+    short where units were kept in runs, a few bytes a unit otherwise, and still readable and diffable in the plan.
     """
 
     kind: Literal["keep"] = "keep"

@@ -43,9 +43,9 @@ def check_keeps(plan: Plan, drops: Collection[Address], outline: Outline) -> Non
     left = narrowing(plan.keeps, outline)
     sizes = common_sizes(outline.narrowed(counts(left)), drops)
     for keep in left:
-        reason = _target_refusal(keep, sublayers[keep.unit].inner[keep.inner], sizes, plan.target)
-        if reason:
-            raise InputError(f"the {keep.inner}s of {keep.unit} cannot be cut for target {plan.target}: {reason}")
+        refused = _target_refusal(keep, sublayers[keep.unit].inner[keep.inner], sizes, plan.target)
+        if refused:
+            raise InputError(f"the {keep.inner}s of {keep.unit} cannot be cut for target {plan.target}: {refused}")
 
 
 def common_sizes(outline: Outline, drops: Collection[Address]) -> dict[str, int | None]:

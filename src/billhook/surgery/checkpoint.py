@@ -30,6 +30,7 @@ from billhook.surgery.slices import narrowed
 
 _INDEX = "model.safetensors.index.json"
 
+
 def apply_to_checkpoint(
     source: str | os.PathLike[str], plan: Plan | Iterable[Address], out: str | os.PathLike[str], overwrite: bool = False
 ) -> Path:
@@ -48,7 +49,8 @@ def apply_to_checkpoint(
 @dataclass(frozen=True)
 class Rewritten:
     """``small`` is the compressed model on the meta device, ``anatomy`` that of the source, ``form`` what the new
-    config lists as missing or narrower, ``left_out`` the stored weights that the model has no place for (see ``models.Loaded``)."""
+    config lists as missing or narrower, ``left_out`` the stored weights that the model has no place for (see
+    ``models.Loaded``)."""
 
     small: Any
     anatomy: Anatomy

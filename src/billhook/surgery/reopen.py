@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from billhook import models
-from billhook.anatomy import discover
+from billhook.anatomy import Anatomy, discover
 from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
@@ -72,13 +72,13 @@ def skeleton(folder: Path) -> Any:
 
 def on_meta(stock: type, config: Any) -> Any:
     """An instance of ``stock`` on the meta device, cut as ``config`` lists. Eval mode."""
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         return as_cut(stock)(config).eval()
 
 
 def as_cut(stock: type) -> type:
-    """A class whose instances are those of ``stock`` with the sublayers taken out, and those narrowed, that their config
-    lists.
+    """A class whose instances are those of ``stock``, without the sublayers that their config skips and with the
+    widths that it lists.
 
     Instances become plain ``stock`` ones as soon as they are made, so that transformers treats them as its own.
     """

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -109,7 +110,7 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
                 out.write(rows.index_select(1, index).numpy().tobytes())
 
 
-def _chunks(stored: Stored, source: BinaryIO, begin: int, end: int, size: int) -> Iterator[bytearray]:
+def _chunks(stored: Stored, source: BufferedReader, begin: int, end: int, size: int) -> Iterator[bytearray]:
     dtype = _FLOATS.get(stored.dtype)
     source.seek(stored.begin + begin)
     left = end - begin

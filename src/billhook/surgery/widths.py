@@ -44,7 +44,9 @@ def read_widths(config: Any, anatomy: Anatomy) -> Counts:
     for (address, kind), number in found.items():
         known = {inner.kind: inner for inner in anatomy.inner.get(address, ())}
         if kind not in known or number < 1:
-            raise InputError(f"config.json gives {address} {number} {kind}s; this {anatomy.family} model cannot have them")
+            raise InputError(
+                f"config.json gives {address} {number} {kind}s; this {anatomy.family} model cannot have them"
+            )
     return found
 
 
@@ -104,10 +106,14 @@ def write_widths(config: Any, anatomy: Anatomy, widths: Counts) -> Counts:
         noted |= here
         if not here:
             continue
-        if len(stacks) == 1 and not part.per_layer_attributes and all(
-            inner.keys and _fits(inner, number)
-            for (address, kind), number in here.items()
-            for inner in [known[address.stack][address.sublayer, kind]]
+        if (
+            len(stacks) == 1
+            and not part.per_layer_attributes
+            and all(
+                inner.keys and _fits(inner, number)
+                for (address, kind), number in here.items()
+                for inner in [known[address.stack][address.sublayer, kind]]
+            )
         ):
             _write_layers(part, known[stacks[0].name], here)
         else:
@@ -137,7 +143,7 @@ def _kinds(anatomy: Anatomy, stack: Stack) -> dict[tuple[str | None, str], Inner
 
 
 def _stated(part: Any, inner: Inner, number: int) -> bool:
-    return bool(inner.keys) and all(getattr(part, key) == amount * number for key, amount in inner.keys)
+    return bool(inner.keys) and all(vars(part)[key] == amount * number for key, amount in inner.keys)
 
 
 def _fits(inner: Inner, number: int) -> bool:
