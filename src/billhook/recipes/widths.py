@@ -23,7 +23,6 @@ Progress = Callable[[str, int, int], None]
 
 def narrow(
     recipe: Recipe,
-    choice: Widths,
     model: Opened,
     problem: WidthProblem,
     windows: Windows,
@@ -34,6 +33,8 @@ def narrow(
 ) -> tuple[tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer. ``seen``
     is the trace of the dense model over the calibration."""
+    choice = recipe.choice
+    assert isinstance(choice, Widths)
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, windows, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
