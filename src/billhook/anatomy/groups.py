@@ -39,7 +39,8 @@ def groups(work: Work) -> Inner:
         (work.sublayer.module, f"config.{name}", ratio) for name in LOOKED_UP.get(work.config.model_type, ())
     ]
     keys, states, divides = _keys(work, count, heads, width)
-    return Inner("group", count, tuple(slices), (*work.linear_sizes(slices), *attributes), keys, states, divides)
+    attributes += work.linear_sizes(slices)
+    return Inner("group", count, tuple(slices), tuple(attributes), keys, states, divides, heads=ratio)
 
 
 _APART_NAMES = frozenset(name for names in APART for name in names)

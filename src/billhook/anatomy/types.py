@@ -51,7 +51,7 @@ class Inner:
     state the size, as (key, amount a unit), empty where no config value can say it; ``states`` are values that the
     config must then state outright, because it works them out from the size otherwise. Where ``divides`` is not 0 the
     first key's value must divide it. At least ``least`` units must stay, of each of ``parts`` equal runs of units as
-    many as of the others.
+    many as of the others. Of a group ``heads`` counts the query heads.
     """
 
     kind: Literal["neuron", "group", "expert"]
@@ -63,6 +63,7 @@ class Inner:
     divides: int = 0
     least: int = 1
     parts: int = 1
+    heads: int = 0
 
 
 @dataclass(frozen=True)

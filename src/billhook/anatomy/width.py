@@ -35,6 +35,13 @@ def widened(model: PreTrainedModel, anatomy: Anatomy) -> Anatomy:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
 
     def drawn(address: Address, sublayer: SublayerOutline) -> SublayerOutline:
+        for group in (u for u in inner.get(address, ()) if u.heads):
+            # counted on the tensors: the config of a narrower model may say other numbers
+            heads = group.heads * group.count
+            kv_heads = heads if sublayer.kv_heads == sublayer.heads else group.count
+            cached = bool(sublayer.cache_width) and not _latent(group)
+            width = 2 * kv_heads * sublayer.head_dim if cached else sublayer.cache_width
+            sublayer = sublayer.model_copy(update={"heads": heads, "kv_heads": kv_heads, "cache_width": width})
         units = {u.kind: _outline(u, sublayer, owners[address.stack], sizes) for u in inner.get(address, ())}
         return sublayer.model_copy(update={"inner": units, "rigid": rigid.get(address, "")})
 
@@ -86,20 +93,24 @@ def _outline(inner: Inner, sublayer: SublayerOutline, owner: str, sizes: dict[st
     params = whole // inner.count
     idle = sum(sizes[name] for name in named if ".experts." in name) // inner.count if inner.kind == "expert" else 0
     group = inner.kind == "group"
-    latent = any(name.endswith("kv_b_proj.weight") for name in named)  # the cache is of one latent for all heads
     return InnerOutline(
         count=inner.count,
         params=params,
         active_params=params - idle,
         heads=sublayer.heads // inner.count if group else 0,
         kv_heads=sublayer.kv_heads // inner.count if group else 0,
-        cache_width=sublayer.cache_width // inner.count if group and not latent else 0,
+        cache_width=sublayer.cache_width // inner.count if group and not _latent(inner) else 0,
         key=f"{owner}.{inner.keys[0][0]}" if inner.keys else "",
         amount=inner.keys[0][1] if inner.keys else 1,
         divides=inner.divides,
         least=inner.least,
         parts=inner.parts,
     )
+
+
+def _latent(inner: Inner) -> bool:
+    """Whether the cache is of one latent for all heads."""
+    return any(piece.parameter.endswith("kv_b_proj.weight") for piece in inner.slices)
 
 
 def _redrawn(outline: Outline, drawn: Callable[[Address, SublayerOutline], SublayerOutline]) -> Outline:
