@@ -31,7 +31,8 @@ def units(model) -> dict[Address, Inner]:
 
 
 def gated(model, linear, gate: torch.Tensor, answer: str) -> torch.Tensor:
-    """The sum over tokens of the answer in float64, with the linear's input times a gate [tokens of the batch, inputs]."""
+    """The sum over tokens of the answer in float64, with the linear's input times a gate [tokens of the batch,
+    inputs]."""
     handle = linear.register_forward_pre_hook(lambda m, args: (args[0] * gate,))
     log_p = model(input_ids=IDS, use_cache=False).logits[:, :-1].double().log_softmax(-1)
     handle.remove()
@@ -46,7 +47,10 @@ def test_slopes_are_derivatives_of_gates(answer: str) -> None:
     anatomy = discover(model)
     chosen = units(model)
     found = sensitivity(model, anatomy, chosen, WINDOWS, answer)
-    for address, linear in ((MLP, model.model.layers[2].mlp.down_proj), (ATTENTION, model.model.layers[1].self_attn.o_proj)):
+    for address, linear in (
+        (MLP, model.model.layers[2].mlp.down_proj),
+        (ATTENTION, model.model.layers[1].self_attn.o_proj),
+    ):
         gate = torch.ones(*IDS.shape, linear.in_features, dtype=torch.float64, requires_grad=True)
         (slopes,) = torch.autograd.grad(gated(model, linear, gate, answer), gate)
         a = slopes.unflatten(-1, (chosen[address].count, -1)).sum(-1)

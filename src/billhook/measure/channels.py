@@ -56,7 +56,8 @@ def channels(
     model: nn.Module, anatomy: Anatomy, source: Windows | Iterable[Batch], progress: Progress | None = None
 ) -> dict[str, Channels]:
     """For each linear that writes to the stream, by the name of its weight: what it is given, over all tokens that are
-    no padding. A linear that the calibration never reached is not there; neither are fused experts, which are no linear.
+    no padding. A linear that the calibration never reached is not there; neither are fused experts, which are no
+    linear.
 
     Cost: one forward pass up to the last block. Memory: two vectors for each linear, and for one batch what the linears
     of one block are given. Raises InputError where an input is not finite, and if nothing is reached at all.

@@ -99,7 +99,8 @@ def sensitivity(
 
 def _of_units(product: Tensor, start: int, width: int, count: int) -> Tensor:
     """The sum over the channels of each unit: [..., channels] to [..., count]."""
-    return product[..., start : start + count * width].unflatten(-1, (count, width)).sum(-1)
+    own = product[..., start : start + count * width]
+    return own.reshape(*own.shape[:-1], count, width).sum(-1)
 
 
 def _towards(answer: Answer, logits: Tensor, ids: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
@@ -108,7 +109,7 @@ def _towards(answer: Answer, logits: Tensor, ids: Tensor, real: Tensor, generato
     result = torch.zeros_like(logits)
     counts = real[:, :-1] & real[:, 1:]
     rows, places = counts.nonzero(as_tuple=True)
-    for r, t in zip(rows.split(_CHUNK), places.split(_CHUNK), strict=True):
+    for r, t in zip(torch.split(rows, _CHUNK), torch.split(places, _CHUNK), strict=True):
         log_p = logits[r, t].float().log_softmax(-1)
         p = log_p.exp()
         if answer == "entropy":

@@ -16,7 +16,8 @@ from billhook.plan.errors import InputError
 
 @dataclass(frozen=True)
 class WidthTrace:
-    """``units`` are the inner units that have a score, by sublayer; ``weights`` the live parameters by name, not copied;
+    """``units`` are the inner units that have a score, by sublayer; ``weights`` the live parameters by name, not
+    copied;
     ``channels`` and ``slopes`` what was measured, empty where no score asks for it. ``work`` counts block-token
     forwards."""
 

@@ -17,7 +17,8 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """One recipe at one budget: what it dropped and kept in part, what finding that took, and how well the model works without it.
+    """One recipe at one budget: what it dropped and kept in part, what finding that took, and how well the model works
+    without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
     ``refused`` says why and there is nothing else. ``work`` counts block-token forwards of the search alone;

@@ -65,6 +65,10 @@ def compress(
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
     way = heal or chosen.heal
+    if way != "none" and chosen.wide:
+        raise InputError(
+            f"recipe {chosen.name} makes sublayers narrower, which {way} does not heal yet; use --heal none"
+        )
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -147,7 +151,7 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
     if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
         if chosen.choice.allocation != "uniform":
             raise InputError(
-                f"recipe {chosen.name} leaves blocks of different widths, which target uniform cannot carry; use target "
+                f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"
             )
     elif aim is Target.UNIFORM and chosen.unit != "block":

@@ -120,7 +120,8 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice, a knapsack and widths have a ``score``; a greedy or evolutionary one has an ``objective``, which the
+    A one-shot choice, a knapsack and widths have a ``score``; a greedy or evolutionary one has an ``objective``, which
+    the
     drops are to keep low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error
     of the last ``stream``, or one of three distances of the output (see ``measure.distances``).
     """

@@ -18,7 +18,8 @@ TALLEST, GAP = 760, 2  # pixels of a whole column, where rows can still grow thi
 
 @dataclass(frozen=True)
 class Cell:
-    """One sublayer, ``width`` percent of the widest block's parameters; ``left`` percent of its own if it got narrower."""
+    """One sublayer, ``width`` percent of the widest block's parameters; ``left`` percent of its own if it got
+    narrower."""
 
     kind: str
     width: float

@@ -15,7 +15,10 @@ from billhook.scores.registry import score
 
 @score("magnitude", needs="weights")
 def magnitude(
-    trace: WidthTrace, anatomy: Anatomy, norm: Literal["l1", "l2"] = "l2", of: Literal["reads", "writes", "all"] = "writes"
+    trace: WidthTrace,
+    anatomy: Anatomy,
+    norm: Literal["l1", "l2"] = "l2",
+    of: Literal["reads", "writes", "all"] = "writes",
 ) -> dict[Address, Tensor]:
     """The sum over the channels of a unit of the norm of each one's weights: of its column of the write (down, o), of
     its rows of the reads (gate, up; q, k, v), or of both.

@@ -30,7 +30,8 @@ class Score:
     distances, or the ``damage`` of dropping each unit alone (its parameter ``of`` names the kind).
 
     A criterion of width looks at a ``WidthTrace`` and gives a tensor for each sublayer, one figure an inner unit. It
-    needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its parameter
+    needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
+    parameter
     ``answer`` names of what)."""
 
     name: str

@@ -24,7 +24,8 @@ def taylor(
     ``text`` or single ``token``s before its size is taken, then the mean.
 
     ``answer`` says what L is (see ``sensitivity``): the ``loss`` as in Molchanov et al. 2017 (arXiv 1611.06440,
-    section 2.2) and LLM-Pruner (arXiv 2305.11627), or the ``entropy`` of the model's own prediction as in AMP, whose code
+    section 2.2) and LLM-Pruner (arXiv 2305.11627), or the ``entropy`` of the model's own prediction as in AMP, whose
+    code
     sums within an image (visresearch/AMP). Cost: one forward and one backward pass.
     """
     sums = {"all": "total", "text": "texts", "token": "absolute"}[within]
@@ -32,8 +33,11 @@ def taylor(
 
 
 @score("fisher", needs="slopes")
-def fisher(trace: WidthTrace, anatomy: Anatomy, answer: Literal["loss", "sampled"] = "sampled") -> dict[Address, Tensor]:
-    """E[(h dL/dh)^2] / 2 over tokens: the rise of the divergence from the dense model if the unit falls silent, to second
+def fisher(
+    trace: WidthTrace, anatomy: Anatomy, answer: Literal["loss", "sampled"] = "sampled"
+) -> dict[Address, Tensor]:
+    """E[(h dL/dh)^2] / 2 over tokens: the rise of the divergence from the dense model if the unit falls silent, to
+    second
     order (nats a token).
 
     Squares of the slopes of the negative log-likelihood of ``sampled`` tokens are the diagonal of the Fisher

@@ -16,7 +16,8 @@ def wanda_structured(trace: WidthTrace, anatomy: Anatomy) -> dict[Address, Tenso
     """The sum over the channels j of a unit of E_i|W_ij| sqrt(E[x_j^2]), W being the weight that writes (down, o), x
     what it is given, i its outputs.
 
-    Source: Wanda (arXiv 2306.11695, equation 1) for single weights, summed over structures as in the Wanda-SP baseline of
+    Source: Wanda (arXiv 2306.11695, equation 1) for single weights, summed over structures as in the Wanda-SP baseline
+    of
     FLAP (arXiv 2312.11983). There the sum over tokens stands in place of the mean, which orders alike. Cost: one
     forward pass.
     """

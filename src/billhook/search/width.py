@@ -39,7 +39,8 @@ class Space:
 
 @dataclass(frozen=True)
 class WidthProblem:
-    """Made by ``pose_width``, which makes sure that there is a solution. ``level``: all sublayers of a kind must be left
+    """Made by ``pose_width``, which makes sure that there is a solution. ``level``: all sublayers of a kind must be
+    left
     with equally many units, as an ordinary checkpoint has them."""
 
     outline: Outline
@@ -80,21 +81,22 @@ def pose_width(
     kinds: tuple[Kind, ...] = ("neuron", "group") if unit == "width" else ("group",) if unit == "group" else ("neuron",)
     if target is Target.DECI:
         kinds = tuple(kind for kind in kinds if kind != "group")  # loaders want one number of query heads
-    dense = CostModel(outline).dense
+    costs = CostModel(outline)
+    dense = costs.dense
     spaces = []
     for address, sublayer in outline.sublayers():
         for kind in kinds:
             inner = sublayer.inner.get(kind)
             if inner is None or stack not in (None, address.stack) or (target is Target.UNIFORM and not inner.key):
                 continue
-            narrower = CostModel(outline.narrowed({(address, kind): inner.count - inner.parts})).dense
-            saving = {k: (dense[k] - narrower[k]) / inner.parts for k in dense}
+            narrower = costs.of((), [Keep(unit=address, inner=kind, indices=(0,))])
+            saving = {k: (dense[k] - narrower[k]) / max(inner.count - 1, 1) for k in dense}
             left = _may_be_left(inner, multiple_of if kind == "neuron" else 1, target)
             spaces.append(Space(address, kind, inner.count, left, inner.parts, saving))
     where = f"this {outline.family} model" if stack is None else f"stack {stack} of this {outline.family} model"
     if not any(len(space.left) > 1 for space in spaces):
-        reasons = sorted({s.rigid for _, s in outline.sublayers() if s.rigid})
-        raise InputError(f"no {unit} of {where} can go for target {target}" + f": {reasons[0]}" * bool(reasons))
+        reasons = sorted({f" ({s.rigid})" for _, s in outline.sublayers() if s.rigid}) or [""]
+        raise InputError(f"no {unit} of {where} can go for target {target}{reasons[0]}")
     problem = WidthProblem(outline, budget, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM)
     least = _less(dense, [(space, space.count - space.left[-1]) for space in spaces])
     for kind_, ceiling in problem.ceilings.items():
