@@ -130,7 +130,7 @@ def test_unreached_units_are_unknown() -> None:
 
 
 def test_wrong_words() -> None:
-    with pytest.raises(InputError, match=r"no score 'blockinfluence'; there are angular, block-influence, divergence"):
+    with pytest.raises(InputError, match=r"no score 'blockinfluence'; there are activation, angular, block-influence"):
         named("blockinfluence")
     with pytest.raises(InputError, match="score angular has no parameter units; it has span"):
         named("angular")(by_hand(), ANATOMY, units="block")

@@ -139,8 +139,10 @@ class Recipe(_Words):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.choice.word == "widths" and self.score is None:
+            raise ValueError("widths need a score")
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
-            raise ValueError("a one-shot choice, a knapsack or widths need a score, and no other choice has one")
+            raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         if self.wide != (self.choice.word == "widths"):
             raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
         if self.score is not None and named(self.score.word).wide != self.wide:
