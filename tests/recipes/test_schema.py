@@ -34,6 +34,7 @@ def test_the_recipes_that_come_along() -> None:
         "fusegpt",
         "checkfree",
         "branch-gains",
+        *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "random",
         "evenly-spaced",
         "first",
@@ -93,7 +94,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("kl", "loss").replace("greedy}", "gates, steps: 1}"), "choice.gates.steps: Input should be"),
         (GOOD.replace("objective: kl\n", "").replace("greedy}", "sampled-masks, steps: 9}"), "needs an objective"),
         (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss', 'stream', "),
-        (GOOD.replace("sublayer", "neuron"), "unit: Input should be"),
+        (GOOD.replace("sublayer", "channel"), "unit: Input should be"),
         (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
         (

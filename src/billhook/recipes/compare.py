@@ -19,7 +19,6 @@ from billhook.evaluate.probes import answers, paired, posed
 from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
-from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
@@ -27,7 +26,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find
+from billhook.recipes.find import find, pose_for
 from billhook.recipes.heal import mended
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
@@ -36,7 +35,6 @@ from billhook.recipes.schema import Baseline, Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.report.comparison import write_comparison
-from billhook.search import pose
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -179,7 +177,7 @@ def _judged(
 
 def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progress: Progress | None) -> Any:
     """The cut model; where the recipe combines blocks, with the weights that its act makes of the calibration text."""
-    plan = Plan.of(map(Address.parse, entry.drops))
+    plan = Plan.of(entry.drops, entry.target, entry.keeps)
     if recipe.act == "drop":
         return apply(model.model, model.anatomy, plan)
     return mended(model, plan, recipe.act, windows, progress)[0]
@@ -202,15 +200,16 @@ def _searched(
     clock = Stopwatch()
     try:
         with clock.step("search"):
-            problem = pose(model.anatomy.outline, Budget.parse(budget), recipe.unit, target, stack="decoder")
+            problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)})
     drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops)
+    costs = quantities(model.anatomy.outline, drops, choice.keeps)
     return entry.model_copy(
         update={
             "drops": tuple(str(unit) for unit in sorted(drops)),
+            "keeps": choice.keeps,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,

@@ -22,15 +22,14 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, require_path
+from billhook.recipes.find import find, pose_for, require_path
 from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal, Recipe
+from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
-from billhook.search import pose
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -67,6 +66,10 @@ def compress(
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
     way = _way(chosen, heal)
+    if way != "none" and chosen.wide:
+        raise InputError(
+            f"recipe {chosen.name} makes sublayers narrower, which {way} does not heal yet; use --heal none"
+        )
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -75,7 +78,7 @@ def compress(
     require_causal(model.model, "compress")
     if way != "none":
         require_healable(model.anatomy)
-    problem = pose(outline, limits, chosen.unit, aim, stack="decoder")
+    problem = pose_for(chosen, outline, limits, aim)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -103,7 +106,7 @@ def compress(
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
 
-        plan = Plan.of(choice.found.drops, aim).model_copy(
+        plan = Plan.of(choice.found.drops, aim, choice.keeps).model_copy(
             update={
                 "budget": str(limits),
                 "provenance": Provenance(
@@ -126,7 +129,7 @@ def compress(
                         model, plan, way, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, seed, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        costs = quantities(outline, choice.found.drops)
+        costs = quantities(outline, choice.found.drops, choice.keeps)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -166,7 +169,13 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
         chosen = catalogue.load(recipe)
     if aim is None:
         aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
-    if aim is Target.UNIFORM and chosen.unit != "block":
+    if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
+        if chosen.choice.allocation != "uniform":
+            raise InputError(
+                f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
+                f"remote, or a recipe whose allocation is uniform"
+            )
+    elif aim is Target.UNIFORM and chosen.unit != "block":
         raise InputError(
             f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
             f"the same sublayers in every block; use target remote, or a recipe of whole blocks"

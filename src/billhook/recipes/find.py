@@ -19,12 +19,17 @@ from billhook.models import fingerprint
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
+from billhook.plan.outline import Outline
+from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord
+from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained, Widths
+from billhook.recipes.widths import narrow
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.width import WidthProblem, pose_width
 
 Progress = Callable[[str, int, int], None]
 OBJECTIVES: dict[Kind, str] = {
@@ -48,17 +53,27 @@ BASELINES: dict[str, Callable[..., Found]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important)."""
+    """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
+    ``keeps`` of the sublayers that get narrower."""
 
     found: Found
     record: SearchRecord
     importance: dict[str, dict[str, float]]
+    keeps: tuple[Keep, ...] = ()
+
+
+def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem:
+    """The task that a recipe solves, for the decoder. InputError where it has no solution."""
+    if isinstance(recipe.choice, Widths):
+        multiple = recipe.choice.multiple_of
+        return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
+    return search.pose(outline, budget, recipe.unit, target, stack="decoder")
 
 
 def find(
     recipe: Recipe,
     model: Opened,
-    problem: Problem,
+    problem: Problem | WidthProblem,
     windows: Windows,
     seen: Trace,
     *,
@@ -75,6 +90,8 @@ def find(
     """
     require_path(recipe, problem.budget)
     choice = recipe.choice
+    if isinstance(problem, WidthProblem):
+        return _narrowed(recipe, model, problem, windows, seen, seed, progress)
     objective = recipe.objective
     importance: dict[str, dict[str, float]] = {}
     search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
@@ -112,6 +129,19 @@ def find(
         evaluations=found.evaluations,
     )
     return Choice(found, record, importance)
+
+
+def _narrowed(
+    recipe: Recipe,
+    model: Opened,
+    problem: WidthProblem,
+    windows: Windows,
+    seen: Trace,
+    seed: int,
+    progress: Progress | None,
+) -> Choice:
+    keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
+    return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps)
 
 
 def require_path(recipe: Recipe, budget: Budget) -> None:

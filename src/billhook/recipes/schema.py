@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from billhook.measure.ablation import Kind
-from billhook.scores import Unit, named
+from billhook.scores import InnerUnit, Unit, named
+from billhook.search.width import Allocation
 
 
 class _Words(BaseModel):
@@ -120,6 +121,26 @@ class Span(_Words):
     word: Literal["span"]
 
 
+class Widths(_Words):
+    """Make sublayers narrower: their least important inner units go, set against those of other sublayers as the
+    ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. The number of
+    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on."""
+
+    word: Literal["widths"]
+    allocation: Allocation
+    per: Per = "unit"
+    multiple_of: Annotated[int, Field(ge=1)] = 1
+    steepness: Annotated[float, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.steepness is not None) != (self.allocation == "shared"):
+            raise ValueError("a shared allocation needs a steepness, and no other has one")
+        if self.per == "budget" and self.allocation != "global":
+            raise ValueError("only a global allocation sets scores against what a unit gains of the budget")
+        return self
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -129,20 +150,20 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice and a knapsack have a ``score``; a greedy, evolutionary or learned one (gates, sampled masks,
-    bandit: those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from the dense
-    model's next tokens ``kl``, the ``loss`` on the text, the error of the last ``stream``, or one of three distances of
-    the output (see ``measure.distances``).
+    A one-shot choice, a knapsack and widths have a ``score``; a greedy, evolutionary or learned one (gates, sampled
+    masks, bandit: those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from
+    the dense model's next tokens ``kl``, the ``loss`` on the text, the error of the last ``stream``, or one of three
+    distances of the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Unit
+    unit: Unit | InnerUnit
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Baseline,
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -151,9 +172,15 @@ class Recipe(_Words):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack")):
+        if self.choice.word == "widths" and self.score is None:
+            raise ValueError("widths need a score")
+        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
+        if self.wide != (self.choice.word == "widths"):
+            raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
+        if self.score is not None and named(self.score.word).wide != self.wide:
+            raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
         if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if learned and self.objective != "loss":
@@ -167,6 +194,11 @@ class Recipe(_Words):
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self
+
+    @property
+    def wide(self) -> bool:
+        """Whether units inside sublayers go."""
+        return self.unit in get_args(InnerUnit)
 
     @property
     def score_parameters(self) -> dict[str, Any]:

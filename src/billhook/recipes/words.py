@@ -17,12 +17,13 @@ PASSES = "Passes: roughly how often the model runs over the calibration text; a 
 
 def needs(recipe: Recipe) -> str:
     """What the choice rests on: ``data``, which is calibration text, or ``nothing``."""
-    return "nothing" if recipe.choice.word in BASELINES else "data"
+    blind = recipe.score is not None and named(recipe.score.word).needs == "weights"
+    return "nothing" if blind or recipe.choice.word in BASELINES else "data"
 
 
 def passes(recipe: Recipe) -> str:
     """The order of the work (see ``PASSES``). What dropping a unit does is felt in half of the blocks on average."""
-    if recipe.choice.word in BASELINES:
+    if needs(recipe) == "nothing":
         return "0"
     if isinstance(recipe.choice, Greedy):
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
@@ -36,6 +37,8 @@ def passes(recipe: Recipe) -> str:
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"
+    if recipe.wide:
+        return "3" if recipe.score is not None and named(recipe.score.word).needs == "slopes" else "1"
     return "1" if recipe.unit == "block" else "2"
 
 

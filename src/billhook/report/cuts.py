@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from billhook.plan.address import Address
@@ -17,12 +18,14 @@ TALLEST, GAP = 760, 2  # pixels of a whole column, where rows can still grow thi
 
 @dataclass(frozen=True)
 class Cell:
-    """One sublayer, ``width`` percent of the widest block's parameters."""
+    """One sublayer, ``width`` percent of the widest block's parameters; ``left`` percent of its own if it got
+    narrower."""
 
     kind: str
     width: float
     cut: bool
     title: str
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,23 @@ def summary(run: Run) -> list[tuple[str, str]]:
     for address in sorted(dropped(run), key=lambda a: (order.index(a.stack), a.sublayer or "", a.block)):
         groups.setdefault((address.stack, address.sublayer or ""), []).append(address.block)
     several = len(run.outline.stacks) > 1
-    return [
+    gone = [
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
+    return [*gone, *((f"{what}s in blocks", f"{ranges(blocks)}: {n:,}") for what, n, blocks in _narrower(run))]
+
+
+def _narrower(run: Run) -> list[tuple[str, int, list[int]]]:
+    """For each kind of inner unit: how many were cut, and from which blocks."""
+    sublayers = dict(run.outline.sublayers())
+    found: dict[str, tuple[int, list[int]]] = {}
+    for keep in run.plan.keeps:
+        gone = sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
+        number, blocks = found.get(keep.inner, (0, []))
+        found[keep.inner] = number + gone, [*blocks, keep.unit.block]
+    names = {"group": "KV group"}
+    return [(names.get(kind, kind), number, sorted(blocks)) for kind, (number, blocks) in sorted(found.items())]
 
 
 def parts(run: Run) -> list[tuple[str, str]]:
@@ -81,21 +97,24 @@ def parts(run: Run) -> list[tuple[str, str]]:
 
 
 def counts(run: Run) -> str:
-    """``5 of 30 blocks, 3 attentions and 2 MLPs``; empty where nothing was cut."""
+    """``5 of 30 blocks, 3 attentions and 2 MLPs``, ``1,200 neurons``; empty where nothing was cut."""
     found = Counter(a.sublayer or "block" for a in dropped(run))
     total = sum(1 for _ in run.outline.blocks())
     parts = [f"{found.pop('block')} of {total} blocks"] if "block" in found else []
     parts += [f"{n} {kind_name(kind)}{'s' if n > 1 else ''}" for kind, n in sorted(found.items())]
+    parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n, _ in _narrower(run)]
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
-    return [_column(stack, drops) for stack in run.outline.stacks]
+    sublayers = dict(run.outline.sublayers())
+    narrower = {k.unit: sublayers[k.unit].narrowed(k.inner, len(k.indices)).params for k in run.plan.keeps}
+    return [_column(stack, drops, narrower) for stack in run.outline.stacks]
 
 
-def _column(stack: StackOutline, drops: frozenset[Address]) -> Column:
+def _column(stack: StackOutline, drops: frozenset[Address], narrower: Mapping[Address, int]) -> Column:
     height = max(5, min(22, TALLEST // max(len(stack.blocks), 1) - GAP))
     every = 1 if height >= 13 else 5 if height >= 7 else 10
     widest = max((sum(s.params for s in b.sublayers.values()) for b in stack.blocks), default=0) or 1
@@ -106,6 +125,8 @@ def _column(stack: StackOutline, drops: frozenset[Address]) -> Column:
             address = Address(stack.name, i, kind)
             cut = is_cut(address, drops)
             title = f"{address}: {quantity(sublayer.params, 'parameters')}{', cut' if cut else ''}"
-            cells.append(Cell(kind, round(100 * sublayer.params / widest, 2), cut, title))
+            left = round(100 * narrower[address] / sublayer.params, 1) if address in narrower else None
+            title += f", {left}% left" if left is not None else ""
+            cells.append(Cell(kind, round(100 * sublayer.params / widest, 2), cut, title, left))
         rows.append(Row(str(i) if i % every == 0 else "", Address(stack.name, i) in drops, tuple(cells)))
     return Column(stack.name, height, tuple(rows))

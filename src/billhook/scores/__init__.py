@@ -3,23 +3,38 @@
 A unit that the calibration never reached has no score: it is unknown, and nothing may drop it for that.
 """
 
+from billhook.scores.activation import activation
 from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
 from billhook.scores.divergence import divergence
+from billhook.scores.fluctuation import fluctuation
+from billhook.scores.magnitude import magnitude
+from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activation
 from billhook.scores.position_weighted import position_weighted
-from billhook.scores.registry import SCORES, Score, Unit, named, score
+from billhook.scores.registry import SCORES, InnerUnit, Score, Unit, named, score
+from billhook.scores.taylor import fisher, taylor
 from billhook.scores.update_norm import update_norm
+from billhook.scores.wanda import wanda_structured
 
 __all__ = [
     "SCORES",
+    "InnerUnit",
     "Score",
     "Unit",
+    "activation",
     "angular",
     "best_span",
     "block_influence",
     "divergence",
+    "fisher",
+    "fluctuation",
+    "magnitude",
     "named",
+    "peak_magnitude",
+    "peak_magnitude_activation",
     "position_weighted",
     "score",
+    "taylor",
     "update_norm",
+    "wanda_structured",
 ]

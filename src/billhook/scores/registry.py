@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any, Literal, get_type_hints
@@ -12,12 +12,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from billhook.anatomy import Anatomy
 from billhook.measure.sums import Trace
 from billhook.measure.trace import Statistic
+from billhook.measure.width import WidthTrace
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
 Unit = Literal["block", "sublayer", "attention", "cross_attention", "mlp"]
-Needs = Literal["change", "angular", "damage"]
-Function = Callable[..., dict[Address, float]]
+InnerUnit = Literal["neuron", "group", "width"]
+Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes"]
+Function = Callable[..., Mapping[Address, Any]]
 
 SCORES: dict[str, Score] = {}
 
@@ -25,14 +27,24 @@ SCORES: dict[str, Score] = {}
 @dataclass(frozen=True)
 class Score:
     """A criterion. ``needs`` says what the trace must hold: the ``change`` of the stream by each unit, the ``angular``
-    distances, or the ``damage`` of dropping each unit alone (its parameter ``of`` names the kind)."""
+    distances, or the ``damage`` of dropping each unit alone (its parameter ``of`` names the kind).
+
+    A criterion of width looks at a ``WidthTrace`` and gives a tensor for each sublayer, one figure an inner unit. It
+    needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
+    parameter
+    ``answer`` names of what)."""
 
     name: str
     function: Function
     needs: Needs
     parameters: type[BaseModel]
 
-    def __call__(self, trace: Trace, anatomy: Anatomy, **parameters: Any) -> dict[Address, float]:
+    @property
+    def wide(self) -> bool:
+        """Whether it is a criterion of width."""
+        return self.needs in ("weights", "channels", "slopes")
+
+    def __call__(self, trace: Trace | WidthTrace, anatomy: Anatomy, **parameters: Any) -> dict[Address, Any]:
         """Importance of each unit that the calibration reached, high is important, in order of address."""
         scores = self.function(trace, anatomy, **self.check(parameters))
         return dict(sorted(scores.items()))
@@ -50,9 +62,9 @@ class Score:
             raise InputError(f"parameter {name} of score {self.name}: {first['msg']}") from error
 
     def statistics(self, **parameters: Any) -> frozenset[Statistic]:
-        """What ``measure.trace`` must take for this score with these parameters; nothing for damage."""
+        """What ``measure.trace`` must take for this score with these parameters; nothing for damage and for width."""
         chosen = self.check(parameters)
-        if self.needs == "damage":
+        if self.needs == "damage" or self.wide:
             return frozenset()
         if self.needs == "angular":
             return frozenset({"angular"})

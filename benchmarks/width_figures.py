@@ -1,0 +1,83 @@
+"""WikiText-2 and C4 perplexity of SmolLM2-135M at 20% of the block parameters, cut in width, on the same calibration.
+
+    python benchmarks/width_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 3072 bfloat16 all)
+
+Every recipe of width, then two choices that look at nothing: the same widths as the first recipe's, with units at
+random
+(seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many times
+faster; say so with the figures. Two hundred passes of a window: minutes to an hour, by the machine.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import torch
+from protocol import DATA, LENGTH, Bed, bed
+
+from billhook.data import Windows
+from billhook.data import windows as windows_of
+from billhook.measure.cost import CostModel
+from billhook.measure.latency import now
+from billhook.plan.budget import Budget
+from billhook.plan.plan import Keep, Plan
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.find import find, pose_for
+from billhook.recipes.measures import watch
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.surgery import simulate
+
+BUDGET = "params=0.8"
+WORK = Path("out/benchmarks/width-figures")
+
+
+def main(source: str = "demo", tokens: str = str(CALIBRATION_TOKENS), dtype: str = "bfloat16", *recipes: str) -> None:
+    b = bed(source)
+    b.live.to(getattr(torch, dtype))
+    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
+    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH)
+    seen = watch(b.model, windows, None)
+    print(f"calibrated on {windows.tokens} tokens of wiki_calib, {dtype}, {BUDGET}")
+    print(f"{'recipe':<24} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}  units left", flush=True)
+    show(b, "dense", (), c4, 0.0)
+    first: tuple[Keep, ...] = ()
+    for name in recipes or [n for n in catalogue.names() if catalogue.load(n).wide]:
+        recipe = catalogue.load(name)
+        problem = pose_for(recipe, b.anatomy.outline, Budget.parse(BUDGET), Target.REMOTE)
+        begun = now()
+        keeps = find(recipe, b.model, problem, windows, seen, seed=0, place=WORK, progress=None).keeps
+        show(b, name, keeps, c4, now() - begun)
+        first = first or keeps
+    for name, choose in (("random", at_random), ("evenly-spaced", evenly_spaced)):
+        show(b, f"{name}, widths as above", tuple(choose(b, keep) for keep in first), c4, 0.0)
+
+
+def at_random(b: Bed, keep: Keep) -> Keep:
+    count = count_of(b, keep)
+    chosen = random.Random(f"{keep.unit} 0").sample(range(count), len(keep.indices))
+    return keep.model_copy(update={"indices": tuple(sorted(chosen))})
+
+
+def evenly_spaced(b: Bed, keep: Keep) -> Keep:
+    count, left = count_of(b, keep), len(keep.indices)
+    return keep.model_copy(update={"indices": tuple((2 * i + 1) * count // (2 * left) for i in range(left))})
+
+
+def count_of(b: Bed, keep: Keep) -> int:
+    return dict(b.anatomy.outline.sublayers())[keep.unit].inner[keep.inner].count
+
+
+def show(b: Bed, name: str, keeps: tuple[Keep, ...], c4: Windows, seconds: float) -> None:
+    costs = CostModel(b.anatomy.outline)
+    share = costs.of((), keeps)["params"] / costs.dense["params"]
+    with simulate(b.live, b.anatomy, Plan.of([], Target.REMOTE, keeps)):
+        figures = f"{b.perplexity():>10.2f} {b.perplexity(test=c4):>8.2f}"
+    left = " ".join(f"{keep.unit.block}.{keep.inner[0]}{len(keep.indices)}" for keep in keeps)
+    print(f"{name:<24} {share:>8.3f} {figures} {seconds:>8.1f}  {left}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
