@@ -14,7 +14,7 @@ from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, require_healable
 from billhook.measure.cost import quantities
-from billhook.models import building, check_out, fingerprint
+from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
@@ -144,7 +144,7 @@ def compress(
         )
         run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress, begun)
         run = run.model_copy(update={"seconds": clock.seconds})
-        with building(out, overwrite) as folder:
+        with building(out, overwrite) as folder, stored_as(compressed, model.stored):
             save(compressed, model.anatomy, plan, Path(folder), tokenizer, model.loaded.folder)
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)

@@ -68,8 +68,7 @@ def pair(
     model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if against is None:
         return model, model
-    kind = str(model.model.dtype).removeprefix("torch.")
-    dense = opened(against, dtype=kind, device=device, trust_remote_code=trust_remote_code)
+    dense = opened(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code, like=model)
     if model.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
         raise InputError(f"{source} and {against} have different vocabularies; only models of one tokenizer compare")
     return model, dense

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
-from billhook.models import building, check_out, fingerprint
+from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, Run
@@ -123,7 +124,7 @@ def heal(
             return run
         run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress, begun)
         run = run.model_copy(update={"seconds": clock.seconds})
-        with building(out, overwrite) as folder:
+        with building(out, overwrite) as folder, stored_as(compressed, model.stored):
             save(compressed, model.anatomy, plan, Path(folder), model.tokenizer, model.loaded.folder)
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
@@ -168,6 +169,7 @@ def mended(
 
 def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[Any, HealRecord]:
     """The cut model with the tensors of a healing, and the record of it."""
+    healing = storable(model, healing)
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
     record = HealRecord(
@@ -181,3 +183,11 @@ def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[A
         refused=healing.refused,
     )
     return compressed, record
+
+
+def storable(model: Opened, healing: Healing) -> Healing:
+    """The new weights rounded as the checkpoint will hold them: what is proven is what is saved."""
+    if dtype_of(model.model) == model.stored:
+        return healing
+    rounded = {name: tensor.to(model.stored).to(tensor.dtype) for name, tensor in healing.tensors.items()}
+    return replace(healing, tensors=rounded)

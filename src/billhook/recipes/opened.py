@@ -10,20 +10,24 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from billhook.anatomy import Anatomy, discover
 from billhook.data import check_tokenizer
 from billhook.measure.latency import now
-from billhook.models import Loaded
+from billhook.models import Loaded, dtype_of, emulated
 from billhook.plan.errors import InputError
 from billhook.surgery.reopen import load
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model ready to work on."""
+    """A model ready to work on. ``stored`` is the dtype that results are saved in: that of the checkpoint, or the one
+    asked for. The live model may be in float32 instead (see ``opened``)."""
 
     loaded: Loaded
     anatomy: Anatomy
+    stored: torch.dtype
 
     @property
     def model(self) -> Any:
@@ -49,10 +53,19 @@ def opened(
     dtype: str | None,
     device: str,
     trust_remote_code: bool,
+    like: Opened | None = None,
 ) -> Opened:
-    """Load a model, what Billhook saved included, and find its parts."""
-    loaded = load(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return Opened(loaded, discover(loaded.model))
+    """Load a model, what Billhook saved included, and find its parts.
+
+    Without a ``dtype`` it is that of the checkpoint, computed in float32 where the processor would only emulate it:
+    the same weights, several times as fast. ``like`` another model: in the dtypes of that one.
+    """
+    wanted = like.stored if like else dtype
+    loaded = load(source, dtype=wanted, device=device, trust_remote_code=trust_remote_code)
+    found = Opened(loaded, discover(loaded.model), dtype_of(loaded.model))
+    if (dtype_of(like.model) != like.stored) if like else (dtype is None and emulated(loaded.model)):
+        loaded.model.float()
+    return found
 
 
 class Stopwatch:
@@ -88,6 +101,11 @@ def environment(opened: Opened) -> dict[str, str]:
         **versions(),
         "python": platform.python_version(),
         "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": _dtypes(dtype_of(model), opened.stored),
         **left_behind(opened.loaded.left_out),
     }
+
+
+def _dtypes(computed: torch.dtype, stored: torch.dtype) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in (computed, stored)]
+    return names[0] if computed == stored else f"{names[0]}, stored as {names[1]}"

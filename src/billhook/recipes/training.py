@@ -23,6 +23,7 @@ from billhook.heal.train import train
 from billhook.heal.training import METHODS
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, Refit
+from billhook.recipes.heal import storable
 from billhook.recipes.opened import Opened
 from billhook.recipes.settings import TRAINING_LENGTH
 from billhook.recipes.workplace import claimed, workplace
@@ -77,6 +78,7 @@ def taught(
         state=place / f"training-{_key(facts)}.safetensors",
         progress=progress,
     )
+    begun, after = (storable(model, healing) for healing in (begun, after))
     with healed(model.model, begun):
         before = apply(model.model, model.anatomy, plan)
     with healed(model.model, after):
