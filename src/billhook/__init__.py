@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from billhook.plan.record import Run
     from billhook.recipes.compress import compress
     from billhook.recipes.inspect import inspect
+    from billhook.runtime.catalogue import policy_of
+    from billhook.runtime.speculate import speculate
     from billhook.surgery import apply, simulate
     from billhook.surgery.reopen import load
 
@@ -39,6 +41,8 @@ _HOMES = {
     "billhook.plan.record": ("Run",),
     "billhook.recipes.compress": ("compress",),
     "billhook.recipes.inspect": ("inspect",),
+    "billhook.runtime.catalogue": ("policy_of",),
+    "billhook.runtime.speculate": ("speculate",),
     "billhook.surgery": ("apply", "simulate"),
     "billhook.surgery.reopen": ("load",),
 }
@@ -62,8 +66,10 @@ __all__ = [
     "generate",
     "inspect",
     "load",
+    "policy_of",
     "save",
     "simulate",
+    "speculate",
     "trace",
     "windows",
 ]

@@ -20,7 +20,7 @@ class Chain(Policy):
     own.
 
     Source: CoLa, "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs" (arXiv 2507.07996), which
-    looks for such a chain for every sample by tree search; ``search.tree`` does, see ``evaluate.chains``.
+    looks for such a chain for every sample by tree search; ``search.tree`` does, see ``search.chains``.
 
     Keys and values: every visit of a block has cache slots of its own, a block that is not visited has none; so the
     chain must stay the same for a whole generation. State: none.
