@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from terminal import billhook
 
+from billhook.evaluate.generation_speed import generation_speed
+from billhook.evaluate.policy_speed import policy_speed
 from billhook.runtime.catalogue import POLICIES
 
 
@@ -35,9 +39,27 @@ def test_generate_under_a_policy(tiny_lm: Path) -> None:
     assert quiet == plain != loud
 
 
+def test_generate_speculating_says_how_it_went(tiny_lm: Path) -> None:
+    command = ["generate", tiny_lm, "A billhook", "--max-new-tokens", 12]
+    policy = ["--policy", "self-speculation:units=decoder.1+decoder.2.mlp,threshold=0"]
+    plain, ours = billhook(*command), billhook(*command, *policy)
+    assert ours.stdout == plain.stdout
+    assert re.fullmatch(
+        r"self-speculation: \d+ of \d+ drafted tokens accepted \([\d.]+%\), [\d.]+ tokens a verification\n", ours.stderr
+    )
+    assert "self-speculation" not in plain.stderr
+    drafting = json.loads(billhook(*command, *policy, "--json").stdout)["drafting"]
+    assert 0 <= drafting["accepted"] <= drafting["drafted"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (["bench", "MODEL", "--policy", "self-speculation:units=decoder.9"], "decoder.9"),
+        (
+            ["tune-policy", "MODEL", "--policy", "self-speculation", "--target", "kl<=1", "--out", "p.json"],
+            "no threshold",
+        ),
         (["bench", "MODEL"], "give either --against MODEL or --policy NAME"),
         (["bench", "MODEL", "--policy", "chain", "--against", "demo"], "give either --against MODEL or --policy NAME"),
         (["bench", "MODEL", "--policy", "static-skip:units=decoder.9"], "decoder.9 of the schedule is not in this"),
@@ -82,8 +104,23 @@ def test_tuned_written_and_used(tiny_lm: Path, tmp_path: Path, monkeypatch: pyte
 def test_bench_under_a_policy(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billhook.recipes.policy.LENGTH", 64)
     monkeypatch.setattr("billhook.recipes.policy.JUDGED_TOKENS", 640)
+    monkeypatch.setattr("billhook.recipes.policy.policy_speed", partial(policy_speed, rounds=2))
     result = billhook("bench", tiny_lm, "--policy", "even-skip:speedup=1.25")
     assert result.exit_code == 0, result.stderr
     assert "blocks run" in result.stdout
     assert "decode, batch 1" in result.stdout
     assert "4.00" in result.stdout
+
+
+def test_bench_of_self_speculation(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.recipes.policy.LENGTH", 16)
+    monkeypatch.setattr("billhook.recipes.policy.JUDGED_TOKENS", 160)
+    monkeypatch.setattr("billhook.recipes.policy.generation_speed", partial(generation_speed, rounds=2))
+    result = billhook("bench", tiny_lm, "--policy", "self-speculation:units=decoder.2", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["savings"] is None
+    assert report["drafting"]["same_text"] == 1.0
+    assert report["drafting"]["drafted"] > 0
+    (timing,) = report["timings"]
+    assert (timing["workload"]["prompt_tokens"], timing["workload"]["new_tokens"]) == (16, 64)

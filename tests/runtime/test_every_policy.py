@@ -49,7 +49,8 @@ def test_what_leaves_out_nothing_changes_nothing(name: str) -> None:
     model, anatomy, prompt = ready(name)
     before, plain = state(model), generate(model, prompt)
     policies = quiet(len(anatomy.stack("decoder").blocks))
-    assert {policy.name for policy in policies} == set(POLICIES)
+    # self-speculation always leaves the text as it is: test_speculate
+    assert {policy.name for policy in policies} == set(POLICIES) - {"self-speculation"}
     for policy in policies:
         with policy.attach(model, anatomy) as attached:
             assert equal(generate(model, prompt), plain), policy

@@ -29,7 +29,7 @@ def generate(
     """
     from billhook.recipes.generate import generate as walk
 
-    text = walk(
+    answer = walk(
         folder,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -39,6 +39,15 @@ def generate(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        print_json({"text": text, "model": folder, "prompt": prompt, "seed": seed, "max_new_tokens": max_new_tokens})
-    else:
-        typer.echo(printable(text))
+        content = {
+            "text": answer.text,
+            "model": folder,
+            "prompt": prompt,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+        }
+        print_json(content | ({"drafting": answer.drafting.model_dump()} if answer.drafting else {}))
+        return
+    typer.echo(printable(answer.text))
+    if answer.drafting is not None:
+        typer.echo(f"self-speculation: {answer.drafting}", err=True)

@@ -19,8 +19,8 @@ PROMPTS = (
     "Name three things one can do with an old bicycle.",
 )
 
-# what a checkpoint may have stored to spoil plain greedy decoding
-_GREEDY: dict[str, Any] = {
+#: Against what a checkpoint may have stored to spoil plain greedy decoding.
+GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
     "temperature": 1.0,
@@ -73,7 +73,7 @@ def _written(
     assert tokenizer is not None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with observing(model):
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **_GREEDY)[0]
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **GREEDY)[0]
     taken = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     tokens: list[int] = output[taken:].tolist()
     return tokens

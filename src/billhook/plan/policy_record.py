@@ -27,14 +27,41 @@ class Savings(_Record):
     sublayers: dict[str, float]
 
 
+class Drafting(_Record):
+    """How self-speculation went, over one or more generations.
+
+    ``acceptance``: share of the drafted tokens that were accepted; ``tokens_per_verify``: tokens a pass of the whole
+    model over a draft gave; both None where nothing was drafted. ``same_text``: share of the texts that are the plain
+    model's token for token, None where those were not written.
+    """
+
+    drafted: int
+    accepted: int
+    acceptance: float | None
+    tokens_per_verify: float | None
+    same_text: float | None = None
+
+    def __str__(self) -> str:
+        if self.acceptance is None:
+            return "nothing was drafted"
+        return (
+            f"{self.accepted} of {self.drafted} drafted tokens accepted ({self.acceptance:.1%}), "
+            f"{self.tokens_per_verify:.2f} tokens a verification"
+        )
+
+
 class PolicyReport(_Record):
-    """One policy on one model: parameters, work saved, measured time, quality on text that nothing was tuned on."""
+    """One policy on one model: parameters, work saved, measured time, quality on text that nothing was tuned on.
+
+    A policy that leaves the text as it is has ``drafting`` in place of savings and evidence.
+    """
 
     model: str
     policy: str
     parameters: dict[str, object]
     kv: str
-    savings: Savings
-    evidence: tuple[TextEvidence, ...]
+    savings: Savings | None = None
+    evidence: tuple[TextEvidence, ...] = ()
+    drafting: Drafting | None = None
     timings: tuple[Timing, ...] = ()
     environment: dict[str, str] = {}

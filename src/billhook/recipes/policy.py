@@ -10,6 +10,7 @@ from typing import Any
 from billhook.data import Windows, calibration
 from billhook.data.calibrate import Domain, evaluation
 from billhook.evaluate.causal import require_causal
+from billhook.evaluate.generation_speed import generation_speed
 from billhook.evaluate.policy_quality import Judge
 from billhook.evaluate.policy_speed import policy_speed
 from billhook.evaluate.tune_policy import Goal, Tried, tune
@@ -19,6 +20,7 @@ from billhook.plan.record import TextEvidence
 from billhook.recipes.opened import Opened, environment, opened
 from billhook.runtime.catalogue import beside, policy_of, write_policy
 from billhook.runtime.policy import Policy
+from billhook.runtime.self_speculation import SelfSpeculation
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,12 +40,16 @@ def bench_policy(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> PolicyReport:
-    """What a policy saves and what it costs, on held-back text of the source and on text of another kind."""
+    """What a policy saves and what it costs, on held-back text of the source and on text of another kind. Of
+    self-speculation, which changes no text, how fast it generates and how much of its drafts is accepted."""
     chosen = policy_of(policy)
     model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     fitted = _fitted(chosen, model, text, seed)
     fitted.attach(model.model, model.anatomy).detach()  # what is impossible shows before anything expensive
     texts = _held_back(model, text, seed)
+    if isinstance(fitted, SelfSpeculation):
+        timing, drafting = generation_speed(model.model, model.anatomy, fitted, texts[0][1], progress=progress)
+        return _report(source, fitted, model).model_copy(update={"timings": (timing,), "drafting": drafting})
     judged = _judged(fitted, model, texts, progress)
     timings = policy_speed(model.model, model.anatomy, fitted, texts[0][1], progress=progress)
     return _report(source, fitted, model, judged).model_copy(update={"timings": timings})
@@ -102,14 +108,14 @@ def _judged(
 
 
 def _report(
-    source: str | os.PathLike[str], policy: Policy, model: Opened, judged: list[tuple[TextEvidence, Savings]]
+    source: str | os.PathLike[str], policy: Policy, model: Opened, judged: Sequence[tuple[TextEvidence, Savings]] = ()
 ) -> PolicyReport:
     return PolicyReport(
         model=os.fspath(source),
         policy=policy.name,
         parameters=policy.model_dump(mode="json"),
         kv=policy.kv,
-        savings=judged[0][1],
+        savings=judged[0][1] if judged else None,
         evidence=tuple(evidence for evidence, _ in judged),
         environment=environment(model),
     )

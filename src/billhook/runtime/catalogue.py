@@ -17,13 +17,17 @@ from billhook.runtime.ffn_skip import FfnSkip
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.policy import Policy
+from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.similarity_exit import SimilarityExit
 from billhook.runtime.static_skip import StaticSkip
 from billhook.runtime.voids import Voids
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, Scheduled)
-}
+    policy.name: policy
+    for policy in (
+        StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, Scheduled, SelfSpeculation,
+    )
+}  # fmt: skip
 
 
 def named(name: str) -> type[Policy]:

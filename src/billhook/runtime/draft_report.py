@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from billhook.plan.address import Address
+from billhook.plan.policy_record import Drafting
 
 WINDOW = 8
 """Rounds between two looks at the clock."""
@@ -80,3 +82,17 @@ class Report:
         self._window.clear()
         self._slower = self._slower + 1 if seconds / tokens > median(self._recent) else 0
         return self._slower >= 2
+
+
+def drafting(reports: Sequence[Report], same_text: float | None = None) -> Drafting:
+    """Several generations as one record."""
+    rounds, drafted, accepted, tokens = (
+        sum(getattr(report, name) for report in reports) for name in ("rounds", "drafted", "accepted", "tokens")
+    )
+    return Drafting(
+        drafted=drafted,
+        accepted=accepted,
+        acceptance=accepted / drafted if drafted else None,
+        tokens_per_verify=tokens / rounds if rounds else None,
+        same_text=same_text,
+    )

@@ -1,0 +1,87 @@
+"""``generate`` under self-speculation against plain ``generate``, timed in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.anatomy import Anatomy
+from billhook.data import Windows
+from billhook.evaluate.bench import engine
+from billhook.evaluate.causal import positions
+from billhook.evaluate.generations import GREEDY
+from billhook.evaluate.intervals import quartiles
+from billhook.measure.latency import Timed, interleaved
+from billhook.measure.patch import observing
+from billhook.plan.policy_record import Drafting
+from billhook.plan.record import Timing, Workload
+from billhook.runtime.draft_report import drafting
+from billhook.runtime.self_speculation import SelfSpeculation
+from billhook.runtime.speculate import Speculating
+
+Progress = Callable[[str, int, int], None]
+
+GENERATE = Workload(name="generate, batch 1", batch=1, prompt_tokens=64, new_tokens=64)
+ROUNDS = 7
+
+
+def generation_speed(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    policy: SelfSpeculation,
+    text: Windows,
+    *,
+    workload: Workload = GENERATE,
+    rounds: int = ROUNDS,
+    progress: Progress | None = None,
+) -> tuple[Timing, Drafting]:
+    """Time whole calls of ``generate``, greedy and of a fixed length, each on the beginning of another window.
+
+    Seconds include reading the prompt and, where skips are searched for, the search, which goes on from one text to the
+    next as it does for a user. Speed-up is the median over rounds of plain / speculating seconds on the same prompt,
+    with quartiles; "compressed" in the record is the policy. Drafts are counted over the timed rounds, and texts are
+    compared over these and the warm-up. Cost: 2 (rounds + 1) generations. InputError as ``speculate`` raises it.
+    """
+    workload = _fitting(workload, model, text)
+    prompts = [row[None, : workload.prompt_tokens].to(model.device) for row in text.ids[: rounds + 1]]
+    texts: dict[str, list[Tensor]] = {"plain": [], "policy": []}
+
+    def run(name: str, generate: Callable[..., Any]) -> Callable[[], Timed]:
+        def timed() -> None:
+            ids = prompts[len(texts[name]) % len(prompts)]
+            length = {"max_new_tokens": workload.new_tokens, "min_new_tokens": workload.new_tokens}
+            mask = torch.ones_like(ids)
+            texts[name].append(generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **length, **GREEDY))
+
+        return lambda: timed
+
+    done = iter(range(1, rounds + 2))
+    tick = (lambda: progress(f"bench: {workload.name}", next(done), rounds + 1)) if progress is not None else None
+    plainly = model.generate  # of the class, which the policy leaves alone
+    with observing(model), policy.attach(model, anatomy) as attached:
+        assert isinstance(attached, Speculating)
+        times = interleaved(
+            {"plain": run("plain", plainly), "policy": run("policy", model.generate)}, rounds, tick=tick
+        )
+    same = [torch.equal(a, b) for a, b in zip(texts["plain"], texts["policy"], strict=True)]
+    timing = Timing(
+        workload=workload,
+        engine=engine(model),
+        rounds=rounds,
+        dense_tokens_per_second=workload.new_tokens / statistics.median(times["plain"]),
+        compressed_tokens_per_second=workload.new_tokens / statistics.median(times["policy"]),
+        speedup=quartiles([a / b for a, b in zip(times["plain"], times["policy"], strict=True)]),
+    )
+    return timing, drafting(attached.reports[1:], same_text=sum(same) / len(same))
+
+
+def _fitting(workload: Workload, model: PreTrainedModel, text: Windows) -> Workload:
+    """Its prompt cut to the positions that the model has, and to a window."""
+    limit = positions(model)
+    room = workload.prompt_tokens if limit is None else limit - workload.new_tokens
+    return workload.model_copy(update={"prompt_tokens": min(workload.prompt_tokens, room, text.ids.shape[1])})
