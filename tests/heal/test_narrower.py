@@ -29,19 +29,8 @@ from billhook.surgery import apply, simulate
 from billhook.surgery.narrow import kept_entries
 from billhook.surgery.reopen import load
 
-#: Grouped queries, fused reads, Conv1D, experts, parallel blocks, biases, tied heads, norms behind the writes.
-ALL = [
-    "llama",
-    "phi3",
-    "gpt2",
-    "mixtral",
-    "qwen3_moe",
-    "falcon",
-    "stablelm_parallel",
-    "llama_bias",
-    "granite",
-    "gemma2",
-]
+#: Grouped queries, fused reads, Conv1D, experts, a parallel block, norms behind the writes.
+ALL = ["llama", "phi3", "gpt2", "qwen3_moe", "falcon", "gemma2"]
 
 
 def windows(rows: int = 16, seed: int = 5) -> Windows:
@@ -182,7 +171,7 @@ def test_nothing_is_grafted_into_what_gets_narrower() -> None:
 
 
 @pytest.mark.parametrize("method", ["tune", "lora", "distill"])
-@pytest.mark.parametrize("name", ["llama_bias", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["llama_bias", "gpt2"])
 def test_training_of_what_got_narrower(name: str, method: str, tmp_path: Path) -> None:
     """Nearer to the dense model, as saved and loaded again."""
     model = build(name)
