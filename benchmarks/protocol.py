@@ -13,6 +13,7 @@ import torch
 from billhook.anatomy import Anatomy
 from billhook.data import Windows, windows
 from billhook.plan.address import Address
+from billhook.plan.plan import Plan
 from billhook.recipes.opened import Opened, opened
 from billhook.surgery import simulate
 
@@ -40,10 +41,10 @@ class Bed:
         """The first windows of a text, after ``skip`` of them."""
         return windows(DATA / text, self.model.tokenizer, tokens=tokens, length=length, skip=skip)
 
-    def perplexity(self, drops: Iterable[Address] = (), test: Windows | None = None) -> float:
+    def perplexity(self, plan: Plan | Iterable[Address] = (), test: Windows | None = None) -> float:
         """Per token, over non-overlapping windows, the first token of each unpredicted."""
         total, count = 0.0, 0
-        with torch.inference_mode(), simulate(self.live, self.anatomy, drops):
+        with torch.inference_mode(), simulate(self.live, self.anatomy, plan):
             for ids in (test or self.test).ids:
                 logits = self.live(ids[None]).logits[0, :-1]
                 for part, targets in zip(logits.split(256), ids[1:].split(256), strict=True):

@@ -19,6 +19,7 @@ from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes import heal as heal_walk
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
 from billhook.recipes.settings import CALIBRATION_TOKENS, EVALUATION_TOKENS
 from billhook.recipes.workplace import workplace
@@ -100,6 +101,28 @@ def test_a_method_that_cannot_meet_a_budget_says_why(tiny_lm: Path, tmp_path: Pa
     assert "cannot be met" in entry.refused
     assert not entry.drops and not entry.evidence
     assert told == list(found.entries)
+
+
+def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures for the cut as without healing on the same text; acts are judged once; the page says it."""
+    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    recipes = ["block-influence", "wanda-structured", "checkfree"]
+    given = {"budgets": "params=0.7", "recipes": recipes}
+    found = compare(tiny_lm, out=tmp_path / "healed", heal="closed-form", **given)  # type: ignore[arg-type]
+    bare = compare(tiny_lm, out=tmp_path / "bare", **given)  # type: ignore[arg-type]
+    assert (found.heal, bare.heal) == ("closed-form", "none")
+    for one, other in zip(found.entries, bare.entries, strict=True):
+        assert (one.drops, one.keeps) == (other.drops, other.keeps)
+        assert not other.healed
+        assert bool(one.healed) == (one.recipe != "checkfree")
+        assert one.judged == (one.healed or one.evidence)
+    wanda = next(entry for entry in found.entries if entry.recipe == "wanda-structured")
+    assert sum(text.kl.value for text in wanda.healed) < sum(text.kl.value for text in wanda.evidence)
+    page = (tmp_path / "healed" / "comparison.html").read_text()
+    assert "<th>healed<small>" in page
+    assert "--left:" in page
+    assert "neurons kept" in page
+    assert "<th>healed<small>" not in (tmp_path / "bare" / "comparison.html").read_text()
 
 
 def test_all_that_come_along_take_part(tiny_lm: Path, tmp_path: Path) -> None:

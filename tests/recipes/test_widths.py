@@ -11,17 +11,22 @@ import torch
 from families import VOCABULARY, build
 
 import billhook
+from billhook import surgery
 from billhook.anatomy import discover
 from billhook.data import Windows
+from billhook.heal import Healing, healed
 from billhook.measure.cost import CostModel
 from billhook.measure.trace import trace
+from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.check import check
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.recipes.catalogue import load, names
 from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.heal import applied, differing
+from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
 
 WIDE = [name for name in names() if load(name).wide]
@@ -68,6 +73,12 @@ def test_all_the_way(tiny_lm: Path, tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "--left:" in page
     assert "% left" in page
+    assert run.healing is not None
+    assert any(refit.taken for refit in run.healing.refits)
+    assert " kept, " in page
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "- width-pruning" in card
+    assert "trust_remote_code=True" in card
     again = billhook.load(tmp_path / "out")
     parameters = sum(p.numel() for p in again.model.parameters())
     dense = sum(p.numel() for p in billhook.load(tiny_lm).model.parameters())
@@ -79,6 +90,26 @@ def test_unequal_widths_are_no_ordinary_checkpoint(tiny_lm: Path, tmp_path: Path
         billhook.compress(tiny_lm, budget="params=0.8", out=tmp_path / "out", recipe="flap", target="uniform")
 
 
-def test_healing_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="heal none"):
-        billhook.compress(tiny_lm, budget="params=0.8", out=tmp_path / "out", recipe="flap", heal="closed-form")
+def test_a_healed_result_is_healed_further(tiny_lm: Path, tmp_path: Path) -> None:
+    """The new weights are found in what was saved, by name and in the shapes of the dense model."""
+    plan = Plan.of(
+        ["decoder.1"], "remote", [Keep(unit=Address("decoder", 3, "mlp"), inner="neuron", indices=(0, 2, 40))]
+    )
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    with torch.no_grad():
+        changed = {
+            name: torch.randn_like(model.model.get_parameter(name))
+            for name in ("model.layers.3.mlp.down_proj.weight", "model.layers.4.mlp.up_proj.weight")
+        }
+    small, _ = applied(model, plan, Healing(changed, (), {}, 0, 0), "closed-form")
+    found = differing(small, model, plan, "it")
+    assert found.tensors.keys() == changed.keys()
+    with healed(model.model, found):
+        again = surgery.apply(model.model, model.anatomy, plan)
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_acts_on_blocks_do_not_go_with_widths() -> None:
+    with pytest.raises(ValueError, match="works on what drops leave"):
+        Recipe.model_validate({**load("flap").model_dump(), "heal": "none", "act": "gains"})

@@ -8,12 +8,15 @@ import math
 import pytest
 from example import comparison
 
+from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison, Entry
+from billhook.plan.outline import InnerOutline
+from billhook.plan.plan import Keep
 from billhook.plan.record import Interval
 from billhook.plan.target import Target
 from billhook.report.comparison import budget_in_words, comparison_page, exact_answers, passes
-from billhook.report.figures_comparison import front, kept, quality
-from billhook.report.numbers import percent
+from billhook.report.figures_comparison import front, kept, name, quality
+from billhook.report.numbers import number, percent
 from billhook.report.recommendation import recommendation
 
 
@@ -31,6 +34,41 @@ def test_damage_is_the_geometric_mean_over_the_texts() -> None:
     entry = comparison().entries[0]
     ratios = [text.perplexity_ratio.value for text in entry.evidence]
     assert entry.damage == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
+
+
+def test_what_was_healed_is_judged_healed() -> None:
+    """Order, front, advice and table go by the healed figure where there is one, and both stand on the page."""
+    found = comparison()
+    worst = found.at("params=0.8")[-1]
+    better = worst.model_copy(update={"healed": with_damage(worst, 1.001).evidence})
+    entries = tuple(better if entry is worst else entry for entry in found.entries)
+    found = found.model_copy(update={"entries": entries, "heal": "closed-form"})
+    assert found.at("params=0.8")[0] == better
+    assert (better.damage, better.damage_as_cut) == (pytest.approx(1.001), worst.damage)
+    assert better in front(found)
+    said = next(sentence for sentence in recommendation(found) if sentence.startswith("At params=0.8"))
+    assert f"{name(better, found)} is best with 1.00 times" in said
+    assert f"after healing, {number(worst.damage)} before" in said
+    page = comparison_page(found)
+    assert page.count("<th>healed<small>") == 4
+    assert "1.00<small>" in page
+
+
+def test_narrower_sublayers_are_drawn_in_part() -> None:
+    found = comparison()
+    inner = InnerOutline(count=1536, params=1728, active_params=1728)
+    outline = found.outline
+    stack = outline.stacks[0]
+    wide = stack.blocks[0].sublayers["mlp"].model_copy(update={"inner": {"neuron": inner}})
+    block = stack.blocks[0].model_copy(update={"sublayers": {**stack.blocks[0].sublayers, "mlp": wide}})
+    stacks = (stack.model_copy(update={"blocks": (block, *stack.blocks[1:])}),)
+    keep = Keep(unit=Address("decoder", 0, "mlp"), inner="neuron", indices=tuple(range(768)))
+    entry = found.at("params=0.8")[0].model_copy(update={"drops": (), "keeps": (keep,)})
+    found = found.model_copy(update={"entries": (entry,), "outline": outline.model_copy(update={"stacks": stacks})})
+    page = comparison_page(found)
+    assert page.count("--left:") == 1
+    assert 'title="decoder.0.mlp: 50.0% left"' in page
+    assert "decoder.0.mlp: 768 neurons kept" in page
 
 
 def test_entries_stand_in_the_order_of_their_damage_and_the_refused_apart() -> None:

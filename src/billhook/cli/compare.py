@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,14 @@ _BUDGETS = "One or more budgets, each a fraction of dense or a number with its u
 _RECIPES = "A method to take part: a name or a YAML file; give it again for more. All that come along, if not given."
 
 
+_HEAL = "[bold]closed-form[/]: judge each result once more after its linears were refitted, and go by that."
+
+
+class HealName(StrEnum):
+    NONE = "none"
+    CLOSED_FORM = "closed-form"
+
+
 def compare(
     model: options.Model,
     budget: Annotated[str, typer.Option(metavar="KIND=NUMBER,...", show_default=False, help=_BUDGETS)],
@@ -27,6 +36,7 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NAME|FILE", show_default=False, autocompletion=options.recipe_names, help=_RECIPES),
     ] = None,
+    heal: Annotated[HealName, typer.Option(metavar="NAME", help=_HEAL)] = HealName.NONE,
     calibration: options.Calibration = "builtin",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -38,7 +48,7 @@ def compare(
     """Run every method on MODEL at each budget, and say which cuts it best.
 
     DIR gets comparison.html and comparison.json. Random and evenly spaced removal always take part.
-    Results are judged as they were cut: nothing is healed, also where the recipe would.
+    Results are judged as they were cut, also where the recipe would heal; --heal closed-form adds the healed figures.
     An interrupted run continues where it was when the same command is given again.
 
     [dim]Example:[/] billhook compare demo --budget params=0.9,0.8,0.7 --out out/comparison
@@ -51,6 +61,7 @@ def compare(
             budgets=budget,
             out=out,
             recipes=recipe or (),
+            heal=heal.value,
             calibration=calibration,
             seed=seed,
             dtype=dtype.chosen,
@@ -71,6 +82,8 @@ def compare(
 
 def _tell(entry: Entry) -> None:
     """One line on standard error; the bars stay below it."""
-    what = entry.refused or f"{entry.damage:.3g} times the perplexity of dense, search {entry.work:,} block-tokens"
+    cut = "" if entry.refused or not entry.healed else f" ({entry.damage_as_cut:.3g} before healing)"
+    work = f"search {entry.work:,} block-tokens"
+    what = entry.refused or f"{entry.damage:.3g} times the perplexity of dense{cut}, {work}"
     seed = f" (seed {entry.seed})" if entry.recipe == "random" else ""
     typer.echo(f"{entry.recipe}{seed} {entry.asked}: {what}", file=sys.stderr)

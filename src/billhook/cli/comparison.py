@@ -39,10 +39,16 @@ def _table(comparison: Comparison, budget: str) -> Table:
     table.add_column("kept", justify="right")
     for text in entries[0].evidence:
         table.add_column(f"perplexity ×\n{text.name}", justify="right")
+        if comparison.heal != "none":
+            table.add_column("\nhealed", justify="right")
     table.add_column("exact\nanswers", justify="right")
     table.add_column("search\npasses", justify="right")
     for entry in entries:
-        ratios = [number(text.perplexity_ratio.value) for text in entry.evidence]
+        ratios = []
+        for i, text in enumerate(entry.evidence):
+            ratios.append(number(text.perplexity_ratio.value))
+            if comparison.heal != "none":
+                ratios.append(number(entry.healed[i].perplexity_ratio.value) if entry.healed else "–")
         style = "dim" if entry.baseline else ""
         found = [*ratios, exact_answers(entry), number(passes(entry, comparison), 2)]
         cells = [name(entry, comparison), percent(kept(entry)), *found]

@@ -16,11 +16,12 @@ from billhook.heal.healing import Healing, healed
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.walk import Walk
+from billhook.heal.widths import whole
 from billhook.measure.batches import Batch, batches_of
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.surgery.live import drops_of
+from billhook.surgery.live import drops_of, keeps_of
 from billhook.surgery.simulate import simulate
 
 Progress = Callable[[str, int, int], None]
@@ -42,9 +43,11 @@ def closed_form(
 
         sum over tokens of w |r - D h|^2 + penalty |D|^2,    w = 1 / |dense stream|^2.
 
-    So the last sublayer before a gap aims at the far side of it, and those after it take up what is left. A bias is
-    refitted too, none is made. The weights w matter: without them a few tokens with huge streams (the first of a text)
-    decide. (Demo model, six blocks gone, writes only: perplexity 33.8 with them, 35.4 without; 61.3 and 70.5 on C4.)
+    So the last sublayer before a gap aims at the far side of it, and those after it take up what is left. A sublayer
+    that gets narrower is a gap of its own: h is then what the channels have that stay, and r what the others wrote. A
+    bias is refitted too, none is made. The weights w matter: without them a few tokens with huge streams (the first of
+    a text) decide. (Demo model, six blocks gone, writes only: perplexity 33.8 with them, 35.4 without; on C4 61.3 and
+    70.5.)
 
     Behind the first gap the reads (q, k, v; gate, up) come before that, together: with x what they are given in the cut
     model and z what the dense sublayer was given, the D that minimises the error of x D against z - x, with the same
@@ -57,7 +60,8 @@ def closed_form(
 
     MLPs beside a gap may take neurons of a dropped one (``graft``): of the neurons of both, as many are kept as there
     were, those with which the write does best (the optimal brain surgeon's choice), where that lowers the held-back
-    error more than refitting the write alone. What the dropped one was given is guessed as for the reads.
+    error more than refitting the write alone. What the dropped one was given is guessed as for the reads. One that gets
+    narrower takes none.
 
     In the end the whole is judged on the windows that were held back: where the healed model is no nearer to the dense
     one than the cut one (by the divergence of what they predict, see ``divergence``), the healing is refused.
@@ -68,27 +72,29 @@ def closed_form(
 
     Cost: the dense blocks once, those behind the first gap twice more, and for each regression on i inputs and each
     penalty i^3 / 3 multiplications. Memory: the model, two streams [tokens, hidden], and what the linears of one place
-    are given. Raises InputError for drops in more than one stack, blocks that read the keys and values of others, fewer
+    are given. Raises InputError for cuts in more than one stack, blocks that read the keys and values of others, fewer
     than two windows, and where a stream is not finite.
     """
-    drops = drops_of(plan, anatomy)
-    stack = _stack(anatomy, drops)
+    drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
+    stack = _stack(anatomy, [*drops, *(keep.unit for keep in keeps)])
     require_healable(anatomy)
     stepper = Stepper(model, stack, list(batches_of(source, model)))
-    walk = Walk(model, stepper, drops)
+    walk = Walk(model, anatomy, stepper, drops, keeps)
     walk.through(places(stack), progress)
-    healing = Healing(walk.tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
+    tensors = whole(model, anatomy, keeps, walk.tensors)
+    healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
     if not healing.tensors:
         return healing
-    changes = [simulate(model, anatomy, drops), _both(model, anatomy, drops, healing)]
+    smaller = Plan.of(drops, keeps=keeps)
+    changes = [simulate(model, anatomy, smaller), _both(model, anatomy, smaller, healing)]
     cut, now = divergence(stepper, anatomy, walk.held, changes)
     judged = replace(healing, cut=cut, healed=now)
     return replace(judged, tensors={}) if judged.refused else judged
 
 
 @contextmanager
-def _both(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], healing: Healing) -> Iterator[None]:
-    with healed(model, healing), simulate(model, anatomy, drops):
+def _both(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
+    with healed(model, healing), simulate(model, anatomy, plan):
         yield
 
 
@@ -101,9 +107,9 @@ def require_healable(anatomy: Anatomy) -> None:
         )
 
 
-def _stack(anatomy: Anatomy, drops: frozenset[Address]) -> Stack:
-    """The one stack in which something is dropped; the first one where nothing is."""
-    names = sorted({address.stack for address in drops})
+def _stack(anatomy: Anatomy, units: Iterable[Address]) -> Stack:
+    """The one stack in which something is cut; the first one where nothing is."""
+    names = sorted({address.stack for address in units})
     if len(names) > 1:
-        raise InputError(f"healing takes one stack at a time; the plan drops units of {' and '.join(names)}")
+        raise InputError(f"healing takes one stack at a time; the plan cuts units of {' and '.join(names)}")
     return anatomy.stack(names[0]) if names else anatomy.stacks[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from billhook.heal.loop import Loop
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.heal.subject import subject_of
 from billhook.heal.training import Training
+from billhook.heal.widths import original_names, whole
 from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import TrainingRecord
 from billhook.surgery import apply
-from billhook.surgery.live import drops_of
+from billhook.surgery.live import drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -57,6 +58,7 @@ def train(
     ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)
     facts = {
         "drops": [str(unit) for unit in sorted(drops)],
+        "keeps": [keep.model_dump(mode="json") for keep in keeps_of(plan, anatomy)],
         "text": windows.fingerprint,
         "training": asdict(training),
         "tokens": tokens,
@@ -68,15 +70,9 @@ def train(
         taught = Student(cut, model, ends, "dense")
         subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training)
         found, record = loop.through(subject)
-    named = {f"{stack.path}.{new}.": f"{stack.path}.{old}." for new, old in enumerate(left)}
-    new = {_original(name, named): tensor for name, tensor in found.items()}
+    named = original_names(anatomy, drops, found)
+    new = whole(model, anatomy, keeps_of(plan, anatomy), {named[name]: tensor for name, tensor in found.items()})
     return replace(start, tensors={**start.tensors, **new}), record
-
-
-def _original(name: str, blocks: Mapping[str, str]) -> str:
-    """The name that a parameter of the smaller model has in the original."""
-    new = next(prefix for prefix in blocks if name.startswith(prefix))
-    return blocks[new] + name.removeprefix(new)
 
 
 def _stack(anatomy: Anatomy) -> Stack:

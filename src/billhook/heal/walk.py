@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from billhook.anatomy.types import Sublayer
+from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.anatomy.undo import Undo
 from billhook.heal.divergence import held_back
 from billhook.heal.graft import choose, donors
@@ -19,27 +18,32 @@ from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.stepping import Stepper
+from billhook.heal.watch import Seen, keep_input, watching
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
 from billhook.measure.patch import Forward
 from billhook.plan.address import Address
+from billhook.plan.plan import Keep
 from billhook.plan.record import Graft, Refit
+from billhook.surgery.narrow import narrow
 
 Progress = Callable[[str, int, int], None]
-Seen = dict[Address, tuple[dict[str, nn.Module], dict[str, list[Tensor]]]]
-"""For each sublayer the linears that read, by the names of their weights, and what they were given, batch by batch."""
 _SMALLEST = 1e-12  # energy of a token, against division by zero
 
 
 class Walk:
-    """What has been found so far, see ``Healing``. The model is changed within calls; no place runs once healed."""
+    """What has been found so far, see ``Healing``; tensors of sublayers that get narrower have the shapes that are left
+    of them. The model is changed within calls; no place runs once healed."""
 
-    def __init__(self, model: nn.Module, stepper: Stepper, drops: frozenset[Address]) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, stepper: Stepper, drops: frozenset[Address], keeps: Iterable[Keep]
+    ) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
         self.grafts: list[Graft] = []
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
-        self._model, self._stepper, self._drops = model, stepper, drops
+        self._model, self._anatomy, self._stepper, self._drops = model, anatomy, stepper, drops
+        self._keeps = {keep.unit: keep for keep in keeps}
         self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
         self._donors: dict[Address, Sublayer] = {}
@@ -53,14 +57,15 @@ class Walk:
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
         cut, waiting, gap = dense, None, False
         seen: Seen = {}
-        self._donors = donors(self._model, places, self._drops)
+        found = donors(self._model, places, self._drops)
+        self._donors = {mlp: donor for mlp, donor in found.items() if mlp not in self._keeps}
         giving = {donor.address: donor for donor in self._donors.values()}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
                     cut = self._heal(waiting, cut, dense, seen) if gap else dense
                 waiting, seen = place, self._watched(place) if gap else {}
-            gap = gap or len(place.kept(self._drops)) < len(place.sublayers)
+            gap = gap or len(place.kept(self._drops)) < len(place.sublayers) or bool(self._narrower(place))
             lent = self._room([giving[s.address] for s in place.sublayers if s.address in giving])
             watched = (seen if place is waiting else {}) | lent
             dense = self._ahead(place, dense, watched)
@@ -69,6 +74,9 @@ class Walk:
                 progress("healing", index + 1, len(places))
         if waiting is not None and gap:
             self._heal(waiting, cut, dense, seen)
+
+    def _narrower(self, place: Place) -> list[Keep]:
+        return [self._keeps[s.address] for s in place.sublayers if s.address in self._keeps]
 
     def _watched(self, place: Place) -> Seen:
         """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
@@ -81,14 +89,15 @@ class Walk:
     def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
         """The dense stream, one place on; what the reads are given is added to ``seen``."""
         self._count("dense", place)
-        silent, hooks = place.silent(frozenset()), _watching(seen)
+        silent, hooks = place.silent(frozenset()), watching(seen)
         return [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
 
     def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
-        """The cut stream, one place on, with reads and writes of the place refitted."""
+        """The cut stream, one place on, with reads and writes of the place refitted, as narrow as they will be."""
         self._count("cut", place)
         undo = Undo()
         try:
+            narrow(self._model, self._anatomy, self._narrower(place), undo.set)
             self._take(self._reads(place, cut, seen), undo)
             for mlp in place.kept(self._drops):
                 self._take(self._graft(place, mlp, cut, target), undo)
@@ -106,7 +115,7 @@ class Walk:
         now: Seen = {address: (reads, {name: [] for name in reads}) for address, (reads, _) in seen.items()}
         if now:
             self._count("reads", place)
-            silent, hooks = place.silent(self._drops), _watching(now)
+            silent, hooks = place.silent(self._drops), watching(now)
             for i, stream in enumerate(cut):
                 self._stepper.run(i, place, stream, silent, hooks)
         new: dict[str, Tensor] = {}
@@ -165,15 +174,15 @@ class Walk:
         """What reads are given (None unless all the same), what the write is given, and the stream after the place."""
         given: dict[str, list[Tensor]] = {name: [] for name in reads}
         inputs: list[Tensor] = []
-        hooks = [(linear, partial(_keep_input, given[name])) for name, linear in reads.items()]
-        hooks.append((write.linear, partial(_keep_input, inputs)))
+        hooks = [(linear, partial(keep_input, given[name])) for name, linear in reads.items()]
+        hooks.append((write.linear, partial(keep_input, inputs)))
         after = [self._stepper.run(i, place, stream, place.silent(self._drops), hooks) for i, stream in enumerate(cut)]
         return same_inputs(given), inputs, after
 
     def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
         scales = self._scales(place, cut[0])
         inputs: dict[str, list[Tensor]] = {write.weight: [] for write, _ in scales}
-        hooks = [(write.linear, partial(_keep_input, inputs[write.weight])) for write, _ in scales]
+        hooks = [(write.linear, partial(keep_input, inputs[write.weight])) for write, _ in scales]
         silent = place.silent(self._drops)
         after = [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(cut)]
         for write, scale in scales:
@@ -238,13 +247,3 @@ class Walk:
         if (side, place.number) not in self._counted:
             self._counted.add((side, place.number))
             self.work += self.tokens
-
-
-def _keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    kept.append(args[0])
-
-
-def _watching(seen: Seen) -> list[tuple[nn.Module, Forward]]:
-    """Hooks that gather what reads are given."""
-    pairs = [(linear, given[name]) for reads, given in seen.values() for name, linear in reads.items()]
-    return [(linear, partial(_keep_input, inputs)) for linear, inputs in pairs]

@@ -21,8 +21,10 @@ class Entry(_Record):
     without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
-    ``refused`` says why and there is nothing else. ``work`` counts block-token forwards of the search alone;
-    ``seconds`` are those of the search in this run, fewer where another recipe had paid for the same figures.
+    ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
+    after healing in closed form, empty where nothing was healed; ``probes`` are answered by the healed one
+    where there is one. ``work`` counts block-token forwards of the search alone; ``seconds`` are those of the
+    search in this run, fewer where another recipe had paid for the same figures.
     """
 
     recipe: str
@@ -38,15 +40,30 @@ class Entry(_Record):
     evaluations: int = 0
     seconds: float = 0.0
     evidence: tuple[TextEvidence, ...] = ()
+    healed: tuple[TextEvidence, ...] = ()
     probes: tuple[ProbeEvidence, ...] = ()
+
+    @property
+    def judged(self) -> tuple[TextEvidence, ...]:
+        """The evidence that counts: of the healed model where there is one."""
+        return self.healed or self.evidence
 
     @property
     def damage(self) -> float:
         """How many times the perplexity of dense, at the geometric mean over the texts. 1 is no damage."""
-        product = 1.0
-        for text in self.evidence:
-            product *= text.perplexity_ratio.value
-        return float(product ** (1 / len(self.evidence)))
+        return _damage(self.judged)
+
+    @property
+    def damage_as_cut(self) -> float:
+        """The same of the model as it was cut."""
+        return _damage(self.evidence)
+
+
+def _damage(evidence: tuple[TextEvidence, ...]) -> float:
+    product = 1.0
+    for text in evidence:
+        product *= text.perplexity_ratio.value
+    return float(product ** (1 / len(evidence)))
 
 
 class Comparison(_Record):
@@ -60,6 +77,7 @@ class Comparison(_Record):
     budgets: tuple[str, ...]
     entries: tuple[Entry, ...]
     titles: dict[str, str]
+    heal: Literal["closed-form", "none"] = "none"
     environment: dict[str, str] = {}
     seconds: dict[str, float] = {}
 

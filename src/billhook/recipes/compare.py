@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
@@ -16,6 +17,7 @@ from billhook.data.calibrate import Domain
 from billhook.evaluate import evidence_of_each
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import answers, paired, posed
+from billhook.heal import require_healable
 from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
@@ -27,7 +29,7 @@ from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for
-from billhook.recipes.heal import mended
+from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
@@ -48,6 +50,7 @@ def compare(
     budgets: str,
     out: str | os.PathLike[str],
     recipes: Sequence[str | os.PathLike[str]] = (),
+    heal: Literal["closed-form", "none"] = "none",
     calibration: str = "builtin",
     seed: int = 0,
     dtype: str | None = None,
@@ -61,14 +64,17 @@ def compare(
     against the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
-    random baseline is drawn several times. Nothing is healed, so that methods are judged by what they cut; those whose
-    act combines blocks do so on the calibration text. ``told``
-    hears of each entry when it is done. A recipe that cannot meet a budget on this model is an entry that says why.
+    random baseline is drawn several times. By default nothing is healed, so that methods are judged by what they cut;
+    those whose act combines blocks do so on the calibration text. With ``heal`` closed-form every result whose act is
+    to drop or narrow, baselines included, is judged as cut and again after healing, on the same passes of the dense
+    model, and what is said of methods goes by the healed ones. ``told`` hears of each entry when it is done. A recipe
+    that cannot meet a budget on this model is an entry that says why.
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 
     Cost: each search, for each recipe one pass of the dense model and one of each result over the evaluation text, and
-    the probes once for the dense model and once for each result.
+    the probes once for the dense model and once for each result. Healing costs each result about as much as two passes
+    of the dense model over the healing text, and its regressions: more than most searches, so it is asked for.
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
@@ -77,6 +83,8 @@ def compare(
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_causal(model.model, "compare")
+    if heal != "none":
+        require_healable(model.anatomy)
     asked_of = posed(model.model, model.tokenizer)
     with claimed(out) as place:
         with clock.step("measure"):
@@ -89,7 +97,8 @@ def compare(
                 model=model.model,
                 progress=progress,
             )
-            texts = judged_on(model, calibration, windows, seed, progress)
+            longer = healing_text(model, calibration, seed, progress) if heal != "none" else None
+            texts = judged_on(model, calibration, longer or windows, seed, progress)
             seen = watch(model, windows, progress)
         with clock.step("probes"):
             of_dense = answers(model.model, asked_of, progress)
@@ -102,12 +111,12 @@ def compare(
         for number, (recipe, drawn) in enumerate(draws):
             if progress is not None:
                 progress("recipes", number, len(draws))
-            kept = place / f"{_key(recipe, asked, drawn, model, windows, texts)}.json"
+            kept = place / f"{_key(recipe, asked, drawn, model, windows, texts, longer)}.json"
             if kept.exists():
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, probe, place, progress)
+                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, longer, probe, place, progress)
                 _keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -123,6 +132,7 @@ def compare(
             budgets=tuple(asked),
             entries=tuple(entries),
             titles={recipe.name: recipe.title for recipe in chosen},
+            heal=heal,
             environment=environment(model),
             seconds=clock.seconds,
         )
@@ -160,18 +170,20 @@ def _judged(
     windows: Windows,
     seen: Trace,
     texts: Sequence[tuple[Domain, Windows]],
+    longer: Windows | None,
     probe: Probe,
     place: Path,
     progress: Progress | None,
 ) -> list[Entry]:
-    """The entries of one recipe, one a budget."""
+    """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
     target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
-    compressed = [_acted(recipe, model, entry, windows, progress) for entry in met]
-    on_text = evidence_of_each(model.model, compressed, texts, progress=progress) if met else []
-    proofs = zip(on_text, map(probe, compressed), strict=True)
-    proven = ({"evidence": evidence, "probes": probes} for evidence, probes in proofs)
+    cut = [_acted(recipe, model, entry, windows, progress) for entry in met]
+    again = [_healed(model, entry, longer, progress) for entry in met] if longer and recipe.act == "drop" else []
+    found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
+    proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
+    proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)
     return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
 
 
@@ -181,6 +193,10 @@ def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progre
     if recipe.act == "drop":
         return apply(model.model, model.anatomy, plan)
     return mended(model, plan, recipe.act, windows, progress)[0]
+
+
+def _healed(model: Opened, entry: Entry, text: Windows, progress: Progress | None) -> Any:
+    return mended(model, Plan.of(entry.drops, entry.target, entry.keeps), "closed-form", text, progress)[0]
 
 
 def _searched(
@@ -225,6 +241,7 @@ def _key(
     model: Opened,
     windows: Windows,
     texts: Sequence[tuple[Domain, Windows]],
+    longer: Windows | None,
 ) -> str:
     """Names everything that the entries of a recipe depend on."""
     parts: dict[str, object] = {
@@ -235,6 +252,7 @@ def _key(
         "environment": environment(model),
         "calibration": windows.fingerprint,
         "texts": [text.fingerprint for _, text in texts],
+        "healed on": longer.fingerprint if longer else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

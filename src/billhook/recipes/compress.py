@@ -66,10 +66,6 @@ def compress(
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
     way = _way(chosen, heal)
-    if way != "none" and chosen.wide:
-        raise InputError(
-            f"recipe {chosen.name} makes sublayers narrower, which {way} does not heal yet; use --heal none"
-        )
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -19,6 +19,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
+from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -29,6 +30,7 @@ from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Heal
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
+from billhook.surgery.live import drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -138,10 +140,9 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     old, new = (dict(side.named_parameters()) for side in (cut, small))
     if old.keys() != new.keys() or any(old[key].shape != new[key].shape for key in old):
         raise InputError(f"{name} has other weights than its plan leaves of {model.loaded.source}")
-    names = {id(parameter): key for key, parameter in model.model.named_parameters()}
-    changed = [key for key in old if not torch.equal(old[key], new[key])]
-    found = {names[id(old[key])]: new[key].detach() for key in changed}
-    return Healing(found, (), {}, 0, 0)
+    names = original_names(model.anatomy, drops_of(plan, model.anatomy), old)
+    found = {names[key]: new[key].detach() for key in old if not torch.equal(old[key], new[key])}
+    return Healing(whole(model.model, model.anatomy, keeps_of(plan, model.anatomy), found), (), {}, 0, 0)
 
 
 def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:

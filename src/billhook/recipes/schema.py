@@ -189,6 +189,10 @@ class Recipe(_Words):
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.act in ("average", "fuse") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
+        if self.act != "drop" and self.wide:
+            raise ValueError(
+                f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
+            )
         if self.act != "drop" and self.heal != "none":
             raise ValueError(f"act {self.act} makes the new weights itself: it goes with heal none")
         if self.score is not None:

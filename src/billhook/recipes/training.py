@@ -66,7 +66,7 @@ def taught(
         known = HealRecord(
             method=method, tokens=refit.tokens, work=refit.work, refits=begun.refits, left_alone=dict(refit.left_alone)
         )
-    facts = [method, lessons.fingerprint, text.fingerprint, tokens, seed, sorted(map(str, plan.drops))]
+    facts = [method, lessons.fingerprint, text.fingerprint, tokens, seed, _edits(plan)]
     after, record = train(
         model.model,
         model.anatomy,
@@ -132,7 +132,7 @@ def shared(out: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
 
 def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: Progress | None) -> Healing:
     """``closed_form``, kept in ``place``: the training that follows may be interrupted."""
-    path = place / f"refitted-{_key([text.fingerprint, sorted(map(str, plan.drops))])}.safetensors"
+    path = place / f"refitted-{_key([text.fingerprint, _edits(plan)])}.safetensors"
     with PartialState().main_process_first():
         found = kept(path, {})
         if found is None:
@@ -144,6 +144,10 @@ def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: P
     placed = {name: tensor.to(model.model.device) for name, tensor in tensors.items()}
     refits = tuple(Refit(**refit) for refit in facts["refits"])
     return Healing(placed, refits, facts["left_alone"], facts["tokens"], facts["work"])
+
+
+def _edits(plan: Plan) -> list[Any]:
+    return [edit.model_dump(mode="json") for edit in plan.edits]
 
 
 def _key(facts: list[Any]) -> str:

@@ -45,7 +45,9 @@ def _front(run: Run) -> dict[str, object]:
         front["base_model"] = run.model
     if loading.is_language_model(run.outline):
         front["pipeline_tag"] = "text-generation"
-    return front | {"tags": ["billhook", "pruned", "depth-pruning", f"target-{run.plan.target}"]}
+    ways = ["depth-pruning"] if run.plan.drops or not run.plan.keeps else []
+    ways += ["width-pruning"] if run.plan.keeps else []
+    return front | {"tags": ["billhook", "pruned", *ways, f"target-{run.plan.target}"]}
 
 
 def _text(value: object) -> str:

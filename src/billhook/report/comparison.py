@@ -15,21 +15,29 @@ from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.record import TextEvidence
 from billhook.plan.target import Target
 from billhook.report.answers import accuracy
-from billhook.report.cuts import is_cut
+from billhook.report.cuts import is_cut, left_of, narrower
 from billhook.report.figures_comparison import front, kept, name, quality
 from billhook.report.headline import budget_name
 from billhook.report.numbers import duration, number, percent
 from billhook.report.page import rendered
 from billhook.report.recommendation import recommendation
 
+_HEALING = {
+    "none": "none: every result is judged as it was cut, also where its recipe heals",
+    "closed-form": "every result is judged as it was cut, and after its linears were refitted; order, curves, answers "
+    "and recommendation go by the healed figures (acts that combine blocks make new weights themselves)",
+}
 LOADS = {Target.UNIFORM: "any engine", Target.REMOTE: "transformers, remote code"}
 
 
 @dataclass(frozen=True)
 class Cell:
+    """``left``: percent of its parameters, if it got narrower."""
+
     kind: str
     cut: bool
     title: str
+    left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """Which units each method dropped from one stack."""
+    """Which units each method dropped from one stack, and which it made narrower."""
 
     name: str
     blocks: int
@@ -52,15 +60,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Line:
-    """One method in the table of a budget."""
+    """One method in the table of a budget; ``healed`` is empty where it was judged as cut alone."""
 
     name: str
     kept: float
     evidence: tuple[TextEvidence, ...]
+    healed: tuple[TextEvidence, ...]
+    judged: tuple[TextEvidence, ...]
     exact: str
     passes: str
     loads: str
-    drops: tuple[str, ...]
+    cuts: tuple[str, ...]
     on_front: bool
 
 
@@ -108,6 +118,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "recommendation": advice,
         "facts": _facts(comparison),
         "drawing": bool(drawn),
+        "heal": comparison.heal != "none",
     }
 
 
@@ -122,10 +133,12 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 name=name(entry, comparison),
                 kept=kept(entry),
                 evidence=entry.evidence,
+                healed=entry.healed,
+                judged=entry.judged,
                 exact=exact_answers(entry),
                 passes=number(passes(entry, comparison), 2),
                 loads=LOADS[entry.target],
-                drops=entry.drops,
+                cuts=(*entry.drops, *narrower(entry.keeps)),
                 on_front=entry in best,
             )
             for entry in entries
@@ -135,28 +148,35 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
 
 
 def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
-    """A grid for each stack from which something is dropped."""
+    """A grid for each stack in which something is cut."""
     drops = [normalise(map(Address.parse, entry.drops), comparison.outline) for entry in entries]
-    touched = {unit.stack for gone in drops for unit in gone}
+    lefts = [left_of(comparison.outline, entry.keeps) for entry in entries]
+    touched = {unit.stack for units in (*drops, *lefts) for unit in units}
     grids = []
     for stack in comparison.outline.stacks:
         if stack.name not in touched:
             continue
         rows = []
-        for entry, gone in zip(entries, drops, strict=True):
+        for entry, gone, left in zip(entries, drops, lefts, strict=True):
             blocks = []
             for index, block in enumerate(stack.blocks):
                 units = [Address(stack.name, index, kind) for kind in block.sublayers]
-                blocks.append(tuple(Cell(u.sublayer or "", is_cut(u, gone), str(u)) for u in units))
+                blocks.append(tuple(_cell(unit, is_cut(unit, gone), left.get(unit)) for unit in units))
             rows.append(Row(name(entry, comparison), entry.baseline, tuple(blocks)))
         grids.append(Grid(stack.name, len(stack.blocks), tuple(rows)))
     return grids
+
+
+def _cell(unit: Address, cut: bool, left: float | None) -> Cell:
+    title = str(unit) if left is None else f"{unit}: {left}% left"
+    return Cell(unit.sublayer or "", cut, title, left)
 
 
 def _command(comparison: Comparison) -> str:
     """What makes the same comparison again; the baselines take part without being named."""
     options = [("budget", ",".join(comparison.budgets)), ("calibration", comparison.calibration)]
     options += [("recipe", who) for who in dict.fromkeys(e.recipe for e in comparison.entries if not e.baseline)]
+    options += [("heal", comparison.heal)] if comparison.heal != "none" else []
     options.append(("seed", str(min(entry.seed for entry in comparison.entries))))
     given = " ".join(f"--{option} {shlex.quote(value)}" for option, value in options)
     return f"billhook compare {shlex.quote(comparison.model)} {given} --out DIR"
@@ -166,7 +186,7 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     judged = next((entry.evidence for entry in comparison.entries if entry.evidence), ())
     found = [
         ("command", _command(comparison)),
-        ("healing", "none: every result is judged as it was cut, also where its recipe heals"),
+        ("healing", _HEALING[comparison.heal]),
         ("calibration", f"{comparison.calibration}, {comparison.tokens:,} tokens"),
         *((f"judged on {text.name}", f"{text.tokens:,} tokens; {text.protocol}") for text in judged),
         *((f"time: {step}", duration(seconds)) for step, seconds in comparison.seconds.items()),

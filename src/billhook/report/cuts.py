@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
-from billhook.plan.outline import StackOutline
+from billhook.plan.outline import Outline, StackOutline
+from billhook.plan.plan import Keep
 from billhook.plan.record import Run
 from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
 
+UNITS = {"neuron": "neuron", "group": "KV group", "expert": "expert"}
 TALLEST, GAP = 760, 2  # pixels of a whole column, where rows can still grow thinner, and between two rows
 
 
@@ -65,19 +67,49 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *((f"{what}s in blocks", f"{ranges(blocks)}: {n:,}") for what, n, blocks in _narrower(run))]
+    return [*gone, *widths(run)]
 
 
-def _narrower(run: Run) -> list[tuple[str, int, list[int]]]:
-    """For each kind of inner unit: how many were cut, and from which blocks."""
+def widths(run: Run) -> list[tuple[str, str]]:
+    """``("neurons of blocks", "3, 11–13: 4,608 of 6,144 kept, 1,098 to 1,210 in each")``."""
     sublayers = dict(run.outline.sublayers())
-    found: dict[str, tuple[int, list[int]]] = {}
+    several = len(run.outline.stacks) > 1
+    groups: dict[tuple[str, str], list[Keep]] = {}
     for keep in run.plan.keeps:
-        gone = sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
-        number, blocks = found.get(keep.inner, (0, []))
-        found[keep.inner] = number + gone, [*blocks, keep.unit.block]
-    names = {"group": "KV group"}
-    return [(names.get(kind, kind), number, sorted(blocks)) for kind, (number, blocks) in sorted(found.items())]
+        groups.setdefault((keep.unit.stack, keep.inner), []).append(keep)
+    found = []
+    for (stack, kind), keeps in groups.items():
+        left = [len(keep.indices) for keep in keeps]
+        before = sum(sublayers[keep.unit].inner[kind].count for keep in keeps)
+        least, most = f"{min(left):,}", f"{max(left):,}"
+        each = least if least == most else f"{least} to {most}"
+        where = ranges({keep.unit.block for keep in keeps})
+        what = f"{UNITS[kind]}s of {stack + ' ' if several else ''}blocks"
+        found.append((what, f"{where}: {sum(left):,} of {before:,} kept, {each} in each"))
+    return found
+
+
+def narrower(keeps: Iterable[Keep]) -> list[str]:
+    """``decoder.3.mlp: 1,098 neurons kept``, one a keep."""
+    return [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
+
+
+def left_of(outline: Outline, keeps: Iterable[Keep]) -> dict[Address, float]:
+    """Percent of its parameters that a sublayer keeps, of those that get narrower."""
+    sublayers = dict(outline.sublayers())
+    return {
+        k.unit: round(100 * sublayers[k.unit].narrowed(k.inner, len(k.indices)).params / sublayers[k.unit].params, 1)
+        for k in keeps
+    }
+
+
+def _lost(run: Run) -> list[tuple[str, int]]:
+    """For each kind of inner unit: how many were cut."""
+    sublayers = dict(run.outline.sublayers())
+    found: Counter[str] = Counter()
+    for keep in run.plan.keeps:
+        found[keep.inner] += sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
+    return [(UNITS[kind], number) for kind, number in sorted(found.items())]
 
 
 def parts(run: Run) -> list[tuple[str, str]]:
@@ -102,19 +134,18 @@ def counts(run: Run) -> str:
     total = sum(1 for _ in run.outline.blocks())
     parts = [f"{found.pop('block')} of {total} blocks"] if "block" in found else []
     parts += [f"{n} {kind_name(kind)}{'s' if n > 1 else ''}" for kind, n in sorted(found.items())]
-    parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n, _ in _narrower(run)]
+    parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n in _lost(run)]
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
-    sublayers = dict(run.outline.sublayers())
-    narrower = {k.unit: sublayers[k.unit].narrowed(k.inner, len(k.indices)).params for k in run.plan.keeps}
-    return [_column(stack, drops, narrower) for stack in run.outline.stacks]
+    lefts = left_of(run.outline, run.plan.keeps)
+    return [_column(stack, drops, lefts) for stack in run.outline.stacks]
 
 
-def _column(stack: StackOutline, drops: frozenset[Address], narrower: Mapping[Address, int]) -> Column:
+def _column(stack: StackOutline, drops: frozenset[Address], lefts: Mapping[Address, float]) -> Column:
     height = max(5, min(22, TALLEST // max(len(stack.blocks), 1) - GAP))
     every = 1 if height >= 13 else 5 if height >= 7 else 10
     widest = max((sum(s.params for s in b.sublayers.values()) for b in stack.blocks), default=0) or 1
@@ -125,7 +156,7 @@ def _column(stack: StackOutline, drops: frozenset[Address], narrower: Mapping[Ad
             address = Address(stack.name, i, kind)
             cut = is_cut(address, drops)
             title = f"{address}: {quantity(sublayer.params, 'parameters')}{', cut' if cut else ''}"
-            left = round(100 * narrower[address] / sublayer.params, 1) if address in narrower else None
+            left = lefts.get(address)
             title += f", {left}% left" if left is not None else ""
             cells.append(Cell(kind, round(100 * sublayer.params / widest, 2), cut, title, left))
         rows.append(Row(str(i) if i % every == 0 else "", Address(stack.name, i) in drops, tuple(cells)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from billhook.plan.outline import Outline
 from billhook.plan.record import Run
 from billhook.plan.target import Target
+from billhook.plan.widths import common_sizes, counts
 from billhook.report.cuts import dropped
 
 FOLDER = "path/to/this/folder"
@@ -28,9 +29,19 @@ def is_language_model(outline: Outline) -> bool:
 
 
 def is_ordinary(run: Run) -> bool:
-    """Whether the result is a checkpoint of the stock class: only whole blocks are gone and the rest are alike."""
+    """Whether the result is a checkpoint of the stock class: only whole blocks are gone and the rest are alike, as wide
+    as the config can say."""
     alike = all(len({tuple(block.sublayers) for block in stack.blocks}) <= 1 for stack in run.outline.stacks)
-    return run.plan.target is Target.UNIFORM or (alike and all(a.sublayer is None for a in dropped(run)))
+    alike = alike and all(a.sublayer is None for a in dropped(run))
+    return run.plan.target is Target.UNIFORM or (alike and _stated(run))
+
+
+def _stated(run: Run) -> bool:
+    """Whether plain values of the config say how narrow the sublayers are."""
+    sublayers = dict(run.outline.sublayers())
+    keys = {sublayers[keep.unit].inner[keep.inner].key for keep in run.plan.keeps}
+    sizes = common_sizes(run.outline.narrowed(counts(run.plan.keeps)), dropped(run)) if keys else {}
+    return all(key and sizes[key] is not None for key in keys)
 
 
 def loading(run: Run) -> Loading:

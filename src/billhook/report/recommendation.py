@@ -50,6 +50,8 @@ def _best_over(comparison: Comparison, budgets: list[str], target: Target | None
 def _at(comparison: Comparison, budget: str) -> str:
     first, *others = comparison.at(budget)
     words = f"At {budget}, {name(first, comparison)} is best with {number(first.damage)} times the perplexity of dense"
+    if first.healed:
+        words += f" after healing, {number(first.damage_as_cut)} before"
     close = [name(entry, comparison) for entry in others if _overlap(entry, first)]
     if close:
         words += f"; within its 95% interval on every text: {', '.join(close)}"
@@ -58,7 +60,7 @@ def _at(comparison: Comparison, budget: str) -> str:
 
 def _overlap(one: Entry, other: Entry) -> bool:
     """Whether the intervals of both meet on every text."""
-    pairs = [(a.perplexity_ratio, b.perplexity_ratio) for a, b in zip(one.evidence, other.evidence, strict=True)]
+    pairs = [(a.perplexity_ratio, b.perplexity_ratio) for a, b in zip(one.judged, other.judged, strict=True)]
     return all(a.low <= b.high and b.low <= a.high for a, b in pairs)
 
 

@@ -1,0 +1,43 @@
+"""From the tensors of a cut model to those of the original: by its names, and in its shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Anatomy
+from billhook.plan.address import Address
+from billhook.plan.check import survivors
+from billhook.plan.plan import Keep
+from billhook.surgery.narrow import inner_of, kept_entries
+
+
+def whole(
+    model: nn.Module, anatomy: Anatomy, keeps: Iterable[Keep], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """``tensors``, by name in the original ``model``, with those that have lost units put into a copy of what the model
+    has there: the kept entries are new, the others are old and go with the cut. So new weights are exchanged on the
+    original model first, and the cut takes exactly them."""
+    found = dict(tensors)
+    for keep in keeps:
+        for name, (axis, left) in kept_entries(inner_of(anatomy, keep), keep.indices).items():
+            if name in found:
+                full, new = model.get_parameter(name).detach().clone(), found[name]
+                found[name] = full.index_copy_(axis, torch.tensor(left, device=full.device), new.to(full))
+    return found
+
+
+def original_names(anatomy: Anatomy, drops: frozenset[Address], names: Iterable[str]) -> dict[str, str]:
+    """Names of parameters in the cut model -> in the original, where blocks have other numbers."""
+    moved = {
+        f"{stack.path}.{new}.": f"{stack.path}.{old}."
+        for stack in anatomy.stacks
+        for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))
+    }
+    found = {}
+    for name in names:
+        prefix = next((prefix for prefix in moved if name.startswith(prefix)), "")
+        found[name] = moved.get(prefix, "") + name.removeprefix(prefix)
+    return found
