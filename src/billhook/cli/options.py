@@ -92,6 +92,15 @@ Heal = Annotated[
         "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
     ),
 ]
+Select = Annotated[
+    str,
+    typer.Option(
+        metavar="WORD",
+        help="Which text a training reads, duplicates left out: [bold]distinct[/]: all; [bold]dsir:SOURCE[/]: what is "
+        "like SOURCE; [bold]gradient:SOURCE[/]: what teaches the same; [bold]loss[/]: more of what is still wrong; "
+        "[bold]paser[/]: more of the kinds that suffered most.",
+    ),
+]
 CALIBRATION_HELP = "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, or self."
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]

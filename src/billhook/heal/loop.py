@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from billhook.heal.damage import sample
+from billhook.heal.drawing import lap, lap_length
 from billhook.heal.state import keep, kept
 from billhook.heal.student import Student
 from billhook.heal.subject import Subject
@@ -28,7 +28,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Loop:
-    """One training of a student over windows ``ids`` [n, length], as far as it has come. ``facts`` say whose it is."""
+    """One training of a student over windows ``ids`` [n, length], as far as it has come. ``facts`` say whose it is.
+    ``weights``: how often each window that is not held back is to be read (see ``lap``)."""
 
     def __init__(
         self,
@@ -39,12 +40,14 @@ class Loop:
         state: Path,
         facts: Mapping[str, Any],
         progress: Progress | None,
+        weights: Tensor | None = None,
     ) -> None:
         layered = DistributedDataParallelKwargs(find_unused_parameters=training.trains in ("lisa", "ist", "fpf"))
         on_cpu = ids.device.type == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
         self._student, self._training, self._state, self._progress = student, training, state, progress
         self.fit, self._held = split(ids)
+        self._weights = weights
         self._steps = max(1, tokens // (training.rows * ids.shape[1]))
         self._every = math.ceil(self._steps / training.checks)
         self._facts = dict(facts)
@@ -108,15 +111,11 @@ class Loop:
         )
 
     def _rows(self, step: int) -> list[int]:
-        """The windows of a step: every window once in random order, then all in another order, and so on."""
-        count, many = len(self.fit), self._training.rows
-        chosen = []
-        for place in range(step * many, (step + 1) * many):
-            epoch, within = divmod(place, count)
-            order = list(range(count))
-            random.Random(f"{self._training.seed}.{epoch}").shuffle(order)
-            chosen.append(order[within])
-        return chosen
+        """The windows of a step: a lap over all in random order, then one in another order, and so on."""
+        count, many, seed = len(self.fit), self._training.rows, self._training.seed
+        places = [divmod(p, lap_length(count, self._weights)) for p in range(step * many, (step + 1) * many)]
+        laps = {number: lap(count, self._weights, seed, number) for number, _ in places}
+        return [laps[number][within] for number, within in places]
 
     def _mine(self, rows: list[int]) -> list[int]:
         return rows[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
@@ -36,13 +39,15 @@ def train(
     tokens: int,
     state: Path,
     progress: Progress | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Healing, TrainingRecord]:
     """Train what ``plan`` leaves of the language model ``model``, with the tensors of ``start`` in it: what closed form
     found, or ``UNTOUCHED``. The result is ``start`` with the trained tensors, and what happened.
 
     The last eighth of the windows is held back, and at most 4,096 tokens of it are looked at; the state that does best
     there wins, judged as it will be saved: merged, in the model's dtype. Where none does better than the model was, the
-    result is ``start``. The other windows are read in random order, again and again, until ``tokens`` are used.
+    result is ``start``. The other windows are read in random order, again and again, until ``tokens``
+    are used; with ``weights`` (see ``lap``) each so often as it has weight.
 
     ``state`` is a file that each look replaces: weights, moments of the optimizer, the best state, the curve. The same
     call goes on from there and ends with the same curve: what is read and who is trained follows from the seed and the
@@ -62,11 +67,12 @@ def train(
         "text": windows.fingerprint,
         "training": asdict(training),
         "tokens": tokens,
+        "weights": None if weights is None else hashlib.sha256(weights.cpu().double().numpy().tobytes()).hexdigest(),
     }
     with frozen(model), healed(model, start):
         cut = apply(model, anatomy, plan)
         student = Student(cut, model, ends, training.goal)
-        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress)
+        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights)
         taught = Student(cut, model, ends, "dense")
         subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training)
         found, record = loop.through(subject)

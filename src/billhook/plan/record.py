@@ -10,6 +10,9 @@ from billhook.plan.audit import StackAudit
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 
+Select = Literal["distinct", "dsir", "loss", "gradient", "paser"]
+"""The words for selecting the text of a training."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -147,10 +150,38 @@ class Look(_Record):
     held: float
 
 
+class Group(_Record):
+    """Windows of one kind: how many there are, how many of them were ``chosen``, and the mean ``harm`` that the cut did
+    there (divergence from the dense model, nats a token)."""
+
+    windows: int
+    chosen: int
+    harm: float
+
+
+class SelectionRecord(_Record):
+    """What a training read of its text, and ``why``. Of the ``parts`` of the text (lines, documents; windows where the
+    model wrote it) ``duplicates`` were left out. Of the ``windows`` then left to learn from, ``chosen`` have a weight;
+    they count like ``effective`` of equal weight (1 / sum of squares). ``target``: the text they are to be like.
+    ``groups``: the kinds of text they came from; ``screened`` windows were passed over as conflicting."""
+
+    word: Select
+    why: str
+    target: str = ""
+    parts: int
+    duplicates: int
+    windows: int
+    chosen: int
+    effective: float
+    groups: tuple[Group, ...] = ()
+    screened: int = 0
+
+
 class TrainingRecord(_Record):
     """What was trained and how it went. ``goal``: the next token of the text, or the dense model's distribution over
     it. ``ranks`` of the adapters, by block that stays. ``best`` is the step whose state was kept, 0 the untouched one.
-    ``untrained`` is the evidence of the model that the training began with."""
+    ``untrained`` is the evidence of the model that the training began with; ``selection`` says which of its text was
+    read, where not all alike."""
 
     trains: str
     goal: Literal["text", "dense"]
@@ -162,6 +193,7 @@ class TrainingRecord(_Record):
     best: int
     stopped_early: bool
     untrained: tuple[TextEvidence, ...] = ()
+    selection: SelectionRecord | None = None
 
     @property
     def tokens(self) -> int:

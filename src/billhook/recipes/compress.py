@@ -28,6 +28,7 @@ from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
+from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
@@ -42,6 +43,7 @@ def compress(
     out: str | os.PathLike[str],
     recipe: str | os.PathLike[str] | None = None,
     heal: Heal | None = None,
+    select: str = "none",
     target: str | None = None,
     calibration: str = "builtin",
     seed: int = 0,
@@ -57,6 +59,7 @@ def compress(
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
     target is taken; ``heal`` is what the recipe says unless told, and an act that combines blocks stands in its place.
+    ``select``: which text a healing by training reads (see ``heal``).
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
     ``out`` at once.
@@ -66,6 +69,7 @@ def compress(
     chosen, aim = _settled(recipe, target)
     require_path(chosen, limits)
     way = _way(chosen, heal)
+    wanted = asked(select, way)
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -96,7 +100,10 @@ def compress(
             if way in TRAINED:
                 from billhook.recipes import training  # with peft and accelerate: seconds
 
-                lessons = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
+                if wanted is None:
+                    lessons = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
+                else:
+                    lessons = training.selection(model, calibration, wanted, TRAINING_TOKENS, seed, place, progress)
             texts = judged_on(model, calibration, longer or windows, seed, progress)
             seen = watch(model, windows, progress)
         with clock.step("search"):

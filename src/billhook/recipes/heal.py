@@ -28,6 +28,7 @@ from billhook.recipes.evaluate import pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Heal
+from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
 from billhook.surgery.live import drops_of, keeps_of
@@ -55,6 +56,7 @@ def heal(
     method: Heal = "distill",
     against: str | os.PathLike[str] | None = None,
     calibration: str | None = None,
+    select: str = "none",
     tokens: int = TRAINING_TOKENS,
     seed: int = 0,
     dtype: str | None = None,
@@ -71,6 +73,9 @@ def heal(
     closed form before it is trained on ``tokens`` tokens. Of all that comes by, ``source`` as it is included, the best
     on held-back text is kept.
 
+    ``select`` says which of the text is read: all of it (``none``), or selected by a word of ``heal.select``, with
+    the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
+
     An interrupted training goes on from its last look at held-back text when the same call is made again. Under
     ``accelerate launch`` its processes share the training; the first one alone proves and writes the result.
     """
@@ -85,6 +90,9 @@ def heal(
             f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
         )
     plan, origin = known.plan, against or known.model
+    calibrated_on = (known.measures.calibration if known.measures else "") or "builtin"
+    text_name = calibration or calibrated_on
+    wanted = asked(select, method, calibrated_on, text_name)
     clock = Stopwatch()
     with clock.step("load"):
         small, model = pair(source, origin, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -97,13 +105,15 @@ def heal(
     posed(model.model, model.tokenizer)
     start = differing(small.model, model, plan, source)
     del small
-    text_name = calibration or (known.measures.calibration if known.measures else "") or "builtin"
 
     with training.shared(out) as (place, first):
         with clock.step("measure"):
             text = healing_text(model, text_name, seed, progress)
-            lessons = text
-            if method != "closed-form":
+            lessons, chosen = text, None
+            if wanted is not None:
+                chosen = training.selection(model, text_name, wanted, tokens, seed, place, progress)
+                lessons = chosen.windows
+            elif method != "closed-form":
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
             texts = judged_on(model, text_name, lessons, seed, progress)
         cut = apply(model.model, model.anatomy, plan)
@@ -116,7 +126,7 @@ def heal(
                 healing = known.healing or healing if best is start else healing
             else:
                 done = training.taught(
-                    model, plan, method, start, known.healing, text, lessons, tokens, seed, place, progress
+                    model, plan, method, start, known.healing, text, chosen or lessons, tokens, seed, place, progress
                 )
                 compressed, begun, healing = done.compressed, done.begun, done.record
         run = known.model_copy(

@@ -12,20 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import Tensor
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
+from billhook.data.duplicates import distinct, without_duplicates
+from billhook.data.source import read
+from billhook.data.windows import spread
 from billhook.heal import Healing, closed_form, healed
 from billhook.heal.judge import divergences
 from billhook.heal.loop import split
+from billhook.heal.select import Selection, select
 from billhook.heal.state import keep, kept
 from billhook.heal.train import train
 from billhook.heal.training import METHODS
 from billhook.plan.plan import Plan
-from billhook.plan.record import HealRecord, Refit
+from billhook.plan.record import HealRecord, Refit, SelectionRecord
 from billhook.recipes.heal import storable
 from billhook.recipes.opened import Opened
-from billhook.recipes.settings import TRAINING_LENGTH
+from billhook.recipes.selection import Asked, target_text
+from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
 from billhook.recipes.workplace import claimed, workplace
 from billhook.surgery import apply
 
@@ -48,7 +54,7 @@ def taught(
     start: Healing,
     known: HealRecord | None,
     text: Windows,
-    lessons: Windows,
+    lessons: Windows | Selection,
     tokens: int,
     seed: int,
     place: Path,
@@ -57,16 +63,23 @@ def taught(
     """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by a method of that name.
 
     Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
-    begins with the better of the two on the held-back part of ``lessons``. What takes long is kept in ``place``.
+    begins with the better of the two on the held-back part of ``lessons``. A selection is made with that model. What
+    takes long is kept in ``place``.
     """
-    begun = start
+    begun, chosen = start, None
+    if isinstance(lessons, Selection):
+        lessons, chosen = lessons.windows, lessons
     if known is None:
         refit = _refitted(model, plan, text, place, progress)
         begun = better(model, plan, start, refit, lessons)
         known = HealRecord(
             method=method, tokens=refit.tokens, work=refit.work, refits=begun.refits, left_alone=dict(refit.left_alone)
         )
+    weights, selected = None, None
+    if chosen is not None:
+        weights, selected = _selected(model, plan, method, begun, chosen, seed, place, progress)
     facts = [method, lessons.fingerprint, text.fingerprint, tokens, seed, _edits(plan)]
+    facts += [selected.model_dump()] if selected is not None else []
     after, record = train(
         model.model,
         model.anatomy,
@@ -77,7 +90,9 @@ def taught(
         tokens=tokens,
         state=place / f"training-{_key(facts)}.safetensors",
         progress=progress,
+        weights=weights,
     )
+    record = record.model_copy(update={"selection": selected})
     begun, after = (storable(model, healing) for healing in (begun, after))
     with healed(model.model, begun):
         before = apply(model.model, model.anatomy, plan)
@@ -100,7 +115,7 @@ def training_text(
         windows = windows_of(
             calibration,
             model.tokenizer,
-            tokens=max(2 * length, tokens * 8 // 7 + length),
+            tokens=_enough(tokens, length),
             length=length,
             seed=seed,
             model=model.model,
@@ -110,6 +125,29 @@ def training_text(
         if calibration == "self":
             keep(path, {"ids": windows.ids}, {})
     return windows
+
+
+def selection(
+    model: Opened, calibration: str, wanted: Asked, tokens: int, seed: int, place: Path, progress: Progress | None
+) -> Selection:
+    """Text to select from, four times what the training reads where there is so much, without duplicates."""
+    length = model.length(TRAINING_LENGTH)
+    target = target_text(model, wanted, length, seed)
+    more = tokens * (1 if wanted.word == "distinct" else SELECTED_FROM)
+    if calibration == "self":
+        written = training_text(model, calibration, more, seed, place, progress)
+        kept_rows = distinct(list(written.ids.numpy()))
+        windows, parts, repeated = written, len(written.ids), len(written.ids) - len(kept_rows)
+        if repeated:
+            windows = Windows.of(written.ids[kept_rows], written.name)
+    else:
+        front = read(calibration).split()[0]
+        text, repeated = without_duplicates(front)
+        parts = len(front.parts)
+        windows = spread(
+            text, model.tokenizer, tokens=_enough(more, length), length=length, seed=seed, fewest=2 * length
+        )
+    return Selection(wanted.word, windows, max(1, tokens // length), parts, repeated, target)
 
 
 def better(model: Opened, plan: Plan, before: Healing, after: Healing, windows: Windows) -> Healing:
@@ -148,6 +186,36 @@ def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: P
 
 def _edits(plan: Plan) -> list[Any]:
     return [edit.model_dump(mode="json") for edit in plan.edits]
+
+
+def _selected(
+    model: Opened,
+    plan: Plan,
+    method: str,
+    start: Healing,
+    chosen: Selection,
+    seed: int,
+    place: Path,
+    progress: Progress | None,
+) -> tuple[Tensor | None, SelectionRecord]:
+    """``select``, kept in ``place``: what an interrupted training read it goes on reading, to the last bit."""
+    target = chosen.target.fingerprint if chosen.target is not None else ""
+    facts = [method, chosen.word, chosen.windows.fingerprint, target, chosen.count, seed, _edits(plan)]
+    path = place / f"selected-{_key(facts)}.safetensors"
+    with PartialState().main_process_first():
+        found = kept(path, {})
+        if found is None:
+            goal = METHODS[method].goal
+            weights, record = select(model.model, model.anatomy, plan, start, chosen, goal, seed, progress)
+            keep(path, {} if weights is None else {"weights": weights}, {"record": record.model_dump()})
+            return weights, record
+    tensors, noted = found
+    return tensors.get("weights"), SelectionRecord.model_validate(noted["record"])
+
+
+def _enough(tokens: int, length: int) -> int:
+    """Tokens to train on, and a little to hold back."""
+    return max(2 * length, tokens * 8 // 7 + length)
 
 
 def _key(facts: list[Any]) -> str:

@@ -46,6 +46,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
                 ("training tokens", f"{training.tokens:,}, {training.tokens_a_step:,} a step"),
                 ("goal of the training", {"dense": "the dense model's next tokens", "text": "the text"}[training.goal]),
             ]
+            if chosen := training.selection:
+                kinds = f" of {len(chosen.groups)} kinds" if chosen.groups else ""
+                towards = f", towards {chosen.target}" if chosen.target else ""
+                found += [
+                    ("training text selected", f"{chosen.word}{towards}: {chosen.why}"),
+                    ("windows selected", f"{chosen.chosen:,} of {chosen.windows:,}{kinds}"),
+                    ("weight of the windows", f"as {chosen.effective:,.0f} of equal weight"),
+                    ("duplicates left out", f"{chosen.duplicates:,} of {chosen.parts:,} parts of the text"),
+                    ("conflicting windows left out", f"{chosen.screened:,}" if chosen.screened else ""),
+                ]
     found += [(f"time: {name.replace('_', ' ')}", duration(value)) for name, value in run.seconds.items()]
     found += made.versions.items()
     found += [(name.replace("_", " "), value) for name, value in run.environment.items()]
