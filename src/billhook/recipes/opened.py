@@ -12,9 +12,9 @@ from typing import Any
 
 from billhook.anatomy import Anatomy, discover
 from billhook.data import check_tokenizer
-from billhook.measure.latency import now
 from billhook.models import Loaded
 from billhook.plan.errors import InputError
+from billhook.runtime.clock import now
 from billhook.surgery.reopen import load
 
 
