@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.surgery import apply
+from billhook.surgery.form import Form
 from billhook.surgery.reopen import load
 
 HETEROGENEOUS = Plan.of(["decoder.0.attention", "decoder.2.mlp", "decoder.3"])
@@ -166,7 +168,7 @@ def test_a_class_from_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_remote_code_is_short_and_needs_nothing_of_billhook(name: str) -> None:
     model, anatomy = dense(name)
     skips = frozenset(address for address, _ in anatomy.outline.sublayers())
-    code = remote_code(type(model).__name__, anatomy, skips)
+    code = remote_code(type(model).__name__, anatomy, Form(skips))
     tree = ast.parse(code)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -177,6 +179,24 @@ def test_remote_code_is_short_and_needs_nothing_of_billhook(name: str) -> None:
     assert [ast.unparse(base) for base in written.bases] == [f"transformers.{type(model).__name__}"]
     assert {node.name for node in rest} <= {stub.__name__ for stub in STUBS.values()}, "no part of the model is copied"
     assert auto_classes(model.config, type(model).__name__)
+
+
+@pytest.mark.parametrize("name", params)
+def test_remote_code_has_all_that_it_names(name: str) -> None:
+    """Also in lines that few models come to: narrower sublayers alone, sublayers missing alone, and both."""
+    model, anatomy = dense(name)
+    skips = frozenset([next(anatomy.outline.sublayers())[0]])
+    widths = {(address, inner.kind): 1 for address, units in anatomy.inner.items() for inner in units}
+    for form in (Form(skips), Form(skips, widths), Form(widths=widths)):
+        if not form:
+            continue
+        tree = ast.parse(remote_code(type(model).__name__, anatomy, form))
+        nodes = list(ast.walk(tree))
+        known = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        known |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        known |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+        known |= {a.asname or a.name for n in nodes if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+        assert {n.id for n in nodes if isinstance(n, ast.Name)} - known <= set(dir(builtins))
 
 
 WITHOUT_BILLHOOK = """

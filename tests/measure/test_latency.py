@@ -6,6 +6,7 @@ import torch
 
 import billhook
 from billhook.measure import latency
+from billhook.runtime import clock as reading
 
 
 class Clock:
@@ -54,7 +55,7 @@ def test_the_clock_is_read_after_all_devices_are_done(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: log.append(f"device {device}"))
-    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(log.append("clock") or 0))
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: float(log.append("clock") or 0))
     latency.seconds(lambda: log.append("run"))
     one = ["device 0", "device 1", "clock"]
     assert log == [*one, "run", *one]
@@ -65,4 +66,4 @@ def test_nothing_else_reads_a_clock():
     source = Path(billhook.__file__).parent
     clocks = re.compile(r"perf_counter|monotonic\(|time\.time\(|process_time|cuda\.Event|timeit")
     readers = {p.relative_to(source).as_posix() for p in source.rglob("*.py") if clocks.search(p.read_text("utf-8"))}
-    assert {path for path in readers if not path.startswith("cli/")} == {"measure/latency.py"}
+    assert {path for path in readers if not path.startswith("cli/")} == {"runtime/clock.py"}

@@ -23,8 +23,7 @@ Needs transformers and nothing else.
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, defaultdict
+${standard}from collections import Counter, defaultdict
 from functools import reduce
 from typing import Any
 
@@ -107,6 +106,7 @@ def render(
     return _CODE.substitute(
         stock=stock,
         name=name,
+        standard="import copy\n" if form.widths else "",
         imports=imports,
         config_class=f"\n    {own}\n" if own else "",
         sections="\n\n\n".join(sections),

@@ -14,9 +14,9 @@ import torch
 
 from billhook.anatomy import Anatomy, discover
 from billhook.data import check_tokenizer
-from billhook.measure.latency import now
 from billhook.models import Loaded, dtype_of, emulated
 from billhook.plan.errors import InputError
+from billhook.runtime.clock import now
 from billhook.surgery.reopen import load
 
 

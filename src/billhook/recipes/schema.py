@@ -159,7 +159,7 @@ class Recipe(_Words):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Unit | InnerUnit
+    unit: Literal[Unit, InnerUnit]
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[

@@ -35,9 +35,7 @@ class Attached:
         is attached already; whatever ``fit`` raises leaves the model as it was. Without ``beams`` beam search is
         refused."""
         if _MARK in vars(model):
-            raise InputError(
-                f"a policy is attached to this model already ({vars(model)[_MARK].policy.name}); detach it first"
-            )
+            raise InputError(f"a policy is attached to this model already ({vars(model)[_MARK].name}); detach it first")
         self.model, self.policy, self.counts = model, policy, counts
         self._undo = Undo()
         self._undo.guard_hooks(model)
@@ -49,6 +47,11 @@ class Attached:
             self._undo.restore()
             raise
         vars(model)[_MARK] = self
+
+    @property
+    def name(self) -> str:
+        """The policy's, which may be no more than a name."""
+        return str(getattr(self.policy, "name", self.policy))
 
     def detach(self) -> None:
         """Restore the model exactly. Doing it twice is no error."""
@@ -63,7 +66,7 @@ class Attached:
         def generate(*args: Any, **kwargs: Any) -> Any:
             config = kwargs.get("generation_config") or self.model.generation_config
             if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
-                raise InputError(f"policy {self.policy.name} keeps what it saw of each row: beam search is not sound")
+                raise InputError(f"policy {self.name} keeps what it saw of each row: beam search is not sound")
             return original(*args, **kwargs)
 
         vars(self.model)["generate"] = generate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig
 
 from billhook.plan.errors import InputError
+from billhook.runtime.clock import now
 from billhook.runtime.draft import Draft, shapes
 from billhook.runtime.draft_length import Confidence
 from billhook.runtime.draft_report import Report
@@ -36,20 +36,20 @@ def decode(
     written.add(_chosen(config, [], [], scores), logits, scores)
     while not written.done:
         if search is not None and not search.done and written.count > search.window:
-            began = perf_counter()
+            began = now()
             draft = _searched(request, written.ids, draft, search, shaped)
-            report.search_seconds += perf_counter() - began
+            report.search_seconds += now() - began
 
-        ids, began = written.ids, perf_counter()
+        ids, began = written.ids, now()
         plain = report.stopped is not None or report.wants_plain
         room = 0 if plain else min(config.max_length - ids.shape[1] - 1, confidence.longest)
         drafted, drafts = _drafted(request, ids, draft, confidence, room, shaped) if room > 0 else ([], [])
-        between = perf_counter()
+        between = now()
         reach = joined(ids, drafted)
         logits = request.forward(reach, cache, len(drafted) + 1)
         scores = request.scores(reach, logits)
         tokens = _chosen(config, drafted, drafts, scores)
-        ended = perf_counter()
+        ended = now()
         written.add(tokens, logits, scores)
         cache.crop(written.ids.shape[1] - reach.shape[1] - 1)  # all but the last written token is in the cache
 
