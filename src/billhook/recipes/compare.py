@@ -183,7 +183,7 @@ def _judged(
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
     cut = [_acted(recipe, model, entry, windows, progress) for entry in met]
-    again = []
+    again: list[Any] = []
     if longer is not None and recipe.act == "drop":
         again = [_healed(model, entry, longer, progress) for entry in met]
     found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
