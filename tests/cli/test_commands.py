@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report.example import example_run, inspection, two_stacks
+from report.example import comparison, example_run, inspection, two_stacks
 from terminal import billhook, fake_recipe
 
 from billhook.plan.record import Run
@@ -140,6 +140,19 @@ def test_heal_hands_on_everything_it_was_given(monkeypatch):
         "tokens": 200000, "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip
+
+
+def test_compare_hands_the_healing_on_and_shows_it(monkeypatch):
+    plain = comparison()
+    entries = tuple(entry.model_copy(update={"healed": entry.evidence}) for entry in plain.entries)
+    found = plain.model_copy(update={"entries": entries, "heal": "closed-form"})
+    calls = fake_recipe(monkeypatch, "compare", found)
+    shown = billhook("compare", "m", "--budget", "params=0.9", "--out", "o", "--heal", "closed-form").stdout
+    assert calls[0].heal == "closed-form"
+    assert "healed" in shown
+    calls = fake_recipe(monkeypatch, "compare", plain)
+    assert "healed" not in billhook("compare", "m", "--budget", "params=0.9", "--out", "o").stdout
+    assert calls[0].heal == "none"
 
 
 def test_the_words_for_healing_are_those_of_the_methods():

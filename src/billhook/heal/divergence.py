@@ -65,8 +65,8 @@ def _distance(stepper: Stepper, ids: Tensor | None, dense: Tensor, now: Tensor) 
     if ids is None:
         one, other = dense.float(), now.float()
         return ((other - one).square().sum(-1) / one.square().sum(-1)).sum(dtype=torch.float64).item()
-    total = 0.0
-    for piece, *pair in zip(*(torch.split(t, CHUNK) for t in (ids, dense, now)), strict=True):
+    total, chunk = 0.0, min(CHUNK, stepper.batches[0]["input_ids"].shape[1])  # what the model has positions for
+    for piece, *pair in zip(*(torch.split(t, chunk) for t in (ids, dense, now)), strict=True):
         log_p, log_q = (log_softmax(stepper.logits(piece, stream).float(), -1) for stream in pair)
         total += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64).item()
     return total

@@ -85,6 +85,9 @@ def compare(
     require_causal(model.model, "compare")
     if heal != "none":
         require_healable(model.anatomy)
+        if len(model.anatomy.stacks) > 1:  # some method may cut in several, and healing takes one at a time
+            names = " and ".join(stack.name for stack in model.anatomy.stacks)
+            raise InputError(f"a comparison heals models of one stack; this one has {names}: use --heal none")
     asked_of = posed(model.model, model.tokenizer)
     with claimed(out) as place:
         with clock.step("measure"):
@@ -180,7 +183,9 @@ def _judged(
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     met = [entry for entry in entries if not entry.refused]
     cut = [_acted(recipe, model, entry, windows, progress) for entry in met]
-    again = [_healed(model, entry, longer, progress) for entry in met] if longer and recipe.act == "drop" else []
+    again: list[Any] = []
+    if longer is not None and recipe.act == "drop":
+        again = [_healed(model, entry, longer, progress) for entry in met]
     found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
     proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
     proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)
@@ -252,7 +257,7 @@ def _key(
         "environment": environment(model),
         "calibration": windows.fingerprint,
         "texts": [text.fingerprint for _, text in texts],
-        "healed on": longer.fingerprint if longer else "",
+        "healed on": longer.fingerprint if longer is not None else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -82,10 +82,10 @@ def widths(run: Run) -> list[tuple[str, str]]:
         left = [len(keep.indices) for keep in keeps]
         before = sum(sublayers[keep.unit].inner[kind].count for keep in keeps)
         least, most = f"{min(left):,}", f"{max(left):,}"
-        each = least if least == most else f"{least} to {most}"
+        each = "" if len(left) == 1 else f", {least if least == most else f'{least} to {most}'} in each"
         where = ranges({keep.unit.block for keep in keeps})
         what = f"{UNITS[kind]}s of {stack + ' ' if several else ''}blocks"
-        found.append((what, f"{where}: {sum(left):,} of {before:,} kept, {each} in each"))
+        found.append((what, f"{where}: {sum(left):,} of {before:,} kept{each}"))
     return found
 
 
