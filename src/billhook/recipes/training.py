@@ -62,8 +62,8 @@ def taught(
     """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by a method of that name.
 
     Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
-    begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that model. What
-    takes long is kept in ``place``.
+    begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
+    model. What takes long is kept in ``place``.
     """
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
