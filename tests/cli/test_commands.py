@@ -52,7 +52,7 @@ def test_the_interface_is_the_one_that_scripts_rely_on():
             "--overwrite",
             "--max-new-tokens",
         ],
-        "heal": ["--out", "--method", "--against", "--calibration", "--tokens", "--overwrite", "--max-new-tokens"],
+        "heal": ["--out", "--method", "--against", "--calibration", "--select", "--tokens", "--overwrite"],
         "apply": ["--out", "--target", "--overwrite"],
         "eval": ["--against", "--calibration"],
         "bench": ["--against"],
@@ -120,7 +120,7 @@ def test_compress_hands_on_everything_it_was_given(monkeypatch):
     assert callable(call.__dict__.pop("progress"))
     assert call.__dict__ == {
         "positional": ("org/model",), "budget": "size=100MB", "out": Path("o"), "recipe": "greedy",
-        "heal": "closed-form", "target": Target.UNIFORM,
+        "heal": "closed-form", "select": "none", "target": Target.UNIFORM,
         "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip
@@ -130,14 +130,14 @@ def test_heal_hands_on_everything_it_was_given(monkeypatch):
     calls = fake_recipe(monkeypatch, "heal", RUN)
     billhook(
         "heal", "out", "--out", "o", "--method", "lora", "--against", "org/model", "--calibration", "self",
-        "--tokens", 200000, "--seed", 3, "--dtype", "bfloat16", "--device", "cuda:1", "--overwrite",
-        "--trust-remote-code", "--max-new-tokens", 9,
+        "--select", "dsir:law.txt", "--tokens", 200000, "--seed", 3, "--dtype", "bfloat16", "--device", "cuda:1",
+        "--overwrite", "--trust-remote-code", "--max-new-tokens", 9,
     )  # fmt: skip
     (call,) = calls
     assert callable(call.__dict__.pop("progress"))
     assert call.__dict__ == {
         "positional": ("out",), "out": Path("o"), "method": "lora", "against": "org/model", "calibration": "self",
-        "tokens": 200000, "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
+        "select": "dsir:law.txt", "tokens": 200000, "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip
 

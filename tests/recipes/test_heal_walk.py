@@ -160,6 +160,36 @@ def test_text_that_the_model_writes_is_kept_until_the_end(
     assert (seen[0] == seen[1]).all() and (load_file(kept)["ids"] == seen[0]).all()
 
 
+@pytest.mark.usefixtures("unproven")
+@pytest.mark.parametrize(
+    ("select", "calibration"), [("dsir:builtin", "words"), ("loss", "words"), ("distinct", "self")]
+)
+def test_text_is_selected_and_the_record_says_how(
+    select: str, calibration: str, cut: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted when the training begins, the windows are not weighed again."""
+    text = str(words) if calibration == "words" else calibration
+
+    def go() -> Run:
+        return heal(cut, out=tmp_path / "out", method="tune", calibration=text, select=select, tokens=TOKENS)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go()
+    monkeypatch.setattr(training, "select", None)
+    run = go()
+    assert run.healing is not None and run.healing.training is not None
+    told = run.healing.training.selection
+    assert told is not None and told.word == select.partition(":")[0]
+    assert told.windows >= TOKENS // 64 - 1
+    assert told.chosen == (TOKENS // 64 if told.word == "dsir" else told.windows)
+    assert told.target == ("builtin, first 80%" if told.word == "dsir" else "")
+    assert told.parts > told.duplicates >= 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "training text selected" in page and f"{told.chosen:,} of {told.windows:,}" in page
+
+
 def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path) -> None:
     def refused(source: Path, message: str, **options: Any) -> None:
         with pytest.raises(InputError, match=message) as error:
@@ -169,6 +199,11 @@ def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words
 
     refused(tiny_lm, "not a cut model with a record")
     refused(cut, "at least 1 token", tokens=0)
+    refused(cut, "selection best is unknown; --select takes none, distinct, dsir", select="best")
+    refused(cut, "closed-form does not train", select="paser", method="closed-form")
+    refused(cut, "--select loss has no target; leave out :some.txt", select="loss:some.txt")
+    refused(cut, "text nothing.txt does not exist", select="dsir:nothing.txt")
+    refused(cut, "has nothing to choose from: the training reads 6250 windows", select="paser", tokens=400_000)
     refused(cut, "does not exist", against=str(tmp_path / "nowhere.gguf"))
     refused(cut, "has other weights than its plan leaves", against=str(cut))
     record = json.loads((cut / "billhook.json").read_text())

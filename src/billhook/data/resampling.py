@@ -23,7 +23,8 @@ def log_ratios(ids: Tensor, target: Tensor) -> NDArray[np.float64]:
     """
     raw, wanted = _buckets(ids), _buckets(target)
     p, q = (np.bincount(found.ravel(), minlength=BUCKETS) / found.size for found in (wanted, raw))
-    return (np.log(p + _SMOOTHING) - np.log(q + _SMOOTHING))[raw].sum(axis=1)
+    found: NDArray[np.float64] = (np.log(p + _SMOOTHING) - np.log(q + _SMOOTHING))[raw].sum(axis=1)
+    return found
 
 
 def resampled(log_weights: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
@@ -39,4 +40,5 @@ def _buckets(ids: Tensor) -> NDArray[np.int64]:
     tokens = ids.cpu().numpy().astype(np.uint64) + np.uint64(1)
     grams = np.hstack([tokens, tokens[:, :-1] * np.uint64(0x9E3779B97F4A7C15) + tokens[:, 1:]])
     spread = (grams ^ (grams >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
-    return ((spread >> np.uint64(33)) % np.uint64(BUCKETS)).astype(np.int64)
+    found: NDArray[np.int64] = ((spread >> np.uint64(33)) % np.uint64(BUCKETS)).astype(np.int64)
+    return found

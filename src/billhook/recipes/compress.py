@@ -6,7 +6,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
@@ -32,6 +34,9 @@ from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
+
+if TYPE_CHECKING:
+    from billhook.heal.select import Selection
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,7 +101,7 @@ def compress(
                 progress=progress,
             )
             longer = healing_text(model, calibration, seed, progress) if way != "none" else None
-            lessons = None
+            lessons: Windows | Selection | None = None
             if way in TRAINED:
                 from billhook.recipes import training  # with peft and accelerate: seconds
 

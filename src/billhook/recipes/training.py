@@ -54,7 +54,7 @@ def taught(
     start: Healing,
     known: HealRecord | None,
     text: Windows,
-    lessons: Windows | Selection,
+    wanted: Windows | Selection,
     tokens: int,
     seed: int,
     place: Path,
@@ -63,12 +63,11 @@ def taught(
     """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by a method of that name.
 
     Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
-    begins with the better of the two on the held-back part of ``lessons``. A selection is made with that model. What
-    takes long is kept in ``place``.
+    begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
+    model. What takes long is kept in ``place``.
     """
-    begun, chosen = start, None
-    if isinstance(lessons, Selection):
-        lessons, chosen = lessons.windows, lessons
+    begun, chosen = start, wanted if isinstance(wanted, Selection) else None
+    lessons = wanted.windows if isinstance(wanted, Selection) else wanted
     if known is None:
         refit = _refitted(model, plan, text, place, progress)
         begun = better(model, plan, start, refit, lessons)
