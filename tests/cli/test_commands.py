@@ -52,7 +52,7 @@ def test_the_interface_is_the_one_that_scripts_rely_on():
             "--overwrite",
             "--max-new-tokens",
         ],
-        "heal": ["--out", "--method", "--against", "--calibration", "--select", "--tokens", "--overwrite"],
+        "heal": ["--out", "--method", "--against", "--calibration", "--select", "--tokens", "--max-new-tokens", "--overwrite"],
         "apply": ["--out", "--target", "--overwrite"],
         "eval": ["--against", "--calibration"],
         "bench": ["--against"],
