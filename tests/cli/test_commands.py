@@ -16,6 +16,7 @@ from terminal import billhook, fake_recipe
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes.catalogue import load
+from billhook.recipes.generate import Answer
 
 RUN = example_run()
 COMMANDS = {
@@ -65,7 +66,7 @@ def test_the_interface_is_the_one_that_scripts_rely_on():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_seed_is_handed_on_or_the_help_says_that_it_changes_nothing(monkeypatch, name):
-    calls = fake_recipe(monkeypatch, name, "text" if name == "generate" else RUN)
+    calls = fake_recipe(monkeypatch, name, Answer("text") if name == "generate" else RUN)
     billhook(*COMMANDS[name], "--seed", 7)
     shown = " ".join(billhook(name, "--help").stdout.split())
     dead = re.search(r"--seed(, --dtype and --device)? changes? nothing", shown)
@@ -86,19 +87,19 @@ def test_json_is_one_object_that_holds_the_whole_record(monkeypatch, name):
 
 
 def test_json_of_generate_has_the_text(monkeypatch):
-    fake_recipe(monkeypatch, "generate", "Because of [Rayleigh] scattering.")
+    fake_recipe(monkeypatch, "generate", Answer("Because of [Rayleigh] scattering."))
     content = json.loads(billhook("generate", "out", "Why?", "--json", "--max-new-tokens", 7).stdout)
     assert content["text"] == "Because of [Rayleigh] scattering."
     assert (content["prompt"], content["max_new_tokens"]) == ("Why?", 7)
 
 
 def test_generate_prints_the_text_as_it_is(monkeypatch):
-    fake_recipe(monkeypatch, "generate", "[bold]x[/] :smile: " + "long " * 40)
+    fake_recipe(monkeypatch, "generate", Answer("[bold]x[/] :smile: " + "long " * 40))
     assert billhook("generate", "out", "Why?").stdout == "[bold]x[/] :smile: " + "long " * 40 + "\n"
 
 
 def test_a_model_cannot_steer_the_terminal(monkeypatch):
-    fake_recipe(monkeypatch, "generate", "red \x1b[31m and\n a\x07 bell")
+    fake_recipe(monkeypatch, "generate", Answer("red \x1b[31m and\n a\x07 bell"))
     assert billhook("generate", "out", "Why?").stdout == "red \ufffd[31m and\n a\ufffd bell\n"
     assert json.loads(billhook("generate", "out", "Why?", "--json").stdout)["text"] == "red \x1b[31m and\n a\x07 bell"
 

@@ -38,7 +38,7 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for heading in ("name", "paper", "units", "needs", "passes"):
-        table.add_column(heading, no_wrap=True, style="bold" if heading == "name" else "")
+        table.add_column(heading, no_wrap=heading != "paper", style="bold" if heading == "name" else "")
     for recipe in found:
         paper = recipe.paper.citation.partition(",")[0] if recipe.paper else ""
         table.add_row(recipe.name, Text(paper), recipe.unit, words.needs(recipe), words.passes(recipe))
