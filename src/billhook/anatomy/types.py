@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from billhook.plan.address import Address
+from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 
 
@@ -138,7 +139,11 @@ class Anatomy:
     rigid: dict[Address, str] = field(default_factory=dict)
 
     def stack(self, name: str) -> Stack:
-        return next(s for s in self.stacks if s.name == name)
+        """The stack of that name. InputError with the list of names if there is none."""
+        found = next((s for s in self.stacks if s.name == name), None)
+        if found is None:
+            raise InputError(f"this {self.family} model has no {name}; it has {', '.join(s.name for s in self.stacks)}")
+        return found
 
     def block(self, address: Address) -> Block:
         return self.stack(address.stack).blocks[address.block]

@@ -16,6 +16,7 @@ from billhook.plan.address import Address
 
 PENALTY = 0.3  # relative to the mean energy of an input, while neurons are chosen
 ROUNDS = 4
+LARGEST = 6144  # neurons; the sums of two MLPs are (2n)^2, which wider ones pay with many gigabytes and minutes
 
 
 def donors(model: nn.Module, places: list[Place], drops: Set[Address]) -> dict[Address, Sublayer]:
@@ -43,7 +44,7 @@ def donors(model: nn.Module, places: list[Place], drops: Set[Address]) -> dict[A
 
 def alike(model: nn.Module, one: Sublayer, other: Sublayer) -> bool:
     """Whether neurons can move from one MLP to the other: each is one row of one or two reads and one column of the
-    write, nothing else belongs to it, and sizes agree."""
+    write, nothing else belongs to it, sizes agree, and there are no more than ``LARGEST``."""
     sizes = _sizes(model, one)
     return sizes is not None and sizes == _sizes(model, other)
 
@@ -119,6 +120,6 @@ def _sizes(model: nn.Module, mlp: Sublayer) -> tuple[tuple[int, ...], ...] | Non
         return None
     shapes = [tuple(t.shape) for read in reads.values() for t in rows(read).values()]
     outputs = rows(write)["weight"].shape
-    if any(shape[0] != outputs[1] for shape in shapes):
+    if outputs[1] > LARGEST or any(shape[0] != outputs[1] for shape in shapes):
         return None
     return (*shapes, tuple(outputs))

@@ -15,7 +15,7 @@ Select = Literal["distinct", "dsir", "loss", "gradient", "paser"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Interval(_Record):
@@ -210,10 +210,11 @@ class Graft(_Record):
 
 
 class HealRecord(_Record):
-    """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried, with
-    the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone. ``divergence`` is
-    how far the cut and the healed model are from the dense one on windows that no fit saw; ``refused``: the healed one
-    was no nearer, so the model is left as cut. ``training`` came after the refits, if any."""
+    """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried,
+    with the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone.
+    ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
+    ``refused``: the healed one was no nearer, so the model is left as cut. ``text`` and ``seed``: what it was
+    healed on. ``training`` came after the refits, if any."""
 
     method: str
     tokens: int
@@ -223,6 +224,8 @@ class HealRecord(_Record):
     grafts: tuple[Graft, ...] = ()
     divergence: tuple[float, float] | None = None
     refused: bool = False
+    text: str = ""
+    seed: int | None = None
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 

@@ -181,11 +181,20 @@ def _judged(
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
     target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
-    met = [entry for entry in entries if not entry.refused]
-    cut = [_acted(recipe, model, entry, windows, progress) for entry in met]
+    cut: list[Any] = []
     again: list[Any] = []
-    if longer is not None and recipe.act == "drop":
-        again = [_healed(model, entry, longer, progress) for entry in met]
+    for number, entry in enumerate(entries):
+        if entry.refused:
+            continue
+        try:
+            acted = _acted(recipe, model, entry, windows, progress)
+            mends = longer is not None and recipe.act == "drop"
+            healed = [_healed(model, entry, longer, progress)] if longer is not None and mends else []
+        except InputError as error:  # one method that cannot be carried out does not end the comparison
+            entries[number] = entry.model_copy(update={"refused": str(error)})
+            continue
+        cut, again = [*cut, acted], [*again, *healed]
+    met = [entry for entry in entries if not entry.refused]
     found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
     proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
     proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)

@@ -137,6 +137,8 @@ def compress(
                         model, plan, way, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, seed, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
+        if healing is not None:
+            healing = healing.model_copy(update={"text": calibration, "seed": seed})
         costs = quantities(outline, choice.found.drops, choice.keeps)
         run = Run(
             model=os.fspath(source),

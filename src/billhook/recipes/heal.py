@@ -19,6 +19,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
+from billhook.heal.divergence import HELD_BACK
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
@@ -90,6 +91,7 @@ def heal(
             f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
         )
     plan, origin = known.plan, against or known.model
+    check_out(out, overwrite, origin)
     calibrated_on = (known.measures.calibration if known.measures else "") or "builtin"
     text_name = calibration or calibrated_on
     wanted = asked(select, method, calibrated_on, text_name)
@@ -115,20 +117,23 @@ def heal(
                 lessons = chosen.windows
             elif method != "closed-form":
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
-            texts = judged_on(model, text_name, lessons, seed, progress)
+            texts = judged_on(model, text_name, lessons, seed, progress, seen=calibrated_on)
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):
             if method == "closed-form":
                 refit = closed_form(model.model, model.anatomy, plan, text, progress)
-                best = training.better(model, plan, start, refit, text)
+                back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
+                best = training.better(model, plan, start, refit, text.ids[-back:])
                 compressed, healing = applied(model, plan, best, method)
-                healing = known.healing or healing if best is start else healing
+                if best is start:
+                    healing = known.healing or healing.model_copy(update={"refused": True})
             else:
                 done = training.taught(
                     model, plan, method, start, known.healing, text, chosen or lessons, tokens, seed, place, progress
                 )
                 compressed, begun, healing = done.compressed, done.begun, done.record
+        healing = healing.model_copy(update={"text": text_name, "seed": seed})
         run = known.model_copy(
             update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
         )
@@ -183,7 +188,20 @@ def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[A
     healing = storable(model, healing)
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
-    record = HealRecord(
+    return compressed, record_of(healing, method)
+
+
+def storable(model: Opened, healing: Healing) -> Healing:
+    """The new weights rounded as the checkpoint will hold them: what is proven is what is saved."""
+    if dtype_of(model.model) == model.stored:
+        return healing
+    rounded = {name: tensor.to(model.stored).to(tensor.dtype) for name, tensor in healing.tensors.items()}
+    return replace(healing, tensors=rounded)
+
+
+def record_of(healing: Healing, method: str) -> HealRecord:
+    """What there is to say of new weights, by the way they were found."""
+    return HealRecord(
         method=method,
         tokens=healing.tokens,
         work=healing.work,
@@ -193,12 +211,3 @@ def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[A
         grafts=healing.grafts,
         refused=healing.refused,
     )
-    return compressed, record
-
-
-def storable(model: Opened, healing: Healing) -> Healing:
-    """The new weights rounded as the checkpoint will hold them: what is proven is what is saved."""
-    if dtype_of(model.model) == model.stored:
-        return healing
-    rounded = {name: tensor.to(model.stored).to(tensor.dtype) for name, tensor in healing.tensors.items()}
-    return replace(healing, tensors=rounded)

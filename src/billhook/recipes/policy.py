@@ -18,7 +18,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.policy_record import PolicyReport, Savings
 from billhook.plan.record import TextEvidence
 from billhook.recipes.opened import Opened, environment, opened
-from billhook.runtime.catalogue import beside, policy_of, write_policy
+from billhook.runtime.catalogue import beside, policy_of, read_policy, write_policy
 from billhook.runtime.policy import Policy
 from billhook.runtime.self_speculation import SelfSpeculation
 
@@ -77,6 +77,10 @@ def tune_policy(
     taken = [path for path in (out, beside(out)) if path.exists()]
     if taken and not overwrite:
         raise InputError(f"{taken[0]} exists; give --overwrite to replace it")
+    if out.exists():
+        read_policy(out)  # nothing but a policy file is replaced
+    elif taken:
+        raise InputError(f"{taken[0]} does not belong to a policy file {out.name}; name another file")
     if not out.parent.is_dir():
         raise InputError(f"there is no folder {out.parent} to write {out.name} into")
     if chosen.dial is None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
 
@@ -26,10 +27,11 @@ from billhook.heal.select import Selection, select
 from billhook.heal.state import keep, kept
 from billhook.heal.train import train
 from billhook.heal.training import METHODS
+from billhook.models import fingerprint
 from billhook.plan.plan import Plan
-from billhook.plan.record import HealRecord, Refit, SelectionRecord
-from billhook.recipes.heal import storable
-from billhook.recipes.opened import Opened
+from billhook.plan.record import Graft, HealRecord, Refit, SelectionRecord
+from billhook.recipes.heal import record_of, storable
+from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
 from billhook.recipes.workplace import claimed, workplace
@@ -70,14 +72,14 @@ def taught(
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
     if known is None:
         refit = _refitted(model, plan, text, place, progress)
-        begun = better(model, plan, start, refit, lessons)
-        known = HealRecord(
-            method=method, tokens=refit.tokens, work=refit.work, refits=begun.refits, left_alone=dict(refit.left_alone)
-        )
+        begun = better(model, plan, start, refit, split(lessons.ids)[1])
+        known = record_of(refit, method)
+        if begun is start and not refit.refused:
+            known = known.model_copy(update={"refused": True})
     weights, selected = None, None
     if chosen is not None:
         weights, selected = _selected(model, plan, method, begun, chosen, seed, place, progress)
-    facts = [method, lessons.fingerprint, text.fingerprint, tokens, seed, _edits(plan)]
+    facts = [*_of(model), _digest(begun), method, lessons.fingerprint, text.fingerprint, tokens, seed, _edits(plan)]
     facts += [selected.model_dump()] if selected is not None else []
     after, record = train(
         model.model,
@@ -106,7 +108,7 @@ def training_text(
     """Text to train on, and a little to hold back: as much as there is, two windows at least. What the model has to
     write itself is kept in ``place``."""
     length = model.length(TRAINING_LENGTH)
-    path = place / f"text-{_key([calibration, tokens, length, seed])}.safetensors"
+    path = place / f"text-{_key([*_of(model), calibration, tokens, length, seed])}.safetensors"
     with PartialState().main_process_first():
         found = kept(path, {}) if calibration == "self" else None
         if found is not None:
@@ -149,9 +151,8 @@ def selection(
     return Selection(wanted.word, windows, max(1, tokens // length), parts, repeated, target)
 
 
-def better(model: Opened, plan: Plan, before: Healing, after: Healing, windows: Windows) -> Healing:
-    """``after``, unless ``before`` is nearer to the dense model on the windows that a training would hold back."""
-    _, held = split(windows.ids)
+def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Tensor) -> Healing:
+    """``after``, unless ``before`` is nearer to the dense model on windows that neither was fitted on."""
     was, now = divergences(model.model, model.anatomy, plan, [before, after], held)
     return after if now <= was else before
 
@@ -169,18 +170,33 @@ def shared(out: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
 
 def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: Progress | None) -> Healing:
     """``closed_form``, kept in ``place``: the training that follows may be interrupted."""
-    path = place / f"refitted-{_key([text.fingerprint, _edits(plan)])}.safetensors"
+    path = place / f"refitted-{_key([*_of(model), text.fingerprint, _edits(plan)])}.safetensors"
     with PartialState().main_process_first():
         found = kept(path, {})
         if found is None:
             healing = closed_form(model.model, model.anatomy, plan, text, progress)
-            counts = {"left_alone": dict(healing.left_alone), "tokens": healing.tokens, "work": healing.work}
-            keep(path, healing.tensors, {**counts, "refits": [refit.model_dump() for refit in healing.refits]})
+            facts = {name: getattr(healing, name) for name in ("tokens", "work", "cut", "healed")}
+            lists = {name: [row.model_dump() for row in getattr(healing, name)] for name in ("refits", "grafts")}
+            keep(path, healing.tensors, {**facts, **lists, "left_alone": dict(healing.left_alone)})
             return healing
     tensors, facts = found
     placed = {name: tensor.to(model.model.device) for name, tensor in tensors.items()}
-    refits = tuple(Refit(**refit) for refit in facts["refits"])
-    return Healing(placed, refits, facts["left_alone"], facts["tokens"], facts["work"])
+    refits = tuple(Refit(**refit) for refit in facts.pop("refits"))
+    grafts = tuple(Graft(**graft) for graft in facts.pop("grafts"))
+    return Healing(tensors=placed, refits=refits, grafts=grafts, **facts)
+
+
+def _of(model: Opened) -> list[Any]:
+    """What all that is kept depends on: what another model left there must not be taken for this one's."""
+    return [fingerprint(model.model), environment(model)]
+
+
+def _digest(healing: Healing) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(healing.tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _edits(plan: Plan) -> list[Any]:
@@ -199,7 +215,8 @@ def _selected(
 ) -> tuple[Tensor | None, SelectionRecord]:
     """``select``, kept in ``place``: what an interrupted training read it goes on reading, to the last bit."""
     target = chosen.target.fingerprint if chosen.target is not None else ""
-    facts = [method, chosen.word, chosen.windows.fingerprint, target, chosen.count, seed, _edits(plan)]
+    facts = [*_of(model), _digest(start), method, chosen.word, chosen.windows.fingerprint, target, chosen.count, seed]
+    facts += _edits(plan)
     path = place / f"selected-{_key(facts)}.safetensors"
     with PartialState().main_process_first():
         found = kept(path, {})

@@ -81,6 +81,7 @@ def commands(run: Run) -> str:
             "budget": run.asked,
             "target": str(run.plan.target),
             "recipe": run.plan.provenance.recipe,
+            "calibration": run.measures.calibration if run.measures else "",
             # said in either case, for the recipe may say otherwise; an act that combines blocks is the recipe's own
             "heal": "" if run.healing and run.healing.combined else healed or "none",
         }

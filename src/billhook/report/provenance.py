@@ -36,7 +36,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
             ("act" if healing.combined else "healing", f"{healing.method}{done}"),
-            ("neurons grafted", f"{grafted:,}" if grafted else ""),
+            ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
+            ("healed on", healing.text),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]

@@ -61,16 +61,18 @@ class Attached:
 
     def _refuse_beams(self) -> None:
         """Beam search moves rows about between two passes; what is kept of a row would be another one's."""
-        original = self.model.generate
+        original, own = self.model.generate, vars(self.model).get("generate")
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or self.model.generation_config
+            given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+            config = given or self.model.generation_config
             if (kwargs.get("num_beams") or config.num_beams or 1) > 1:
                 raise InputError(f"policy {self.name} keeps what it saw of each row: beam search is not sound")
             return original(*args, **kwargs)
 
         vars(self.model)["generate"] = generate
-        self._undo.then(lambda: vars(self.model).__delitem__("generate"))
+        mine = vars(self.model)
+        self._undo.then(lambda: mine.pop("generate") if own is None else mine.__setitem__("generate", own))
 
     def __enter__(self) -> Self:
         return self

@@ -69,8 +69,8 @@ class LoraDrop(Policy):
         return Schedule(tables=((), *[cheap] * (self.period - 1)))
 
     def fitted(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> Self:
-        """With the corrections fitted on the windows; at rank 0 there is nothing to fit."""
-        if not self.rank:
+        """With the corrections fitted on the windows, unless it has them; at rank 0 there is nothing to fit."""
+        if not self.rank or self._factors:
             return self
         units, residual = self.chosen(anatomy), self.reuse == "update"
         return self._with(fit_factors(model, anatomy, units, windows, rank=self.rank, residual=residual))

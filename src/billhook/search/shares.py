@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from scipy.special import expit
+
 from billhook.plan.address import Address
 
 
@@ -20,7 +22,7 @@ def sigmoid_shares(importance: Mapping[Address, float], share: float, steepness:
     the authors' code.
     """
     middle = math.fsum(importance.values()) / len(importance)
-    kept = {a: 1 / (1 + math.exp(-steepness * (d - middle))) for a, d in importance.items()}
+    kept = {a: float(expit(steepness * (d - middle))) for a, d in importance.items()}
     mean = math.fsum(kept.values()) / len(kept)
     kept = {a: s / mean * (1 - share) for a, s in kept.items()}
     most = max(kept.values())
