@@ -3,10 +3,8 @@
     python benchmarks/width_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 3072 bfloat16 all)
 
 Every recipe of width, then two choices that look at nothing: the same widths as the first recipe's, with units at
-random
-(seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many times
-faster; say so with the figures. Two hundred passes of a window: minutes to an hour, by the machine.
-"""
+random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many
+times faster; say so with the figures. Two hundred passes of a window: minutes to an hour, by the machine."""
 
 from __future__ import annotations
 

@@ -205,3 +205,8 @@ def test_a_block_with_an_unknown_part_is_refused_by_name() -> None:
     model.model.layers[2].memory = torch.nn.Linear(36, 36)
     with pytest.raises(InputError, match=r"found decoder.*not found.*decoder\.2.*memory"):
         discover(model)
+
+
+def test_a_stack_that_is_not_there_is_named() -> None:
+    with pytest.raises(InputError, match="this vit model has no decoder; it has"):
+        discover(build("vit")).stack("decoder")

@@ -24,7 +24,8 @@ def test_policies_are_listed_and_explained() -> None:
     explained = billhook("policies", "explain", "ffn-skip")
     assert "FFN-SkipLLM" in explained.stdout
     assert "threshold" in explained.stdout
-    assert json.loads(billhook("policies", "explain", "voids", "--json").stdout)["kv"] == POLICIES["voids"].kv
+    for words in (("explain", "voids", "--json"), ("--json", "explain", "voids")):
+        assert json.loads(billhook("policies", *words).stdout)["kv"] == POLICIES["voids"].kv
     wrong = billhook("policies", "explain", "voyds")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
     assert "there is no policy 'voyds'" in wrong.stderr
@@ -124,3 +125,15 @@ def test_bench_of_self_speculation(tiny_lm: Path, monkeypatch: pytest.MonkeyPatc
     assert report["drafting"]["drafted"] > 0
     (timing,) = report["timings"]
     assert (timing["workload"]["prompt_tokens"], timing["workload"]["new_tokens"]) == (16, 64)
+
+
+def test_nothing_but_a_policy_file_is_replaced(tiny_lm: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    for name, reason in (("config.json", "is not of the form"), ("model.json", "does not belong to a policy file")):
+        arguments = ["tune-policy", str(tiny_lm), "--policy", "ffn-skip", "--target", "kl<=1", "--overwrite"]
+        refused = billhook(*arguments, "--out", str(tmp_path / name))
+        assert (refused.exit_code, reason in refused.stderr) == (2, True)
+    assert config.read_text() == "{}"
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"

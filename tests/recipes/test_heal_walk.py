@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from billhook.data import Windows
 from billhook.heal import Healing
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -19,6 +22,7 @@ from billhook.plan.record import Run
 from billhook.recipes import heal as walk
 from billhook.recipes import proof, training
 from billhook.recipes.apply import apply
+from billhook.recipes.compress import compress
 from billhook.recipes.heal import heal
 from billhook.recipes.workplace import workplace
 from billhook.surgery.reopen import load
@@ -220,3 +224,30 @@ def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words
         heal(cut, out=tmp_path / "out", calibration=str(words.parent / "short.txt"))
     with pytest.raises(InputError, match="already exists"):
         heal(cut, out=other, calibration=str(words))
+
+
+def test_what_another_model_left_is_not_taken_up(tiny_lm: Path, tmp_path: Path) -> None:
+    """The same plan, text and place, but other weights: refitted anew, and the record of it comes back whole."""
+    from billhook.recipes.opened import opened
+
+    text = Windows.of(torch.randint(3, 290, (4, 32), generator=torch.Generator().manual_seed(0)), "text")
+    plan = Plan.of(["decoder.2"])
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    first = training._refitted(model, plan, text, tmp_path, None)
+    again = training._refitted(model, plan, text, tmp_path, None)
+    assert (again.refits, again.grafts, again.cut, again.healed) == (
+        first.refits, first.grafts, first.cut, first.healed,
+    )  # fmt: skip
+    assert len(list(tmp_path.glob("refitted-*"))) == 1
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight.mul_(1.5)
+    training._refitted(model, plan, text, tmp_path, None)
+    assert len(list(tmp_path.glob("refitted-*"))) == 2
+
+
+def test_the_dense_model_is_not_replaced_by_what_is_healed(tiny_lm: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny_lm, dense)
+    compress(dense, budget="blocks=4", out=tmp_path / "cut", recipe="last", heal="none")
+    with pytest.raises(InputError, match="dense"):
+        heal(tmp_path / "cut", out=dense, method="closed-form", overwrite=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import FAMILIES
 from running import GENERATING, NEW, equal, generate, ready, state
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
@@ -164,3 +164,12 @@ def test_beam_search_is_refused_where_rows_are_remembered() -> None:
     with policy_of("lora-drop:period=2").attach(model, anatomy), pytest.raises(InputError, match="beam search"):
         model.generate(**prompt, num_beams=2, max_new_tokens=2)
     assert "generate" not in vars(model)
+
+
+def test_beams_are_refused_however_they_are_asked_for_and_an_own_generate_comes_back() -> None:
+    model, anatomy, prompt = ready("llama")
+    own = model.generate
+    vars(model)["generate"] = own
+    with policy_of("lora-drop:period=2").attach(model, anatomy), pytest.raises(InputError, match="beam search"):
+        model.generate(prompt["input_ids"], GenerationConfig(num_beams=2, max_new_tokens=2))
+    assert vars(model)["generate"] is own

@@ -40,7 +40,7 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
 
 
 @policies.command()
-def explain(name: Name, as_json: options.Json = False) -> None:
+def explain(ctx: typer.Context, name: Name, as_json: options.Json = False) -> None:
     """Explain a policy: what it does, its source, its rule for keys and values, and its parameters.
 
     [dim]Example:[/] billhook policies explain similarity-exit
@@ -48,7 +48,7 @@ def explain(name: Name, as_json: options.Json = False) -> None:
     from billhook.runtime.catalogue import named
 
     policy = named(name)
-    if as_json:
+    if as_json or (ctx.parent is not None and ctx.parent.params["as_json"]):
         print_json(_facts(name))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")

@@ -46,7 +46,7 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
 
 
 @recipes.command()
-def show(name: Name, as_json: options.Json = False) -> None:
+def show(ctx: typer.Context, name: Name, as_json: options.Json = False) -> None:
     """Print the YAML of a recipe, to start one of your own from, and what its words mean as comments below.
 
     [dim]Example:[/] billhook recipes show sublayer-greedy > own.yaml
@@ -54,7 +54,7 @@ def show(name: Name, as_json: options.Json = False) -> None:
     from billhook.recipes import catalogue, words
 
     recipe = catalogue.load(name)
-    if as_json:
+    if as_json or (ctx.parent is not None and ctx.parent.params["as_json"]):
         print_json(recipe.model_dump(mode="json"))
     else:
         typer.echo(catalogue.source_of(recipe.name))

@@ -18,6 +18,7 @@ from billhook.evaluate.generations import GREEDY
 from billhook.evaluate.intervals import quartiles
 from billhook.measure.latency import Timed, interleaved
 from billhook.measure.patch import observing
+from billhook.plan.errors import InputError
 from billhook.plan.policy_record import Drafting
 from billhook.plan.record import Timing, Workload
 from billhook.runtime.draft_report import drafting
@@ -84,4 +85,6 @@ def _fitting(workload: Workload, model: PreTrainedModel, text: Windows) -> Workl
     """Its prompt cut to the positions that the model has, and to a window."""
     limit = positions(model)
     room = workload.prompt_tokens if limit is None else limit - workload.new_tokens
+    if room < 1:
+        raise InputError(f"the model has {limit} positions: too few to time {workload.new_tokens} new tokens")
     return workload.model_copy(update={"prompt_tokens": min(workload.prompt_tokens, room, text.ids.shape[1])})

@@ -94,6 +94,8 @@ def _fitting(workload: Workload, model: PreTrainedModel) -> Workload:
     limit = positions(model)
     if limit is None:
         return workload
+    if limit <= workload.new_tokens:
+        raise InputError(f"the model has {limit} positions: too few to time {workload.new_tokens} new tokens")
     return workload.model_copy(update={"prompt_tokens": min(workload.prompt_tokens, limit - workload.new_tokens)})
 
 

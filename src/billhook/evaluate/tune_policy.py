@@ -72,7 +72,12 @@ def tune(
         setting = policy.turned(value)
         key = setting.model_dump_json()
         if key not in found:
-            evidence, flops = judge(setting)
+            try:
+                evidence, flops = judge(setting)
+            except InputError:
+                if value == quiet:
+                    raise
+                return False  # the model cannot be run like that: the dial goes too far
             found[key] = Tried(value, goal.of(evidence), flops, goal.met(evidence))
             settings[value] = setting
         return found[key].met

@@ -17,8 +17,7 @@ from billhook.plan.errors import InputError
 @dataclass(frozen=True)
 class WidthTrace:
     """``units`` are the inner units that have a score, by sublayer; ``weights`` the live parameters by name, not
-    copied;
-    ``channels`` and ``slopes`` what was measured, empty where no score asks for it. ``work`` counts block-token
+    copied; ``channels`` and ``slopes`` what was measured, empty where no score asks for it. ``work`` counts block-token
     forwards."""
 
     units: Mapping[Address, Inner]

@@ -32,8 +32,7 @@ def narrow(
     progress: Progress | None,
 ) -> tuple[tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer.
-    ``seen``
-    is the trace of the dense model over the calibration."""
+    ``seen`` is the trace of the dense model over the calibration."""
     choice = recipe.choice
     assert isinstance(choice, Widths)
     score = named(recipe.score.word if recipe.score else "")

@@ -30,8 +30,7 @@ class LoraDrop(Policy):
 
     with x the stream into and y the stream out of the block. A [hidden, rank] and B [rank, hidden] are fitted by
     ``fitted`` (reduced-rank least squares over consecutive tokens of a text, see ``low_rank``); rank 0 has no
-    correction.
-    ``period`` 1 leaves nothing out. Without ``blocks`` it is the middle half.
+    correction. ``period`` 1 leaves nothing out. Without ``blocks`` it is the middle half.
 
     Source: LoRA-Drop (temporal low-rank decoding; S. H. Bavandpour and others, repository hosseinbv/LoRA-Drop): the
     previous token's hidden state plus a low-rank correction, refreshed periodically. There the correction is trained by

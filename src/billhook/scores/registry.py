@@ -31,8 +31,7 @@ class Score:
 
     A criterion of width looks at a ``WidthTrace`` and gives a tensor for each sublayer, one figure an inner unit. It
     needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
-    parameter
-    ``answer`` names of what)."""
+    parameter ``answer`` names of what)."""
 
     name: str
     function: Function

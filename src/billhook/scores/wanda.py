@@ -17,10 +17,8 @@ def wanda_structured(trace: WidthTrace, anatomy: Anatomy) -> dict[Address, Tenso
     what it is given, i its outputs.
 
     Source: Wanda (arXiv 2306.11695, equation 1) for single weights, summed over structures as in the Wanda-SP baseline
-    of
-    FLAP (arXiv 2312.11983). There the sum over tokens stands in place of the mean, which orders alike. Cost: one
-    forward pass.
-    """
+    of FLAP (arXiv 2312.11983). There the sum over tokens stands in place of the mean, which orders alike. Cost: one
+    forward pass."""
     found = {}
     for a in trace.units:
         parts = zip(trace.writes(a), trace.given(a, "rms"), strict=True)

@@ -40,8 +40,7 @@ class Space:
 @dataclass(frozen=True)
 class WidthProblem:
     """Made by ``pose_width``, which makes sure that there is a solution. ``level``: all sublayers of a kind must be
-    left
-    with equally many units, as an ordinary checkpoint has them."""
+    left with equally many units, as an ordinary checkpoint has them."""
 
     outline: Outline
     budget: Budget
