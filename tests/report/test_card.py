@@ -63,8 +63,8 @@ def test_tables_are_whole() -> None:
 def test_commands_can_be_pasted() -> None:
     run = example_run().model_copy(update={"model": "my models/x"})
     assert "billhook apply 'my models/x' billhook.json --out DIR\n" in card(run)
-    compress = "--budget params=0.8 --target remote --recipe greedy --heal none --seed 0 --out DIR\n"
-    assert compress in card(run)
+    compress = "--budget params=0.8 --target remote --recipe greedy --calibration wiki_calib --heal none --seed 0"
+    assert f"{compress} --out DIR\n" in card(run)
     assert "billhook compress" not in card(run.model_copy(update={"asked": None}))
 
 

@@ -52,14 +52,12 @@ def evaluation(
     tokens: int,
     length: int,
     calibrated_on: Windows | None,
-    seen: str = "",
     model: Any = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[tuple[Domain, Windows]]:
     """Windows to judge on that no calibration from ``source`` can contain: its last 20%, and a text of another kind
-    (``builtin``, or docstrings of the standard library where the source is ``builtin`` or an earlier step has ``seen``
-    that).
+    (``builtin``, or docstrings of the standard library where the source is ``builtin``).
 
     InputError if a window of ``calibrated_on`` shares more than 5% of its runs of tokens with them.
     """
@@ -70,7 +68,7 @@ def evaluation(
         text = read(source)
         held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
         name = text.name
-    other = docstrings() if builtin().name in (name, seen) else builtin()
+    other = docstrings() if name == builtin().name else builtin()
     found: list[tuple[Domain, Windows]] = [
         ("calibration", held_back),
         ("other", spread(other, tokenizer, tokens=tokens, length=length)),

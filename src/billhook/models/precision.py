@@ -19,8 +19,8 @@ def dtype_of(model: Any) -> torch.dtype:
 
 def native(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of a half precision itself."""
-    has_mkldnn: bool = torch._C._has_mkldnn  # without it there is nothing to ask
-    return has_mkldnn and bool(getattr(torch.ops.mkldnn, _HALVES[dtype])())
+    known: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return known and bool(getattr(torch.ops.mkldnn, _HALVES[dtype])())
 
 
 def emulated(model: Any) -> bool:

@@ -40,8 +40,7 @@ def evaluate(
     clock = Stopwatch()
     with clock.step("load"):
         model, dense = pair(source, against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    before = calibrated_with(source)
-    texts = judged_on(dense, calibration or before, None, seed, progress, seen=before if recorded(source) else "")
+    texts = judged_on(dense, calibration or calibrated_with(source), None, seed, progress)
     with clock.step("evidence"):
         found = evidence(dense.model, model.model, texts, progress=progress)
     run = compared(source, model, dense).model_copy(update={"evidence": found})

@@ -117,7 +117,7 @@ def heal(
                 lessons = chosen.windows
             elif method != "closed-form":
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
-            texts = judged_on(model, text_name, lessons, seed, progress, seen=calibrated_on)
+            texts = judged_on(model, text_name, lessons, seed, progress)
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):

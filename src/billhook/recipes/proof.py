@@ -21,22 +21,15 @@ RECORD = "billhook.json"
 
 
 def judged_on(
-    model: Opened,
-    calibration: str,
-    calibrated_on: Windows | None,
-    seed: int,
-    progress: Progress | None,
-    seen: str = "",
+    model: Opened, calibration: str, calibrated_on: Windows | None, seed: int, progress: Progress | None
 ) -> Sequence[tuple[Domain, Windows]]:
-    """Text that the calibration cannot have seen: of its own domain, and of another. ``seen`` is the source that an
-    earlier step read, if that was another one."""
+    """Text that the calibration cannot have seen: of its own domain, and of another."""
     return evaluation(
         calibration,
         model.tokenizer,
         tokens=EVALUATION_TOKENS,
         length=model.length(EVALUATION_LENGTH),
         calibrated_on=calibrated_on,
-        seen=seen,
         model=model.model,
         seed=seed,
         progress=progress,
