@@ -15,7 +15,7 @@ Select = Literal["distinct", "dsir", "loss", "gradient", "paser"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Interval(_Record):
@@ -222,7 +222,7 @@ class HealRecord(_Record):
     refits: tuple[Refit, ...]
     left_alone: dict[str, str] = {}
     grafts: tuple[Graft, ...] = ()
-    divergence: tuple[float, float] | None = None
+    divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
     text: str = ""
     seed: int | None = None
