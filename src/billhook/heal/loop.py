@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from billhook.heal.damage import sample
+from billhook.heal.divergence import HELD_BACK
 from billhook.heal.drawing import lap, lap_length
 from billhook.heal.state import keep, kept
 from billhook.heal.student import Student
@@ -21,7 +22,6 @@ from billhook.plan.errors import InputError
 from billhook.plan.record import Look, TrainingRecord
 
 Progress = Callable[[str, int, int], None]
-HELD_BACK = 1 / 8
 HELD_BACK_TOKENS = 4096  # enough to tell two states of one model apart
 LONGEST = 1.0  # norm of a gradient; longer ones are shortened
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -12,6 +12,7 @@ from torch import Tensor
 from billhook.anatomy import discover
 from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.data import Windows
+from billhook.heal.divergence import HELD_BACK
 from billhook.heal.healing import Healing
 from billhook.heal.writes import NOT_ADDED
 from billhook.measure.gates import Gates
@@ -23,7 +24,6 @@ from billhook.surgery import apply
 Progress = Callable[[str, int, int], None]
 STEPS = 24
 RATE = 0.04
-HELD_BACK = 1 / 8
 
 
 def gains(

@@ -188,12 +188,12 @@ def _judged(
             continue
         try:
             acted = _acted(recipe, model, entry, windows, progress)
-            mends = longer is not None and recipe.act == "drop"
-            healed = [_healed(model, entry, longer, progress)] if longer is not None and mends else []
+            healed = [_healed(model, entry, longer, progress)] if longer is not None and recipe.act == "drop" else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
             continue
-        cut, again = [*cut, acted], [*again, *healed]
+        cut.append(acted)
+        again.extend(healed)
     met = [entry for entry in entries if not entry.refused]
     found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
     proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
