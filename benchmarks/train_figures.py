@@ -1,10 +1,11 @@
-"""What training gives back after closed form: WikiText-2 and C4 perplexity of SmolLM2-135M, 6 of 30 blocks gone.
+"""What training gives back after closed form: WikiText-2 and C4 perplexity of SmolLM2-135M at 80% of the parameters.
 
-    python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [KEY=VALUE ...]   (default: distill 20000 self)
+    python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
+    (default: distill 20000 self block-influence)
 
-TEXT is a file of the test data (wiki_calib.txt.gz), or self: text that the dense model writes. KEY=VALUE replaces a
-number of the method (rate=2e-3 rank=64 rows=2 features=none). Written text and closed form are kept in
-out/train_figures, so that a second run begins at once; an interrupted training goes on.
+RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), or self: text that the dense model writes.
+KEY=VALUE replaces a number of the method (rate=2e-3 rank=64 rows=2 features=none). Written text and closed form are
+kept in out/train_figures, so that a second run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+from heal_figures import by_recipe
 from protocol import DATA, LENGTH, Bed, bed
 from safetensors.torch import load_file, save_file
 
@@ -23,30 +25,32 @@ from billhook.data import windows as windows_of
 from billhook.heal import Healing, closed_form, healed
 from billhook.heal.train import train
 from billhook.heal.training import METHODS, Training
-from billhook.plan.budget import Budget
 from billhook.plan.plan import Plan
-from billhook.recipes import catalogue
-from billhook.recipes.measures import watch
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, HEALING_TOKENS
-from billhook.scores import named
-from billhook.search import one_shot, pose
+from billhook.recipes.settings import HEALING_TOKENS
 
 KEPT = Path("out") / "train_figures"
 WINDOW = 512
+CALIBRATION = "wiki_calib.txt.gz"
 
 
-def main(method: str = "distill", tokens: str = "20000", text: str = "self", *changes: str) -> int:
+def main(
+    method: str = "distill",
+    tokens: str = "20000",
+    text: str = "self",
+    recipe: str = "block-influence",
+    *changes: str,
+) -> int:
     b = bed()
     training = changed(METHODS[method], changes)
-    plan = six_blocks(b)
+    plan = by_recipe(b, recipe, CALIBRATION)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    start = refitted(b, plan)
+    start = refitted(b, plan, recipe)
     windows = read(b, text, int(tokens))
     print(f"{method} {training}")
     before = figures(b, plan, start, c4)
     print(f"{'closed form':<28} WikiText-2 {before[0]:.2f}  C4 {before[1]:.2f}", flush=True)
     begun = time.perf_counter()
-    state = KEPT / f"{'-'.join([method, tokens, text, *changes]).replace('/', '-')}.safetensors"
+    state = KEPT / f"{'-'.join([method, tokens, text, recipe, *changes]).replace('/', '-')}.safetensors"
 
     def progress(label: str, done: int, total: int) -> None:
         if done % 10 == 0:
@@ -71,16 +75,8 @@ def changed(training: Training, changes: tuple[str, ...]) -> Training:
     return replace(training, **{key: kinds[key](value) for key, _, value in pairs})
 
 
-def six_blocks(b: Bed) -> Plan:
-    recipe = catalogue.load("block-influence")
-    seen = watch(b.model, b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH), None)
-    scores = named("block-influence")(seen, b.anatomy, **recipe.score_parameters)
-    problem = pose(b.anatomy.outline, Budget.parse("blocks=24"), recipe.unit)
-    return Plan.of(one_shot(problem, scores, per="unit", work=0).drops)
-
-
-def refitted(b: Bed, plan: Plan) -> Healing:
-    path = KEPT / "closed-form.safetensors"
+def refitted(b: Bed, plan: Plan, recipe: str) -> Healing:
+    path = KEPT / f"closed-form-{recipe}.safetensors"
     if not path.exists():
         found = closed_form(b.live, b.anatomy, plan, b.calibrated(HEALING_TOKENS, LENGTH))
         KEPT.mkdir(parents=True, exist_ok=True)
@@ -104,7 +100,7 @@ def read(b: Bed, text: str, tokens: int) -> Windows:
 
 def figures(b: Bed, plan: Plan, healing: Healing, c4: Windows) -> tuple[float, float]:
     with healed(b.live, healing):
-        return b.perplexity(plan.drops), b.perplexity(plan.drops, c4)
+        return b.perplexity(plan), b.perplexity(plan, c4)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from families import build
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.evaluate import evidence, evidence_of_each
+from billhook.evaluate import evidence, evidence_of_each, remembered
 from billhook.evaluate.intervals import mean_interval
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -19,7 +19,7 @@ COUNT, LENGTH = 6, 12
 
 def windows(count=COUNT, length=LENGTH, seed=3, name="text"):
     ids = torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(seed))
-    return Windows(ids=ids, name=name, fingerprint="")
+    return Windows(ids=ids, name=name, fingerprint=name)
 
 
 def cut(model, *units):
@@ -57,6 +57,16 @@ def test_several_models_at_once_are_judged_as_one_after_another(dense, compresse
     texts = [("calibration", windows()), ("other", windows(seed=4, name="another"))]
     other = cut(dense, "decoder.1")
     assert evidence_of_each(dense, [other, compressed], texts) == [evidence(dense, other, texts), result]
+
+
+def test_a_remembered_dense_model_is_judged_as_a_running_one(dense, compressed, result):
+    texts = [("calibration", windows()), ("other", windows(seed=4, name="another"))]
+    known, whole, trunks = remembered(dense, texts), cut(dense), []
+    hook = dense.get_decoder().layers[0].register_forward_hook(lambda *_: trunks.append(1))
+    found = [evidence_of_each(dense, [model], texts, of_dense=known)[0] for model in (whole, compressed)]
+    hook.remove()
+    assert found[1] == result and found[0][0].kl.value == 0
+    assert not trunks
 
 
 @torch.no_grad()

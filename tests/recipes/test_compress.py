@@ -39,14 +39,14 @@ if where == "search":
     Ledger.record = dying(Ledger.record, 9)
 else:
     walk.write_down = dying(walk.write_down, 0)
-walk.compress(source, budget="params=0.7", out=out, heal="none", max_new_tokens=4)
+walk.compress(source, budget="params=0.7", out=out, recipe="sublayer-greedy", heal="none", max_new_tokens=4)
 """
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     out = tmp_path_factory.mktemp("whole") / "out"
-    return compress(tiny_lm, budget="params=0.7", out=out, heal="none", max_new_tokens=4), out
+    return compress(tiny_lm, budget="params=0.7", out=out, recipe="sublayer-greedy", heal="none", max_new_tokens=4), out
 
 
 @pytest.mark.parametrize("where", ["search", "saving"])
@@ -57,7 +57,7 @@ def test_killed_and_run_again(where: str, whole: tuple[Run, Path], tiny_lm: Path
     assert not out.exists()
     assert any(workplace(out).glob("*.jsonl"))
 
-    again = compress(tiny_lm, budget="params=0.7", out=out, heal="none", max_new_tokens=4)
+    again = compress(tiny_lm, budget="params=0.7", out=out, recipe="sublayer-greedy", heal="none", max_new_tokens=4)
     assert again.plan.dumps() == whole[0].plan.dumps()
     assert again.search == whole[0].search
     weights = "model.safetensors"
@@ -121,11 +121,22 @@ def test_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("target", "unit"), [("uniform", "block"), ("remote", "sublayer")])
-def test_recipe_follows_from_target(target: str, unit: str, tiny_lm: Path, tmp_path: Path) -> None:
-    run = compress(tiny_lm, budget="params=0.7", out=tmp_path / "out", target=target, max_new_tokens=4)
-    assert run.plan.target == target
-    assert any(drop.sublayer for drop in run.plan.drops) == (unit == "sublayer")
+@pytest.mark.parametrize(
+    ("target", "budget", "recipe"),
+    [
+        (None, "params=0.7", "cfsp"),
+        ("deci", "params=0.7", "cfsp"),
+        (None, "params=0.2", "sublayer-greedy"),  # less than the attentions have
+        (None, "kv_bytes=0.7", "sublayer-greedy"),
+        ("uniform", "params=0.7", "block-greedy"),
+    ],
+)
+def test_recipe_follows_from_target_and_budget(
+    target: str | None, budget: str, recipe: str, tiny_lm: Path, tmp_path: Path
+) -> None:
+    run = compress(tiny_lm, budget=budget, out=tmp_path / "out", target=target, heal="none", max_new_tokens=4)
+    assert run.plan.target == (target or "remote")
+    assert run.plan.provenance.recipe == recipe
 
 
 def test_until_the_cliff(tiny_lm: Path, tmp_path: Path) -> None:

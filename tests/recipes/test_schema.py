@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from billhook.plan.errors import InputError
-from billhook.recipes.catalogue import DEFAULT, load, names, recipes, source_of
+from billhook.recipes.catalogue import DEFAULTS, DEFAULTS_UNIFORM, load, names, recipes, source_of
 from billhook.recipes.schema import Greedy
 from billhook.scores import SCORES
 
@@ -11,7 +11,8 @@ GOOD = "name: mine\ntitle: Mine\nunit: sublayer\nobjective: kl\nchoice: {word: g
 
 
 def test_the_recipes_that_come_along() -> None:
-    assert names()[0] == DEFAULT
+    assert names()[:3] == [*DEFAULTS, *DEFAULTS_UNIFORM]
+    assert {(load(n).act, load(n).heal) for n in names()[:3]} == {("drop", "closed-form")}
     assert set(names()) == {
         "sublayer-greedy",
         "evopress",
@@ -47,9 +48,9 @@ def test_the_recipes_that_come_along() -> None:
         assert len(source_of(name).splitlines()) <= 25
 
 
-def test_the_default_is_lazy_and_the_plain_one_of_the_benchmarks_is_not() -> None:
+def test_greedy_is_lazy_and_the_plain_one_of_the_benchmarks_is_not() -> None:
     benchmarks = Path(__file__).parents[2] / "benchmarks"
-    lazy, plain = load(DEFAULT).choice, load(benchmarks / "sublayer-greedy-plain.yaml").choice
+    lazy, plain = load("sublayer-greedy").choice, load(benchmarks / "sublayer-greedy-plain.yaml").choice
     assert isinstance(lazy, Greedy) and isinstance(plain, Greedy)
     assert lazy.lazy and lazy.screen < 1
     assert not plain.lazy and plain.refine == 0
@@ -73,7 +74,9 @@ def test_a_recipe_of_the_user(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_gets_the_list() -> None:
-    with pytest.raises(InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of sublayer-greedy"):
+    with pytest.raises(
+        InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of cfsp, sublayer-greedy"
+    ):
         load("shortgpt")
 
 

@@ -79,7 +79,7 @@ Recipe = Annotated[
         metavar="NAME|FILE",
         show_default=False,
         autocompletion=recipe_names,
-        help="The method: a name that [bold]billhook recipes[/] lists (its first is the default), or a YAML file.",
+        help="The method: a name that [bold]billhook recipes[/] lists (it says which is the default), or a YAML file.",
     ),
 ]
 Heal = Annotated[

@@ -42,7 +42,11 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
     for recipe in found:
         paper = recipe.paper.citation.partition(",")[0] if recipe.paper else ""
         table.add_row(recipe.name, Text(paper), recipe.unit, words.needs(recipe), words.passes(recipe))
-    print_views(table, Text(fill(f"The first is the default. {words.PASSES}", 80), style="dim"))
+    default = (
+        f"The default: the first of {' and '.join(catalogue.DEFAULTS)} that can meet the budget; for target uniform "
+    )
+    default += f"{' and '.join(catalogue.DEFAULTS_UNIFORM)}."
+    print_views(table, Text(fill(f"{default} {words.PASSES}", 80), style="dim"))
 
 
 @recipes.command()

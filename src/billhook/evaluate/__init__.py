@@ -1,7 +1,7 @@
 """The proof: dense and compressed model on the same items, in one process."""
 
 from billhook.evaluate.bench import bench
-from billhook.evaluate.evidence import evidence, evidence_of_each
+from billhook.evaluate.evidence import Remembered, evidence, evidence_of_each, remembered
 from billhook.evaluate.generations import PROMPTS, generate, generations, prepared
 from billhook.evaluate.probes import probes
 from billhook.evaluate.workload import DEFAULT
@@ -9,6 +9,7 @@ from billhook.evaluate.workload import DEFAULT
 __all__ = [
     "DEFAULT",
     "PROMPTS",
+    "Remembered",
     "bench",
     "evidence",
     "evidence_of_each",
@@ -16,4 +17,5 @@ __all__ = [
     "generations",
     "prepared",
     "probes",
+    "remembered",
 ]

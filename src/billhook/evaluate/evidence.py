@@ -22,6 +22,7 @@ from billhook.plan.record import TextEvidence
 
 Progress = Callable[[str, int, int], None]
 Domain = Literal["calibration", "other"]
+Remembered = dict[str, list[Callable[[slice], Tensor]]]  # by the fingerprint of a text, for each of its windows
 
 SLICE_VALUES = 2**23  # of one slice: 32 MiB in float32; about six such tensors are alive at once
 
@@ -57,9 +58,11 @@ def evidence_of_each(
     candidates: Sequence[PreTrainedModel],
     texts: Sequence[tuple[Domain, Windows]],
     *,
+    of_dense: Remembered | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[TextEvidence, ...]]:
-    """As ``evidence``, of several compressed models: the dense one runs once for all of them."""
+    """As ``evidence``, of several compressed models: the dense one runs once for all of them, or not again where it is
+    ``remembered`` over these texts."""
     for model in (dense, *candidates):
         require_causal(model, "evidence on text")
         if vocabulary(dense) != vocabulary(model):
@@ -72,8 +75,19 @@ def evidence_of_each(
     with ExitStack() as watched:
         for model in (dense, *candidates):
             watched.enter_context(observing(model))
-        found = [_on_text(dense, candidates, domain, windows, progress) for domain, windows in texts]
+        found = [_on_text(dense, candidates, domain, windows, of_dense, progress) for domain, windows in texts]
     return list(zip(*found, strict=True))
+
+
+def remembered(dense: PreTrainedModel, texts: Sequence[tuple[Domain, Windows]]) -> Remembered:
+    """The dense model's trunk over the windows of ``texts``, for several calls of ``evidence_of_each``.
+
+    Cost: one trunk over the texts. Memory: their last hidden states. Wrong once the model is changed."""
+    with observing(dense):
+        return {
+            windows.fingerprint: [logits_by_slice(dense, ids[None].to(dense.device)) for ids in windows.ids]
+            for _, windows in texts
+        }
 
 
 def _on_text(
@@ -81,12 +95,17 @@ def _on_text(
     candidates: Sequence[PreTrainedModel],
     domain: Domain,
     windows: Windows,
+    remembered: Remembered | None,
     progress: Progress | None,
 ) -> list[TextEvidence]:
     """One for each candidate."""
     rows = []
     for index, ids in enumerate(windows.ids):
-        row = _on_window(dense, candidates, ids[None])
+        if remembered is not None:
+            of_dense = remembered[windows.fingerprint][index]
+        else:
+            of_dense = logits_by_slice(dense, ids[None].to(dense.device))
+        row = _on_window(dense, of_dense, candidates, ids[None])
         for who, column in (("dense", 0), ("compressed", 1)):
             damaged = row[~np.isfinite(row[:, column]), column]
             if damaged.size:
@@ -118,11 +137,12 @@ def _summary(dense: PreTrainedModel, domain: Domain, windows: Windows, figures: 
     )
 
 
-def _on_window(dense: PreTrainedModel, candidates: Sequence[PreTrainedModel], ids: Tensor) -> NDArray[np.float64]:
+def _on_window(
+    dense: PreTrainedModel, of_dense: Callable[[slice], Tensor], candidates: Sequence[PreTrainedModel], ids: Tensor
+) -> NDArray[np.float64]:
     """Means over the predicted tokens of ids [1, T], for each candidate [c, 4]: dense loss, compressed loss, KL, share
     of equal top-1."""
     predicted = ids.shape[1] - 1
-    of_dense = logits_by_slice(dense, ids.to(dense.device))
     of_each = [logits_by_slice(model, ids.to(model.device)) for model in candidates]
     step = max(1, SLICE_VALUES // vocabulary(dense))
     sums = np.zeros((len(candidates), 4))

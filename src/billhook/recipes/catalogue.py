@@ -14,23 +14,20 @@ from billhook.plan.errors import InputError
 if TYPE_CHECKING:
     from billhook.recipes.schema import Recipe
 
-DEFAULT = "sublayer-greedy"
-DEFAULT_UNIFORM = "block-greedy"
+DEFAULTS = ("cfsp", "sublayer-greedy")  # the first that can meet the budget: neurons alone hold no keys and values
+DEFAULTS_UNIFORM = ("block-greedy",)
 _SUFFIXES = (".yaml", ".yml")
 
 
 def names() -> list[str]:
-    """The names of the recipes that come with Billhook, the default one first."""
-    found = [
-        file.name.removesuffix(".yaml")
-        for file in resources.files(__package__).iterdir()
-        if file.name.endswith(".yaml")
-    ]
-    return sorted(found, key=lambda name: (name != DEFAULT, name))
+    """The names of the recipes that come with Billhook, the default ones first."""
+    first = (*DEFAULTS, *DEFAULTS_UNIFORM)
+    files = (file.name for file in resources.files(__package__).iterdir())
+    return [*first, *sorted({f.removesuffix(".yaml") for f in files if f.endswith(".yaml")} - set(first))]
 
 
 def recipes() -> list[Recipe]:
-    """All of them, the default one first."""
+    """All of them, the default ones first."""
     return [load(name) for name in names()]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.data.calibrate import Domain
-from billhook.evaluate import evidence_of_each
+from billhook.evaluate import evidence_of_each, remembered
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.heal import require_healable
@@ -25,7 +25,7 @@ from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.plan.record import ProbeEvidence
+from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for
@@ -34,12 +34,13 @@ from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
 from billhook.recipes.schema import Baseline, Recipe
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, COMPARED_LENGTH, COMPARED_TOKENS
 from billhook.recipes.workplace import claimed
 from billhook.report.comparison import write_comparison
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
+Judge = Callable[[Sequence[Any]], list[tuple[TextEvidence, ...]]]
 Probe = Callable[[Any], tuple[ProbeEvidence, ...]]
 RANDOM_SEEDS = 3  # one draw says nothing of chance
 
@@ -72,8 +73,8 @@ def compare(
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 
-    Cost: each search, for each recipe one pass of the dense model and one of each result over the evaluation text, and
-    the probes once for the dense model and once for each result. Healing costs each result about as much as two passes
+    Cost: each search, one pass of the dense model and one of each result over the evaluation text, and the probes once
+    for the dense model and once for each result. Healing costs each result about as much as two passes
     of the dense model over the healing text, and its regressions: more than most searches, so it is asked for.
     """
     check_out(out, overwrite, source)
@@ -101,10 +102,16 @@ def compare(
                 progress=progress,
             )
             longer = healing_text(model, calibration, seed, progress) if heal != "none" else None
-            texts = judged_on(model, calibration, longer or windows, seed, progress)
+            texts = judged_on(
+                model, calibration, longer or windows, seed, progress, tokens=COMPARED_TOKENS, length=COMPARED_LENGTH
+            )
             seen = watch(model, windows, progress)
+            known = remembered(model.model, texts)
         with clock.step("probes"):
             of_dense = answers(model.model, asked_of, progress)
+
+        def judge(compressed: Sequence[Any]) -> list[tuple[TextEvidence, ...]]:
+            return evidence_of_each(model.model, compressed, texts, of_dense=known, progress=progress)
 
         def probe(compressed: Any) -> tuple[ProbeEvidence, ...]:
             return paired(of_dense, answers(compressed, asked_of, progress))
@@ -119,7 +126,7 @@ def compare(
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(recipe, asked, drawn, model, windows, seen, texts, longer, probe, place, progress)
+                    new = _judged(recipe, asked, drawn, model, windows, seen, longer, judge, probe, place, progress)
                 _keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -172,8 +179,8 @@ def _judged(
     model: Opened,
     windows: Windows,
     seen: Trace,
-    texts: Sequence[tuple[Domain, Windows]],
     longer: Windows | None,
+    judge: Judge,
     probe: Probe,
     place: Path,
     progress: Progress | None,
@@ -195,7 +202,7 @@ def _judged(
         cut.append(acted)
         again.extend(healed)
     met = [entry for entry in entries if not entry.refused]
-    found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
+    found = judge([*cut, *again]) if met else []
     proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
     proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)
     return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
+from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
@@ -33,6 +34,8 @@ from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
+from billhook.search import Problem
+from billhook.search.width import WidthProblem
 from billhook.surgery import apply
 
 if TYPE_CHECKING:
@@ -62,8 +65,9 @@ def compress(
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
-    blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
-    target is taken; ``heal`` is what the recipe says unless told, and an act that combines blocks stands in its place.
+    blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the first of the default
+    ones for the target (``catalogue``) is taken that can meet the budget on this model; ``heal`` is what the recipe
+    says unless told, and an act that combines blocks stands in its place.
     ``select``: which text a healing by training reads (see ``heal``).
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
@@ -71,9 +75,10 @@ def compress(
     """
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
-    chosen, aim = _settled(recipe, target)
-    require_path(chosen, limits)
-    way = _way(chosen, heal)
+    candidates, aim = _settled(recipe, target, limits)
+    for candidate in candidates:
+        require_path(candidate, limits)
+    way = _way(candidates[0], heal)  # the default recipes are at one in this
     wanted = asked(select, way)
     clock = Stopwatch()
     with clock.step("load"):
@@ -81,9 +86,9 @@ def compress(
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")
+    chosen, problem = _posed(candidates, outline, limits, aim)
     if way != "none":
         require_healable(model.anatomy)
-    problem = pose_for(chosen, outline, limits, aim)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -170,13 +175,32 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
     return recipe.act
 
 
-def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple[Recipe, Target]:
-    """The recipe and the target, each following from the other where only one is given."""
+def _posed(
+    candidates: Sequence[Recipe], outline: Outline, budget: Budget, target: Target
+) -> tuple[Recipe, Problem | WidthProblem]:
+    """The first recipe that can meet the budget on this model, and the task it has. InputError of the last one where
+    none can."""
+    *others, last = candidates
+    for recipe in others:
+        try:
+            return recipe, pose_for(recipe, outline, budget, target)
+        except InputError:
+            continue
+    return last, pose_for(last, outline, budget, target)
+
+
+def _settled(
+    recipe: str | os.PathLike[str] | None, target: str | None, budget: Budget
+) -> tuple[tuple[Recipe, ...], Target]:
+    """The recipes that may be taken and the target, each following from the other where only one is given."""
     aim = Target(target) if target is not None else None
     if recipe is None:
-        chosen = catalogue.load(catalogue.DEFAULT_UNIFORM if aim is Target.UNIFORM else catalogue.DEFAULT)
-    else:
-        chosen = catalogue.load(recipe)
+        names = catalogue.DEFAULTS_UNIFORM if aim is Target.UNIFORM else catalogue.DEFAULTS
+        recipes = [catalogue.load(name) for name in names]
+        if budget.until_cliff:  # width has no path of single steps
+            recipes = [recipe for recipe in recipes if not recipe.wide]
+        return tuple(recipes), aim or Target.REMOTE
+    chosen = catalogue.load(recipe)
     if aim is None:
         aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
     if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
@@ -190,4 +214,4 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
             f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
             f"the same sublayers in every block; use target remote, or a recipe of whole blocks"
         )
-    return chosen, aim
+    return (chosen,), aim

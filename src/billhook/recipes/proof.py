@@ -21,14 +21,21 @@ RECORD = "billhook.json"
 
 
 def judged_on(
-    model: Opened, calibration: str, calibrated_on: Windows | None, seed: int, progress: Progress | None
+    model: Opened,
+    calibration: str,
+    calibrated_on: Windows | None,
+    seed: int,
+    progress: Progress | None,
+    *,
+    tokens: int = EVALUATION_TOKENS,
+    length: int = EVALUATION_LENGTH,
 ) -> Sequence[tuple[Domain, Windows]]:
     """Text that the calibration cannot have seen: of its own domain, and of another."""
     return evaluation(
         calibration,
         model.tokenizer,
-        tokens=EVALUATION_TOKENS,
-        length=model.length(EVALUATION_LENGTH),
+        tokens=tokens,
+        length=model.length(length),
         calibrated_on=calibrated_on,
         model=model.model,
         seed=seed,
