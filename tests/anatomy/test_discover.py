@@ -11,6 +11,7 @@ import torch
 from families import FAMILIES, build, params, plain, unsupported
 
 from billhook.anatomy import Anatomy, Block, discover
+from billhook.data.decoding import cache_name
 from billhook.plan.errors import InputError
 from billhook.plan.outline import SublayerOutline
 
@@ -121,7 +122,7 @@ def test_what_the_sublayers_write_is_what_the_block_adds(name: str) -> None:
 def test_cache_width_and_window_are_those_of_the_live_cache(name: str) -> None:
     model = build(name)
     inputs = FAMILIES[name].inputs(model, 2, None)
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = getattr(model(**inputs, use_cache=True), cache_name(model))
     own = getattr(cache, "self_attention_cache", cache)
     length = own.get_seq_length()
     for index, block in enumerate(discover(model).outline.stack("decoder").blocks):

@@ -118,7 +118,7 @@ def test_a_tokenizer_must_fit_the_model() -> None:
 @pytest.mark.parametrize("source", ["builtin", PROSE])
 def test_calibration_and_evaluation_share_nothing(source: Any) -> None:
     calibrated = calibration(source, PLAIN, tokens=4096, length=64)
-    found = evaluation(source, PLAIN, tokens=2048, length=128, calibrated_on=calibrated)
+    found = evaluation(source, PLAIN, tokens=2048, length=128, calibrated_on=[calibrated])
     assert [domain for domain, _ in found] == ["calibration", "other"]
     names = [w.name for _, w in found]
     assert names[0].endswith("last 20%")
@@ -156,7 +156,7 @@ def test_a_text_that_repeats_itself_is_refused_for_evaluation() -> None:
     text = Text("loop", (builtin().parts[0],) * 400)
     calibrated = calibration(text, PLAIN, tokens=2048, length=64)
     with pytest.raises(InputError, match="loop"):
-        evaluation(text, PLAIN, tokens=1024, length=64, calibrated_on=calibrated)
+        evaluation(text, PLAIN, tokens=1024, length=64, calibrated_on=[calibrated])
 
 
 def test_the_model_writes_its_own_text(tiny_lm: Path) -> None:
@@ -173,7 +173,7 @@ def test_the_model_writes_its_own_text(tiny_lm: Path) -> None:
     assert first.fingerprint == write(0).fingerprint != write(1).fingerprint
     assert steps[-1] == ("writing text", 24, 24)
     assert model.training and torch.equal(torch.random.get_rng_state(), state)
-    held_back = evaluation("self", tokenizer, tokens=72, length=24, calibrated_on=first, model=model)
+    held_back = evaluation("self", tokenizer, tokens=72, length=24, calibrated_on=[first], model=model)
     assert [domain for domain, _ in held_back] == ["calibration", "other"]
 
 

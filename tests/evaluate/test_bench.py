@@ -7,6 +7,7 @@ from families import FAMILIES, build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from billhook.anatomy import discover
+from billhook.data.decoding import cache_name
 from billhook.evaluate import DEFAULT, bench, memory
 from billhook.evaluate.memory import memory_of, tensor_bytes
 from billhook.evaluate.workload import decode, fitting, prefill, prompt_ids, ready
@@ -113,7 +114,7 @@ def test_a_decode_step_reads_one_token_and_a_filled_cache(dense):
     cache, token = prefill(dense, prompt_ids(DECODE, dense))
     seen = []
     dense.register_forward_pre_hook(
-        lambda _m, _a, kw: seen.append((tuple(kw["input_ids"].shape), kw["past_key_values"].get_seq_length())),
+        lambda _m, _a, kw: seen.append((tuple(kw["input_ids"].shape), kw[cache_name(dense)].get_seq_length())),
         with_kwargs=True,
     )
     decode(dense, cache, token, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,15 @@ def test_the_held_back_error_never_rises(seed: int, tokens: int, inputs: int, no
         assert solution.error < held.energy
         assert solution.penalty in PENALTIES
         assert abs(held.error(solution.change) - solution.error) < 1e-6 * held.energy
+
+
+@pytest.mark.parametrize("noise", [0.3, 3.0, 10.0, 30.0])
+def test_where_the_search_begins_does_not_matter(noise: float) -> None:
+    """With text enough that the held-back error has one valley."""
+    fit, held, _ = drawn(4, 300, 8, 3, noise)
+    found = [solve(fit, held, near) for near in PENALTIES]
+    assert found[0] is not None
+    assert {s and s.penalty for s in found} == {found[0].penalty}
 
 
 def test_noise_is_refused() -> None:

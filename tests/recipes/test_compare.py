@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
-from billhook.data import calibration, evaluation
+from billhook.data import evaluation
 from billhook.evaluate import evidence, probes
 from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison
@@ -21,7 +21,7 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
-from billhook.recipes.settings import CALIBRATION_TOKENS, EVALUATION_TOKENS
+from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
@@ -65,8 +65,7 @@ def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison
     dense = AutoModelForCausalLM.from_pretrained(tiny_lm)
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     length = dense.config.max_position_embeddings
-    on = calibration("builtin", tokenizer, tokens=CALIBRATION_TOKENS, length=min(1024, length))
-    texts = evaluation("builtin", tokenizer, tokens=EVALUATION_TOKENS, length=min(1024, length), calibrated_on=on)
+    texts = evaluation("builtin", tokenizer, tokens=COMPARED_TOKENS, length=min(COMPARED_LENGTH, length))
     smaller = apply(dense, discover(dense), [Address.parse(unit) for unit in entry.drops])
     assert evidence(dense, smaller, texts) == entry.evidence
     assert probes(dense, smaller, tokenizer) == entry.probes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -66,10 +67,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from billhook.data.builtin import docstrings
-
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(docstrings().content[:80_000])
+    path.write_text(Path(argparse.__file__).read_text()[:80_000])
     return path
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy import discover
 from billhook.data import Windows
+from billhook.data.decoding import forward
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
@@ -67,11 +68,11 @@ def test_a_block_left_out_for_a_token_still_has_its_keys_and_values(name: str) -
 def decoded(model: Any, ids: Tensor, prompt: int = 3) -> Tensor:
     """Logits [rows, t, vocabulary]: a prompt read at once, then token by token with the cache."""
     with torch.no_grad():
-        output = model(input_ids=ids[:, :prompt], use_cache=True)
-        logits = [output.logits]
-        for place in range(prompt, ids.shape[1]):
-            output = model(input_ids=ids[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
-            logits.append(output.logits)
+        parts, cache = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)], None
+        logits = []
+        for part in parts:
+            given, cache = forward(model, part, cache)
+            logits.append(given)
     return torch.cat(logits, dim=1)
 
 

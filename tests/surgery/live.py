@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from billhook.anatomy import Anatomy, Sublayer
+from billhook.data.decoding import cache_name
 from billhook.plan.address import Address
 from billhook.plan.check import check, units
 from billhook.plan.errors import InputError
@@ -79,8 +80,8 @@ def step_by_step(name: str, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         inputs = {key: tokens(model, 2, None)["input_ids"]}
     ids, cache, found = inputs[key], None, []
     for part in (ids[:, :3], *ids[:, 3:].split(1, dim=1)):
-        output = model(**inputs | {key: part}, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(**inputs | {key: part}, **{cache_name(model): cache}, use_cache=True)
+        cache = getattr(output, cache_name(model))
         found.append(output.logits)
     return torch.cat(found, dim=1), model(**inputs, use_cache=False).logits
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from billhook.data.builtin import builtin, docstrings
@@ -51,15 +51,16 @@ def evaluation(
     *,
     tokens: int,
     length: int,
-    calibrated_on: Windows | None,
+    calibrated_on: Sequence[Windows] = (),
+    read_before: Iterable[str] = (),
     model: Any = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[tuple[Domain, Windows]]:
     """Windows to judge on that no calibration from ``source`` can contain: its last 20%, and a text of another kind
-    (``builtin``, or docstrings of the standard library where the source is ``builtin``).
+    (``builtin``, or docstrings of the standard library where that is the source or a source ``read_before``).
 
-    InputError if a window of ``calibrated_on`` shares more than 5% of its runs of tokens with them.
+    InputError if a text of ``calibrated_on`` holds more than 5% of their runs of tokens.
     """
     if source == "self":
         held_back = _written(model, tokenizer, tokens, length, _HELD_BACK_SEED + seed, progress)
@@ -68,14 +69,14 @@ def evaluation(
         text = read(source)
         held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
         name = text.name
-    other = docstrings() if name == builtin().name else builtin()
+    other = docstrings() if builtin().name in (name, *read_before) else builtin()
     found: list[tuple[Domain, Windows]] = [
         ("calibration", held_back),
         ("other", spread(other, tokenizer, tokens=tokens, length=length)),
     ]
-    if calibrated_on is not None:
+    for seen in calibrated_on:
         for _, windows_ in found:
-            check_overlap(windows_, calibrated_on)
+            check_overlap(windows_, seen)
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from billhook.data.decoding import forward
 from billhook.data.windows import Windows, count_of, prefix_of
 from billhook.plan.errors import InputError
 
@@ -53,9 +54,8 @@ def _sample(model: Any, ids: torch.Tensor, steps: int, generator: torch.Generato
     for part in parts:
         cache, drawn = None, [part[:, :0]]
         for _ in range(steps):
-            out = model(input_ids=part.to(model.device), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            chances = torch.softmax(out.logits[:, -1].float().cpu(), dim=-1)
+            logits, cache = forward(model, part.to(model.device), cache)
+            chances = torch.softmax(logits[:, -1].float().cpu(), dim=-1)
             part = torch.multinomial(chances, 1, generator=generator)
             drawn.append(part)
             if progress:

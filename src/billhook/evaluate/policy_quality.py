@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from billhook.anatomy import Anatomy
 from billhook.data import Windows
 from billhook.data.calibrate import Domain
+from billhook.data.decoding import forward
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.intervals import exponential, mean_interval
 from billhook.measure.cost import CostModel
@@ -80,16 +81,15 @@ class Judge:
         counted."""
         before = (dict(counts.ran), dict(counts.skipped), dict(counts.projected)) if counts else None
         with observing(self.model):
-            output = self.model(input_ids=ids[:, : self.prompt], use_cache=True)
+            logits, cache = forward(self.model, ids[:, : self.prompt])
             if counts is not None and before is not None:
                 for table, old in zip((counts.ran, counts.skipped, counts.projected), before, strict=True):
                     table.clear()
                     table.update(old)
-            yield output.logits
+            yield logits
             for place in range(self.prompt, ids.shape[1] - 1):
-                cache = output.past_key_values
-                output = self.model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
-                yield output.logits
+                logits, cache = forward(self.model, ids[:, place : place + 1], cache)
+                yield logits
 
     def _compare(self, ids: Tensor, plain: list[Tensor], pieces: Iterator[Tensor]) -> np.ndarray:
         """Means over the predictions of each row [rows, 4]: plain loss, loss under the policy, KL, equal top-1."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.data.decoding import forward
 from billhook.evaluate.causal import positions, vocabulary
 from billhook.measure.latency import Timed
 from billhook.plan.record import Workload
@@ -47,8 +48,8 @@ def prefill(model: PreTrainedModel, ids: Tensor) -> tuple[Any, Tensor]:
     Only the last position goes through the head, where the model's forward has ``logits_to_keep``.
     """
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=ids, use_cache=True, **last)
-    return output.past_key_values, output.logits[:, -1:].argmax(-1)
+    logits, cache = forward(model, ids, **last)
+    return cache, logits[:, -1:].argmax(-1)
 
 
 def decode(model: PreTrainedModel, cache: Any, token: Tensor, steps: int) -> Tensor:
@@ -58,7 +59,8 @@ def decode(model: PreTrainedModel, cache: Any, token: Tensor, steps: int) -> Ten
     """
     tokens = []
     for _ in range(steps):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        logits, cache = forward(model, token, cache)
+        token = logits[:, -1:].argmax(-1)
         tokens.append(token)
     return torch.cat(tokens, dim=1)
 

@@ -16,7 +16,7 @@ from billhook.heal.healing import put
 from billhook.heal.places import Place
 from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
-from billhook.heal.ridge import Moments, Solution, solve
+from billhook.heal.ridge import PENALTIES, Moments, Solution, solve
 from billhook.heal.stepping import Stepper
 from billhook.heal.watch import Seen, keep_input, watching
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
@@ -48,6 +48,7 @@ class Walk:
         self._counted: set[tuple[str, int]] = set()
         self._donors: dict[Address, Sublayer] = {}
         self._donated: Seen = {}
+        self._near: dict[torch.Size, float] = {}  # the penalty that did best for the last regression of that shape
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
@@ -225,7 +226,10 @@ class Walk:
         """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
         under these names."""
         fit, held = self._moments(h, r, dense)
-        solution = solve(fit, held)
+        shape = fit.cross.shape
+        solution = solve(fit, held, self._near.get(shape, PENALTIES[0]))
+        if solution is not None:
+            self._near[shape] = solution.penalty
         before = held.energy / held.tokens
         after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
         self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]

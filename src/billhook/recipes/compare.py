@@ -103,7 +103,13 @@ def compare(
             )
             longer = healing_text(model, calibration, seed, progress) if heal != "none" else None
             texts = judged_on(
-                model, calibration, longer or windows, seed, progress, tokens=COMPARED_TOKENS, length=COMPARED_LENGTH
+                model,
+                calibration,
+                [windows, longer or windows],
+                seed,
+                progress,
+                tokens=COMPARED_TOKENS,
+                length=COMPARED_LENGTH,
             )
             seen = watch(model, windows, progress)
             known = remembered(model.model, texts)

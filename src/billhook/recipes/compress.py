@@ -114,7 +114,8 @@ def compress(
                     lessons = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
                 else:
                     lessons = training.selection(model, calibration, wanted, TRAINING_TOKENS, seed, place, progress)
-            texts = judged_on(model, calibration, longer or windows, seed, progress)
+            read = [windows, longer, lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows]
+            texts = judged_on(model, calibration, [text for text in read if text is not None], seed, progress)
             seen = watch(model, windows, progress)
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)

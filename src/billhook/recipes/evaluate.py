@@ -40,7 +40,8 @@ def evaluate(
     clock = Stopwatch()
     with clock.step("load"):
         model, dense = pair(source, against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    texts = judged_on(dense, calibration or calibrated_with(source), None, seed, progress)
+    read = calibrated_with(source)
+    texts = judged_on(dense, calibration or read[0], (), seed, progress, read_before=read)
     with clock.step("evidence"):
         found = evidence(dense.model, model.model, texts, progress=progress)
     run = compared(source, model, dense).model_copy(update={"evidence": found})
@@ -74,11 +75,12 @@ def pair(
     return model, dense
 
 
-def calibrated_with(source: str | os.PathLike[str]) -> str:
-    """The text that a result of Billhook was calibrated on, ``builtin`` for any other model."""
+def calibrated_with(source: str | os.PathLike[str]) -> list[str]:
+    """The texts that a result of Billhook was calibrated and healed on; for any other model ``builtin``."""
     record = recorded(source)
-    name = record.measures.calibration if record and record.measures else ""
-    return name or "builtin"
+    cut = record.measures.calibration if record and record.measures else ""
+    mended = record.healing.text if record and record.healing else ""
+    return list(dict.fromkeys([cut or "builtin", mended or cut or "builtin"]))
 
 
 def recorded(source: str | os.PathLike[str]) -> Run | None:

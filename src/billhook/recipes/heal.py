@@ -25,7 +25,7 @@ from billhook.models import building, check_out, dtype_of, fingerprint, stored_a
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, Run
-from billhook.recipes.evaluate import pair, recorded
+from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Heal
@@ -92,7 +92,7 @@ def heal(
         )
     plan, origin = known.plan, against or known.model
     check_out(out, overwrite, origin)
-    calibrated_on = (known.measures.calibration if known.measures else "") or "builtin"
+    calibrated_on = calibrated_with(source)[0]
     text_name = calibration or calibrated_on
     wanted = asked(select, method, calibrated_on, text_name)
     clock = Stopwatch()
@@ -117,7 +117,7 @@ def heal(
                 lessons = chosen.windows
             elif method != "closed-form":
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
-            texts = judged_on(model, text_name, lessons, seed, progress)
+            texts = judged_on(model, text_name, [text, lessons], seed, progress, read_before=calibrated_with(source))
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):

@@ -146,7 +146,5 @@ def _text(model: Opened, text: str, seed: int, tokens: int) -> Windows:
 
 
 def _held_back(model: Opened, text: str, seed: int) -> list[tuple[Domain, Windows]]:
-    return evaluation(
-        text, model.tokenizer, tokens=JUDGED_TOKENS, length=model.length(LENGTH), calibrated_on=None,
-        model=model.model, seed=seed,
-    )  # fmt: skip
+    length = model.length(LENGTH)
+    return evaluation(text, model.tokenizer, tokens=JUDGED_TOKENS, length=length, model=model.model, seed=seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,22 @@ RECORD = "billhook.json"
 def judged_on(
     model: Opened,
     calibration: str,
-    calibrated_on: Windows | None,
+    calibrated_on: Sequence[Windows],
     seed: int,
     progress: Progress | None,
     *,
-    tokens: int = EVALUATION_TOKENS,
-    length: int = EVALUATION_LENGTH,
+    read_before: Iterable[str] = (),
+    tokens: int | None = None,
+    length: int | None = None,
 ) -> Sequence[tuple[Domain, Windows]]:
     """Text that the calibration cannot have seen: of its own domain, and of another."""
     return evaluation(
         calibration,
         model.tokenizer,
-        tokens=tokens,
-        length=model.length(length),
+        tokens=tokens or EVALUATION_TOKENS,
+        length=model.length(length or EVALUATION_LENGTH),
         calibrated_on=calibrated_on,
+        read_before=read_before,
         model=model.model,
         seed=seed,
         progress=progress,

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from billhook.plan.outline import Outline
-from billhook.plan.record import Run
+from billhook.plan.record import HealRecord, Run
 from billhook.plan.target import Target
 from billhook.plan.widths import common_sizes, counts
 from billhook.report.cuts import dropped
@@ -74,22 +74,42 @@ def commands(run: Run) -> str:
     """The commands that make the same result again: from the plan exactly (unless it was healed: a plan does not hold
     the new weights), and by a new search where there was one."""
     model = shlex.quote(run.model)
-    healed = run.healing.method if run.healing else ""
-    lines = [] if healed else [f"billhook apply {model} billhook.json --out DIR"]
+    healing = run.healing
+    lines = [] if healing else [f"billhook apply {model} billhook.json --out DIR"]
     if run.asked:
-        options = {
+        calibration = run.measures.calibration if run.measures else ""
+        seed = run.plan.provenance.seed
+        # in one go, unless another text healed it than the cut was made on
+        apart = healing is not None and (healing.text or calibration, healing.seed or 0) != (calibration, seed or 0)
+        way = _way(healing)
+        cut = {
             "budget": run.asked,
             "target": str(run.plan.target),
             "recipe": run.plan.provenance.recipe,
-            "calibration": run.measures.calibration if run.measures else "",
-            # said in either case, for the recipe may say otherwise; an act that combines blocks is the recipe's own
-            "heal": "" if run.healing and run.healing.combined else healed or "none",
+            "calibration": calibration,
+            **({"heal": "none"} if apart else way),
+            "seed": "" if seed is None else str(seed),
         }
-        seed = run.plan.provenance.seed
-        options["seed"] = "" if seed is None else str(seed)
-        given = " ".join(f"--{name} {shlex.quote(value)}" for name, value in options.items() if value)
-        lines.append(f"billhook compress {model} {given} --out DIR")
+        lines.append(f"billhook compress {model} {_options(cut)} --out {'CUT' if apart else 'DIR'}")
+        if healing is not None and apart:
+            again = {"method": way["heal"], "select": way.get("select", ""), "calibration": healing.text}
+            lines.append(f"billhook heal CUT {_options(again | {'seed': str(healing.seed or 0)})} --out DIR")
     return "\n".join(lines)
+
+
+def _way(healing: HealRecord | None) -> dict[str, str]:
+    """Said in either case, for the recipe may say otherwise; an act that combines blocks is the recipe's own."""
+    if healing is None:
+        return {"heal": "none"}
+    if healing.combined:
+        return {}
+    chosen = healing.training.selection if healing.training else None
+    target = f":{chosen.target}" if chosen is not None and chosen.target else ""
+    return {"heal": healing.method, "select": f"{chosen.word}{target}" if chosen is not None else ""}
+
+
+def _options(values: dict[str, str]) -> str:
+    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items() if value)
 
 
 def _transformers(auto: str, extra: str) -> str:
