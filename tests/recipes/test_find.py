@@ -21,7 +21,7 @@ from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.recipes import opened
 from billhook.recipes.catalogue import load
-from billhook.recipes.find import _ledger, _share, find, require_path
+from billhook.recipes.find import _ledger, find, require_path
 from billhook.recipes.schema import Greedy, OneShot, Recipe
 from billhook.search import Memo, greedy, pose
 from billhook.search.cliff import cliff
@@ -37,13 +37,13 @@ def numbered(count: int) -> Windows:
     [(8, 0.25, [0, 4]), (10, 0.3, [0, 3, 6]), (8, 0.75, [0, 1, 2, 4, 5, 6]), (8, 0.01, [0]), (1, 0.5, [0])],
 )
 def test_a_share_is_spread_evenly_and_never_empty(count: int, share: float, chosen: list[int]) -> None:
-    assert _share(numbered(count), share).ids[:, 0].tolist() == chosen
+    assert numbered(count).share(share).ids[:, 0].tolist() == chosen
 
 
 def test_a_share_has_its_own_name_and_fingerprint_and_the_whole_keeps_its() -> None:
     windows = numbered(8)
-    assert _share(windows, 1.0) is windows
-    part = _share(windows, 0.25)
+    assert windows.share(1.0) is windows
+    part = windows.share(0.25)
     assert part.name == "numbered, 25%"
     assert part.fingerprint == Windows.of(windows.ids[[0, 4]], "again").fingerprint != windows.fingerprint
 

@@ -32,6 +32,13 @@ class Windows:
     def tokens(self) -> int:
         return self.ids.numel()
 
+    def share(self, share: float) -> Windows:
+        """Evenly spread windows, this share of all of them and at least one."""
+        count = max(1, round(share * len(self.ids)))
+        if count == len(self.ids):
+            return self
+        return Windows.of(self.ids[torch.arange(count) * len(self.ids) // count], f"{self.name}, {share:.0%}")
+
 
 def first(text: Text, tokenizer: Any, *, tokens: int, length: int, skip: int = 0) -> Windows:
     """The first windows of a text in a row, after ``skip`` windows left out."""

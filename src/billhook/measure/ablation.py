@@ -15,6 +15,8 @@ from billhook.measure.distances import OutputDistance
 from billhook.measure.replay import Progress, Replay
 from billhook.measure.teacher import Teacher
 from billhook.plan.address import Address
+from billhook.plan.plan import Keep, Plan
+from billhook.surgery.simulate import simulate
 
 Kind = Literal["kl", "loss", "stream", "turn", "angle", "euclidean", "jensen-shannon"]
 
@@ -60,6 +62,12 @@ class Ablator:
     def with_drop(self, unit: Address) -> float:
         """The figure of the current state with this unit dropped as well; the state stays."""
         return self.at(self.replay.state | {unit})
+
+    def narrowed(self, keep: Keep) -> float:
+        """The figure of the current state with one sublayer narrower as well; the state stays. Costs its block and
+        those after it."""
+        with simulate(self.replay.model, self.replay.anatomy, Plan.of([], keeps=[keep])):
+            return self._judge(self.replay.again(keep.unit.block))
 
     def at(self, drops: Iterable[Address]) -> float:
         """The figure with exactly these drops; the state stays."""

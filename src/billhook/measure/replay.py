@@ -110,6 +110,11 @@ class Replay:
         """
         return self.under(self.state | self._checked(units))
 
+    def again(self, start: int) -> list[Tensor]:
+        """The stream after the last block if something has changed in the weights of block ``start`` or after it; the
+        state stays. Costs these blocks."""
+        return [self._run(i, start, streams[start], self.state)[-1] for i, streams in enumerate(self._streams)]
+
     def under(self, drops: Iterable[Address]) -> list[Tensor]:
         """The stream after the last block with exactly these drops; the state stays.
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from billhook import search
 from billhook.data import Windows
 from billhook.measure.ablation import Ablator, Kind, ablation
@@ -157,7 +155,7 @@ def _greedy(
     choice: Greedy, problem: Problem, windows: Windows, memo: Callable[[Windows], Memo], progress: Progress | None
 ) -> tuple[Found, dict[Address, float]]:
     """The search, and by how much each unit alone raises the objective."""
-    first = memo(_share(windows, choice.screen))
+    first = memo(windows.share(choice.screen))
     empty = first.at(frozenset())
     rises = {}
     for number, unit in enumerate(problem.candidates, start=1):
@@ -195,7 +193,7 @@ def _evolve(
     progress: Progress | None,
 ) -> Found:
     start = _greedy(choice.start, problem, windows, memo, progress)[0] if choice.start else None
-    stages = [search.Stage(memo(_share(windows, screen.share)), screen.survivors) for screen in choice.screens]
+    stages = [search.Stage(memo(windows.share(screen.share)), screen.survivors) for screen in choice.screens]
     return search.evolve(
         problem,
         [*stages, search.Stage(memo(windows), 1)],
@@ -206,13 +204,6 @@ def _evolve(
         start=start,
         progress=progress,
     )
-
-
-def _share(windows: Windows, share: float) -> Windows:
-    """Evenly spread windows, this share of all of them and at least one."""
-    count = max(1, round(share * len(windows.ids)))
-    chosen = torch.arange(count) * len(windows.ids) // count
-    return windows if count == len(windows.ids) else Windows.of(windows.ids[chosen], f"{windows.name}, {share:.0%}")
 
 
 def _memo(kind: Kind, model: Opened, place: Path, progress: Progress | None, windows: Windows) -> Memo:

@@ -124,20 +124,24 @@ class Span(_Words):
 class Widths(_Words):
     """Make sublayers narrower: their least important inner units go, set against those of other sublayers as the
     ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. The number of
-    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on."""
+    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on; a measured
+    allocation alone looks at the divergence of narrowed models, on a ``screen``: this share of the calibration."""
 
     word: Literal["widths"]
     allocation: Allocation
     per: Per = "unit"
     multiple_of: Annotated[int, Field(ge=1)] = 1
     steepness: Annotated[float, Field(ge=0)] | None = None
+    screen: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if (self.steepness is not None) != (self.allocation == "shared"):
             raise ValueError("a shared allocation needs a steepness, and no other has one")
-        if self.per == "budget" and self.allocation != "global":
-            raise ValueError("only a global allocation sets scores against what a unit gains of the budget")
+        if (self.screen is not None) != (self.allocation == "measured"):
+            raise ValueError("a measured allocation needs a screen, and no other has one")
+        if self.per == "budget" and self.allocation not in ("global", "measured"):
+            raise ValueError("only a global or measured allocation goes by what a unit gains of the budget")
         return self
 
 

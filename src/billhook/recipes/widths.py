@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from billhook.data import Windows
+from billhook.measure.ablation import Ablator
 from billhook.measure.channels import channels
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
@@ -15,6 +16,7 @@ from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Recipe, Widths
 from billhook.scores import named
+from billhook.search.levels import prices
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
 
@@ -44,7 +46,12 @@ def narrow(
         distances = {space.address: turned[space.address.stack][space.address.block] for space in problem.spaces}
         shares = sigmoid_shares(distances, problem.share, choice.steepness)
         work += seen.work
-    keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares)
+    priced = None
+    if choice.screen is not None:
+        ablator = Ablator(model.model, model.anatomy, windows.share(choice.screen), "kl", progress=progress)
+        priced = prices(problem, scores, ablator.narrowed, progress)
+        work += ablator.work
+    keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares, prices=priced)
     narrowed = tuple(str(keep.unit) for keep in keeps)
     step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
     record = SearchRecord(recipe=recipe.name, objective=score.name, steps=(step,), work=work, evaluations=0)

@@ -20,7 +20,7 @@ from billhook.plan.plan import Keep
 from billhook.plan.target import Target
 from billhook.search.one_shot import Per
 
-Allocation = Literal["uniform", "global", "standardised", "shared"]
+Allocation = Literal["uniform", "global", "standardised", "shared", "measured"]
 Kind = Literal["neuron", "group"]
 
 
@@ -114,6 +114,7 @@ def allocate(
     *,
     per: Per = "unit",
     shares: Mapping[Address, float] | None = None,
+    prices: Mapping[Address, Tensor] | None = None,
 ) -> tuple[tuple[Keep, ...], Costs]:
     """The least important units go until the budget is met; what is kept, and what that costs.
 
@@ -124,7 +125,8 @@ def allocate(
     - ``global``: the score itself (``per`` budget: by what the unit gains of it, such as a parameter);
     - ``standardised``: the score less its mean in the sublayer, by its standard deviation (FLAP, arXiv 2312.11983);
     - ``shared``: their place in their own sublayer by ``shares``, so that sublayers lose shares of their units that are
-      to each other as these.
+      to each other as these;
+    - ``measured``: their price by ``prices`` (see ``search.levels``; ``per`` budget as for ``global``).
 
     Where only multiples may be left, units go in batches, with the mean of their figures. The last batches come back
     where the budget does not need them, so it is met within one of the smallest. Raises InputError for a score that is
@@ -139,10 +141,15 @@ def allocate(
         raise InputError("an ordinary checkpoint has equal widths: allocate them uniform, or use target remote")
     if allocation == "shared" and shares is None:
         raise InputError("a shared allocation needs the shares")
-    orders = {space: _order(scores[space.address], space.parts) for space in spaces}
+    if allocation == "measured" and prices is None:
+        raise InputError("a measured allocation needs the prices")
+    orders = {space: order_of(space, scores[space.address]) for space in spaces}
     batches: list[tuple[float, int, list[tuple[Space, int]]]] = []
     for number, space in enumerate(spaces):
-        ranks = _ranks(scores[space.address], orders[space], allocation, space, shares or {})
+        if prices is not None:
+            ranks = prices[space.address]
+        else:
+            ranks = _ranks(scores[space.address], orders[space], allocation, space, shares or {})
         weight = _gain(problem, space) if per == "budget" else 1.0
         means = [ranks[space.count - a : space.count - b].mean().item() / weight for a, b in _pairs(space)]
         rising = accumulate(means, max)  # a batch cannot go before those of lower rank in its sublayer
@@ -170,9 +177,14 @@ def _cut(
     keeps = []
     for space, step in steps.items():
         if step:
-            kept = orders[space][space.count - space.left[step] :].sort().values
-            keeps.append(Keep(unit=space.address, inner=space.kind, indices=tuple(kept.tolist())))
+            keeps.append(keep_of(space, orders[space], space.left[step]))
     return tuple(keeps), costs
+
+
+def keep_of(space: Space, order: Tensor, left: int) -> Keep:
+    """What is left if units go in an order until so many are left."""
+    kept = order[space.count - left :].sort().values
+    return Keep(unit=space.address, inner=space.kind, indices=tuple(kept.tolist()))
 
 
 def _move(steps: dict[Space, int], costs: Costs, batch: list[tuple[Space, int]], sign: int) -> Costs:
@@ -200,10 +212,10 @@ def _pairs(space: Space) -> list[tuple[int, int]]:
     return list(zip(space.left, space.left[1:], strict=False))
 
 
-def _order(scores: Tensor, parts: int) -> Tensor:
+def order_of(space: Space, scores: Tensor) -> Tensor:
     """Unit numbers, least important first, in turn from each of the equal runs."""
-    runs = scores.double().reshape(parts, -1)
-    places = runs.argsort(dim=1, stable=True) + torch.arange(parts)[:, None] * runs.shape[1]
+    runs = scores.double().reshape(space.parts, -1)
+    places = runs.argsort(dim=1, stable=True) + torch.arange(space.parts)[:, None] * runs.shape[1]
     return places.T.reshape(-1)
 
 
