@@ -16,6 +16,7 @@ from billhook.plan.check import check, normalise, survivors
 from billhook.plan.plan import Drop, Keep, Plan
 from billhook.plan.schedule import compiled
 from billhook.plan.widths import narrowing
+from billhook.surgery.masks import Masks, put_masks
 from billhook.surgery.narrow import narrow, state
 
 
@@ -37,9 +38,17 @@ def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ..
     return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
 
 
-def cut(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], keeps: tuple[Keep, ...], undo: Undo) -> None:
+def cut(
+    model: nn.Module,
+    anatomy: Anatomy,
+    drops: frozenset[Address],
+    keeps: tuple[Keep, ...],
+    masks: Masks,
+    undo: Undo,
+) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
-    but for the stubs and for widths that differ from block to block."""
+    but for the stubs and for widths that differ from block to block. Masks come first: they are of whole weights."""
+    put_masks(model, masks, undo.set)
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
     drop(model, anatomy, drops, undo)
