@@ -35,6 +35,7 @@ def test_the_recipes_that_come_along() -> None:
         "checkfree",
         "branch-gains",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
+        *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         "random",
         "evenly-spaced",
         "first",
