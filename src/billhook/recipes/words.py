@@ -35,7 +35,7 @@ def passes(recipe: Recipe) -> str:
     if isinstance(recipe.choice, Bandit):
         return f"{recipe.choice.draws + 2} a round/window"
     if isinstance(recipe.choice, Masks):
-        return "2" if recipe.choice.allocation == "uniform" else "2, and 2 of 1,024 tokens a block"
+        return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
     if isinstance(recipe.choice, Span):
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
