@@ -54,6 +54,7 @@ def check_masks(plan: Plan, drops: Collection[Address], outline: Outline) -> Non
         if edit.unit in drops or edit.unit.parent in drops:
             raise InputError(f"unit {edit.unit} is both dropped and made sparse; a plan does one of them")
         seen.add(edit.unit)
+        parse_pattern(edit.pattern)
         for linear in edit.zeros:
             if edit.array(linear) not in plan.arrays:
                 raise InputError(f"the plan names the array {edit.array(linear)}, which is not in the file beside it")

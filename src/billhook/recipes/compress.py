@@ -32,6 +32,7 @@ from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
+from billhook.recipes.weights import require_weights
 from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
 
@@ -84,6 +85,7 @@ def compress(
     if way != "none":
         require_healable(model.anatomy)
     problem = pose_for(chosen, outline, limits, aim)
+    require_weights(chosen, model)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)

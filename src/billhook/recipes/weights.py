@@ -11,10 +11,18 @@ from billhook.plan.masks import parse_pattern
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Masks, Recipe
-from billhook.search.sparsity import Sparse, WeightProblem, sparsify
+from billhook.search.sparsity import Sparse, WeightProblem, require_sparsifiable, sparsify
 from billhook.search.zeroth_order import sparsities, zeroth_order
 
 Progress = Callable[[str, int, int], None]
+
+
+def require_weights(recipe: Recipe, model: Opened) -> None:
+    """InputError for a recipe of single weights that this model does not allow, before anything is measured."""
+    choice = recipe.choice
+    if isinstance(choice, Masks):
+        pattern = parse_pattern(choice.pattern)
+        require_sparsifiable(model.model, model.anatomy, "decoder", by=choice.by, pattern=pattern)
 
 
 def thin(

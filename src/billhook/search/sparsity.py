@@ -100,9 +100,9 @@ def sparsify(
     Raises InputError for inputs that M does not divide, and where data is needed for blocks that read keys and values
     of others, fused experts (what each is given is not seen), and a linear that no token reaches.
     """
+    require_sparsifiable(model, anatomy, stack, by=by, pattern=pattern)
     blocks = anatomy.stack(stack).blocks
-    found = {b.address.block: {s.address: linears(model, s, b.path) for s in b.sublayers} for b in blocks}
-    _require(model, found, pattern, by, anatomy)
+    found = {b.address.block: _linears(model, b) for b in blocks}
     state = _State(model)
     tokens = 0
     try:
@@ -128,6 +128,29 @@ def sparsify(
     label = "unstructured" if pattern is None else f"{pattern[0]}:{pattern[1]}"
     edits = tuple(Sparsify(unit=unit, pattern=label, zeros=zeros) for unit, zeros in sorted(state.zeros.items()))
     return Sparse(edits, Arrays(state.arrays), state.saliency, work, healing)
+
+
+def require_sparsifiable(model: nn.Module, anatomy: Anatomy, stack: str, *, by: By, pattern: Pattern = None) -> None:
+    """InputError where ``sparsify`` would refuse the model, before anything is measured."""
+    for linear in (
+        linear for b in anatomy.stack(stack).blocks for mine in _linears(model, b).values() for linear in mine
+    ):
+        weight = model.get_parameter(linear.name)
+        inputs = weight.shape[linear.axis]
+        if pattern is not None and inputs % pattern[1]:
+            raise InputError(
+                f"{linear.name} has {inputs} inputs, which pattern {pattern[0]}:{pattern[1]} does not divide"
+            )
+        if by != "magnitude" and weight.ndim == 3:
+            raise InputError(f"{linear.name} are fused experts: what each is given is not seen; use magnitude-sparse")
+    if by != "magnitude" and READ_LATER in anatomy.outline.pinned.values():
+        raise InputError(
+            f"a {anatomy.family} model has blocks that read keys and values of others; use magnitude-sparse"
+        )
+
+
+def _linears(model: nn.Module, block: Block) -> dict[Address, tuple[Linear, ...]]:
+    return {sublayer.address: linears(model, sublayer, block.path) for sublayer in block.sublayers}
 
 
 @dataclass
@@ -209,25 +232,3 @@ def _seen(
 def _place(block: Block) -> Place:
     """The whole block at once."""
     return Place(block.address.block, block, block.sublayers, mixed=True)
-
-
-def _require(
-    model: nn.Module,
-    found: Mapping[int, Mapping[Address, tuple[Linear, ...]]],
-    pattern: Pattern,
-    by: By,
-    anatomy: Anatomy,
-) -> None:
-    for linear in (linear for units in found.values() for mine in units.values() for linear in mine):
-        weight = model.get_parameter(linear.name)
-        inputs = weight.shape[linear.axis]
-        if pattern is not None and inputs % pattern[1]:
-            raise InputError(
-                f"{linear.name} has {inputs} inputs, which pattern {pattern[0]}:{pattern[1]} does not divide"
-            )
-        if by != "magnitude" and weight.ndim == 3:
-            raise InputError(f"{linear.name} are fused experts: what each is given is not seen; use magnitude-sparse")
-    if by != "magnitude" and READ_LATER in anatomy.outline.pinned.values():
-        raise InputError(
-            f"a {anatomy.family} model has blocks that read keys and values of others; use magnitude-sparse"
-        )
