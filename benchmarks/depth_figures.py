@@ -42,7 +42,10 @@ def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: str = "0",
     )
     print(f"{'dense':<24} {'':<12} {1:>8} {b.perplexity():>10.2f} {b.perplexity(test=c4):>7.2f}", flush=True)
     asked = [("block-influence", f"blocks={n}") for n in (27, 24, 22)]
-    names = recipes or sorted(catalogue.names(), key=lambda name: (name in DEAR, name not in FIRST, name))
+    names = recipes or sorted(
+        (r.name for r in catalogue.recipes() if r.unit != "weight"),
+        key=lambda name: (name in DEAR, name not in FIRST, name),
+    )
     asked += [(name, "params=0.8") for name in names]
     for name, budget in asked:
         recipe = catalogue.load(name)

@@ -45,6 +45,7 @@ def test_the_recipes_that_come_along() -> None:
             "fisher-width",
             "measured-widths",
         ),
+        *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         "random",
         "evenly-spaced",
         "first",

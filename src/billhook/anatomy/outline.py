@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import NOT_SHORTER
+from billhook.anatomy.linears import linears
 from billhook.anatomy.types import Block, Stack, Sublayer
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.target import Target
@@ -44,7 +45,10 @@ def _stack(model: PreTrainedModel, stack: Stack, sizes: dict[str, int]) -> Stack
 
 def _block(model: PreTrainedModel, block: Block, causal: bool, config: Any, sizes: dict[str, int]) -> BlockOutline:
     whole = _count(sizes, [block.path])
-    drawn = {s.kind: _sublayer(model, s, causal, config, sizes) for s in block.sublayers}
+    drawn = {}
+    for s in block.sublayers:
+        linear = sum(sizes.get(linear.name, 0) for linear in linears(model, s, block.path))
+        drawn[s.kind] = _sublayer(model, s, causal, config, sizes).model_copy(update={"linear_params": linear})
     return BlockOutline(sublayers=drawn, rest_params=whole - sum(s.params for s in drawn.values()))
 
 

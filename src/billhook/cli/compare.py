@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from billhook.plan.comparison import Entry
 
 _BUDGETS = "One or more budgets, each a fraction of dense or a number with its unit: params=0.9,0.8,0.7."
-_RECIPES = "A method to take part: a name or a YAML file; give it again for more. All that come along, if not given."
+_RECIPES = (
+    "A method to take part: a name or a YAML file; give it again for more. "
+    "If not given, all that come along but those of single weights."
+)
 
 
 _HEAL = "[bold]closed-form[/]: judge each result once more after its linears were refitted, and go by that."

@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from billhook.plan.record import Run
 
-_FILES = {"report": "report.html", "card": "README.md", "record": "billhook.json"}
+_FILES = {"report": "report.html", "card": "README.md", "record": "billhook.json", "arrays": "billhook.arrays"}
 
 
 def print_json(content: dict[str, Any]) -> None:

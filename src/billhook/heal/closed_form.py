@@ -12,7 +12,7 @@ from billhook.anatomy.discover import READ_LATER
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.divergence import divergence
-from billhook.heal.healing import Healing, healed
+from billhook.heal.healing import Healing, healed, require_no_masks
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.walk import Walk
@@ -75,6 +75,7 @@ def closed_form(
     are given. Raises InputError for cuts in more than one stack, blocks that read the keys and values of others, fewer
     than two windows, and where a stream is not finite.
     """
+    require_no_masks(plan, "healing")
     drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
     stack = _stack(anatomy, [*drops, *(keep.unit for keep in keeps)])
     require_healable(anatomy)

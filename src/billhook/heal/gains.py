@@ -12,7 +12,7 @@ from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable
 from billhook.heal.divergence import held_back
-from billhook.heal.healing import Healing, put
+from billhook.heal.healing import Healing, put, require_no_masks
 from billhook.heal.places import Place, places
 from billhook.heal.stepping import Stepper
 from billhook.measure.batches import Batch, batches_of
@@ -50,6 +50,7 @@ def branch_gains(
     write weights and their biases, experts included. Left alone: branches behind a norm, which undoes any gain. Cost:
     the dense blocks once, those behind the first gap at most three times. Raises InputError as ``closed_form`` does.
     """
+    require_no_masks(plan, "a gain")
     drops = drops_of(plan, anatomy)
     stacks = sorted({unit.stack for unit in drops})
     if len(stacks) != 1:

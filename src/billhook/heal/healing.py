@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from billhook.anatomy.undo import Undo
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.plan.record import Graft, Refit
 
 
@@ -60,6 +62,15 @@ def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
         yield model
     finally:
         undo.restore()
+
+
+def require_no_masks(plan: object, what: str) -> None:
+    """InputError for a plan that sets single weights to zero: what finds new weights here knows nothing of masks."""
+    if isinstance(plan, Plan) and plan.sparsities:
+        raise InputError(
+            f"{what} would count on weights of {plan.sparsities[0].unit} that the plan sets to zero; it takes plans "
+            f"without masks (sparsegpt corrects the weights that stay itself)"
+        )
 
 
 def put(model: nn.Module, name: str, tensor: Tensor, undo: Undo) -> None:

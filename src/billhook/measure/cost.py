@@ -6,7 +6,7 @@ gone when all of it is. So a search can ask for thousands of candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
@@ -29,7 +29,8 @@ NEW_TOKENS = 128
 class CostModel:
     """The costs of a model and of its units for one workload: batch 1, a prompt, then greedy tokens with a cache.
 
-    - ``params``: parameters inside the blocks.
+    - ``params``: parameters inside the blocks; zeros that a mask sets do not count. They save nothing else: they are
+      stored and multiplied with like any weight, unless an engine has kernels for them.
     - ``size``: bytes of the weights in a file, header aside; tied weights once, all in the average stored width.
     - ``flops``: two per weight and token (embeddings aside; of a mixture only the experts that a token uses) and four
       per head channel and query-key pair, for the pairs that the mask allows (Kaplan et al. 2020, section 2.1, who
@@ -61,8 +62,10 @@ class CostModel:
         for block_address in self._parts:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
 
-    def of(self, drops: Iterable[Address], keeps: Iterable[Keep] = ()) -> Costs:
-        """The costs with these units dropped and these sublayers narrowed."""
+    def of(
+        self, drops: Iterable[Address], keeps: Iterable[Keep] = (), zeros: Mapping[Address, int] | None = None
+    ) -> Costs:
+        """The costs with these units dropped, these sublayers narrowed, and so many ``zeros`` in those that stay."""
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
@@ -72,7 +75,7 @@ class CostModel:
             narrow = sublayer.narrowed(keep.inner, len(keep.indices))
             costs = _plus(costs, self._shares[keep.unit], -1)
             costs = _plus(costs, self._share(narrow, keep.unit.sublayer == "cross_attention", stack), 1)
-        return costs
+        return _plus(costs, {"params": float(sum((zeros or {}).values()))}, -1)
 
     def saving(self, unit: Address, drops: Set[Address] = frozenset()) -> Costs:
         """What dropping ``unit`` saves when ``drops`` are gone already: ``of(drops) - of(drops | {unit})``, at once."""
@@ -123,26 +126,28 @@ def cost(
     outline: Outline,
     drops: Iterable[Address] = (),
     keeps: Iterable[Keep] = (),
+    zeros: Mapping[Address, int] | None = None,
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> Costs:
     """Every kind of cost of a model with these units dropped and these sublayers narrowed; see CostModel for what is
     counted."""
-    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps)
+    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps, zeros)
 
 
 def quantities(
     outline: Outline,
     drops: Iterable[Address],
     keeps: Iterable[Keep] = (),
+    zeros: Mapping[Address, int] | None = None,
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Quantity]:
     """The costs before and after, for the record of a run."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops, keeps)
+    after = model.of(drops, keeps, zeros)
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

@@ -45,10 +45,11 @@ class SublayerOutline(_Record):
     """One sublayer. Sizes that do not apply are 0.
 
     ``params`` counts everything that goes when the sublayer is dropped (its linears, biases, inner norms and the norms
-    of its branch). ``active_params`` counts the weights that one token multiplies with: below ``params`` for
-    mixture-of-experts. ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the
-    number of cached values per token (keys and values together). ``inner`` are the units that can be cut from it, by
-    kind; ``rigid`` says why there are none.
+    of its branch), ``linear_params`` those of its linears alone, which may lose single weights, before any narrowing.
+    ``active_params`` counts the weights that one token multiplies with: below ``params`` for mixture-of-experts.
+    ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the number of cached values
+    per token (keys and values together). ``inner`` are the units that can be cut from it, by kind; ``rigid`` says why
+    there are none.
     """
 
     params: int
@@ -61,6 +62,7 @@ class SublayerOutline(_Record):
     active_experts: int = 0
     window: int | None = None
     cache_width: int = 0
+    linear_params: int = 0
     inner: dict[str, InnerOutline] = {}
     rigid: str = ""
 

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from billhook.plan.address import Address
+from billhook.plan.arrays import Arrays, ArraysField
 from billhook.plan.errors import InputError
 from billhook.plan.ranges import parse_ranges, write_ranges
 from billhook.plan.schedule import Schedule
@@ -66,12 +67,29 @@ class Keep(_Record):
     indices: IndicesField
 
 
+class Sparsify(_Record):
+    """Set single weights of a sublayer to zero. ``zeros``: how many of each linear, by the name of its weight inside
+    the block. Which ones is in the plan's arrays, ``array(linear)``: bits in the shape of the weight in the original
+    model, 1 for those that stay, eight to a byte along the last axis.
+
+    ``pattern``: ``N:M`` where at most N of M inputs in a row have a weight in each output, or ``unstructured``.
+    """
+
+    kind: Literal["sparsify"] = "sparsify"
+    unit: AddressField
+    pattern: str = "unstructured"
+    zeros: dict[str, Annotated[int, Field(ge=1)]]
+
+    def array(self, linear: str) -> str:
+        return f"{self.unit}/{linear}"
+
+
 def _edit_kind(value: object) -> object:
     """Edits of the first plans may lack ``kind``: they are drops."""
     return {"kind": "drop", **value} if isinstance(value, dict) else value
 
 
-Edit = Annotated[Annotated[Drop | Keep, Field(discriminator="kind")], BeforeValidator(_edit_kind)]
+Edit = Annotated[Annotated[Drop | Keep | Sparsify, Field(discriminator="kind")], BeforeValidator(_edit_kind)]
 
 
 class Provenance(_Record):
@@ -93,14 +111,25 @@ class Plan(_Record):
     budget: str | None = None
     edits: tuple[Edit, ...] = ()
     schedule: Schedule | None = Field(default=None, exclude_if=lambda schedule: schedule is None)
+    arrays: ArraysField = Field(default_factory=Arrays, exclude_if=lambda arrays: not arrays)
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod
-    def of(cls, units: Iterable[Address | str], target: Target = Target.ANY, keeps: Iterable[Keep] = ()) -> Self:
-        """A plan that drops the given units and narrows others by ``keeps``, in order of address, drops first."""
+    def of(
+        cls,
+        units: Iterable[Address | str],
+        target: Target = Target.ANY,
+        keeps: Iterable[Keep] = (),
+        sparsities: Iterable[Sparsify] = (),
+        arrays: Arrays | None = None,
+    ) -> Self:
+        """A plan that drops the given units, narrows others by ``keeps`` and makes some sparse, in order of address,
+        drops first. ``arrays`` are those that its edits name."""
         addresses = {Address.parse(u) if isinstance(u, str) else u for u in units}
         drops = tuple(Drop(unit=a) for a in sorted(addresses))
-        return cls(target=target, edits=(*drops, *sorted(keeps, key=lambda keep: (keep.unit, keep.inner))))
+        narrow = sorted(keeps, key=lambda keep: (keep.unit, keep.inner))
+        sparse = sorted(sparsities, key=lambda edit: edit.unit)
+        return cls(target=target, edits=(*drops, *narrow, *sparse), arrays=arrays or Arrays())
 
     @property
     def drops(self) -> frozenset[Address]:
@@ -112,8 +141,21 @@ class Plan(_Record):
         """The sublayers that get narrower."""
         return tuple(edit for edit in self.edits if isinstance(edit, Keep))
 
+    @property
+    def sparsities(self) -> tuple[Sparsify, ...]:
+        """The sublayers that lose single weights."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
+
     def dumps(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a plan file, and its arrays, where it has any, beside it."""
+        path = Path(path)
+        self.arrays.write(path)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh.write_text(self.dumps(), encoding="utf-8")
+        fresh.replace(path)
 
     @classmethod
     def loads(cls, text: str, name: str = "plan") -> Self:
@@ -122,7 +164,7 @@ class Plan(_Record):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a plan file, or the plan inside a ``billhook.json``."""
+        """Read a plan file, or the plan inside a ``billhook.json``, with the arrays that lie beside it."""
         path = Path(path)
         if path.is_dir():
             path = path / "billhook.json"
@@ -133,7 +175,11 @@ class Plan(_Record):
         content = _parse(text, str(path))
         if isinstance(content, dict) and "plan" in content:
             content = content["plan"]
-        return cls._of_content(content, str(path))
+        return cls._of_content(content, str(path)).beside(path)
+
+    def beside(self, path: Path) -> Self:
+        """The same plan with the arrays that lie beside the file it came from. InputError where they do not."""
+        return self.model_copy(update={"arrays": self.arrays.read(path)})
 
     @classmethod
     def _of_content(cls, content: object, name: str) -> Self:
@@ -144,7 +190,10 @@ class Plan(_Record):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep")) or "the top level"
+            place = (
+                ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "sparsify"))
+                or "the top level"
+            )
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{name} is not a valid plan: {place}: {reason}") from error
 

@@ -28,8 +28,8 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for
-from billhook.recipes.heal import healing_text, mended
+from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
@@ -61,8 +61,9 @@ def compare(
     progress: Progress | None = None,
     told: Callable[[Entry], None] | None = None,
 ) -> Comparison:
-    """Run ``recipes`` (by default all that come with Billhook) and the baselines at each budget, judge every result
-    against the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
+    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights) and the baselines at
+    each budget, judge every result against the dense model on the same text, and leave ``comparison.json`` and
+    ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
     random baseline is drawn several times. By default nothing is healed, so that methods are judged by what they cut;
@@ -79,7 +80,7 @@ def compare(
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
-    chosen = [catalogue.load(name) for name in dict.fromkeys([*(recipes or catalogue.names()), *BASELINES])]
+    chosen = [catalogue.load(name) for name in dict.fromkeys([*(recipes or _standard()), *BASELINES])]
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -158,6 +159,12 @@ def compare(
     return result
 
 
+def _standard() -> list[str]:
+    """All but those of single weights: zeros save parameters alone, so beside cuts that save file and time they would
+    win for nothing."""
+    return [recipe.name for recipe in catalogue.recipes() if recipe.unit != "weight"]
+
+
 #: Stand in every comparison.
 BASELINES = ("random", "evenly-spaced", "first", "last")
 
@@ -192,16 +199,22 @@ def _judged(
     progress: Progress | None,
 ) -> list[Entry]:
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
-    target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
-    entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
+    target = Target.UNIFORM if recipe.unit in ("block", "weight") else Target.REMOTE
+    entries: list[Entry] = []
+    choices: list[Choice | None] = []
+    for budget in budgets:
+        entry, choice = _searched(recipe, budget, seed, target, model, windows, seen, place, progress)
+        entries.append(entry)
+        choices.append(choice)
     cut: list[Any] = []
     again: list[Any] = []
-    for number, entry in enumerate(entries):
-        if entry.refused:
+    for number, (entry, choice) in enumerate(zip(entries, choices, strict=True)):
+        if choice is None:
             continue
         try:
-            acted = _acted(recipe, model, entry, windows, progress)
-            healed = [_healed(model, entry, longer, progress)] if longer is not None and recipe.act == "drop" else []
+            acted = _acted(recipe, model, choice, target, windows, progress)
+            heals = longer is not None and recipe.act == "drop" and recipe.unit != "weight"
+            healed = [_healed(model, choice.plan(target), longer, progress)] if heals and longer is not None else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
             continue
@@ -214,16 +227,21 @@ def _judged(
     return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
 
 
-def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progress: Progress | None) -> Any:
-    """The cut model; where the recipe combines blocks, with the weights that its act makes of the calibration text."""
-    plan = Plan.of(entry.drops, entry.target, entry.keeps)
+def _acted(
+    recipe: Recipe, model: Opened, choice: Choice, target: Target, windows: Windows, progress: Progress | None
+) -> Any:
+    """The cut model; with the new weights that came with the choice, or that an act which combines blocks makes of the
+    calibration text."""
+    plan = choice.plan(target)
+    if choice.healing is not None:
+        return applied(model, plan, choice.healing, "second-order")[0]
     if recipe.act == "drop":
         return apply(model.model, model.anatomy, plan)
     return mended(model, plan, recipe.act, windows, progress)[0]
 
 
-def _healed(model: Opened, entry: Entry, text: Windows, progress: Progress | None) -> Any:
-    return mended(model, Plan.of(entry.drops, entry.target, entry.keeps), "closed-form", text, progress)[0]
+def _healed(model: Opened, plan: Plan, text: Windows, progress: Progress | None) -> Any:
+    return mended(model, plan, "closed-form", text, progress)[0]
 
 
 def _searched(
@@ -236,7 +254,8 @@ def _searched(
     seen: Trace,
     place: Path,
     progress: Progress | None,
-) -> Entry:
+) -> tuple[Entry, Choice | None]:
+    """What is known before anything is carried out; no choice where it was refused."""
     entry = Entry(
         recipe=recipe.name, seed=seed, baseline=isinstance(recipe.choice, Baseline), asked=budget, target=target
     )
@@ -246,19 +265,21 @@ def _searched(
             problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
-        return entry.model_copy(update={"refused": str(error)})
+        return entry.model_copy(update={"refused": str(error)}), None
     drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops, choice.keeps)
-    return entry.model_copy(
+    costs = quantities(model.anatomy.outline, drops, choice.keeps, choice.zeros)
+    known = entry.model_copy(
         update={
             "drops": tuple(str(unit) for unit in sorted(drops)),
             "keeps": choice.keeps,
+            "sparsities": choice.sparsities,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,
             "seconds": clock.seconds["search"],
         }
     )
+    return known, choice
 
 
 def _key(

@@ -21,20 +21,22 @@ from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Plan, Provenance
+from billhook.plan.plan import Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for, require_path
-from billhook.recipes.heal import healing_text, mended
+from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
+from billhook.recipes.weights import require_weights
 from billhook.recipes.workplace import claimed
 from billhook.search import Problem
+from billhook.search.sparsity import WeightProblem
 from billhook.search.width import WidthProblem
 from billhook.surgery import apply
 
@@ -89,6 +91,7 @@ def compress(
     chosen, problem = _posed(candidates, outline, limits, aim)
     if way != "none":
         require_healable(model.anatomy)
+    require_weights(chosen, model)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -120,7 +123,7 @@ def compress(
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
 
-        plan = Plan.of(choice.found.drops, aim, choice.keeps).model_copy(
+        plan = choice.plan(aim).model_copy(
             update={
                 "budget": str(limits),
                 "provenance": Provenance(
@@ -134,7 +137,9 @@ def compress(
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
-        if longer is not None:
+        if choice.healing is not None:
+            compressed, healing = applied(model, plan, choice.healing, "second-order")
+        elif longer is not None:
             with clock.step("heal"):
                 if lessons is None:
                     compressed, healing = mended(model, plan, way, longer, progress)
@@ -145,7 +150,7 @@ def compress(
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
             healing = healing.model_copy(update={"text": calibration, "seed": seed})
-        costs = quantities(outline, choice.found.drops, choice.keeps)
+        costs = quantities(outline, choice.found.drops, choice.keeps, choice.zeros)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -169,6 +174,10 @@ def compress(
 
 def _way(recipe: Recipe, heal: Heal | None) -> str:
     """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
+    if recipe.unit == "weight":
+        if heal not in (None, "none"):
+            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
+        return "none"
     if recipe.act == "drop":
         return heal or recipe.heal
     if heal not in (None, "none"):
@@ -178,7 +187,7 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
 
 def _posed(
     candidates: Sequence[Recipe], outline: Outline, budget: Budget, target: Target
-) -> tuple[Recipe, Problem | WidthProblem]:
+) -> tuple[Recipe, Problem | WidthProblem | WeightProblem]:
     """The first recipe that can meet the budget on this model, and the task it has. InputError of the last one where
     none can."""
     *others, last = candidates
@@ -203,14 +212,14 @@ def _settled(
         return tuple(recipes), aim or Target.REMOTE
     chosen = catalogue.load(recipe)
     if aim is None:
-        aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
+        aim = Target.UNIFORM if chosen.unit in ("block", "weight") else Target.REMOTE
     if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
         if chosen.choice.allocation != "uniform":
             raise InputError(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"
             )
-    elif aim is Target.UNIFORM and chosen.unit != "block":
+    elif aim is Target.UNIFORM and chosen.unit not in ("block", "weight"):
         raise InputError(
             f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
             f"the same sublayers in every block; use target remote, or a recipe of whole blocks"

@@ -5,28 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from billhook import search
 from billhook.data import Windows
+from billhook.heal import Healing
 from billhook.measure.ablation import Ablator, Kind, ablation
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
+from billhook.plan.arrays import Arrays
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Keep, Plan, Sparsify
 from billhook.plan.record import SearchRecord
 from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained, Widths
+from billhook.recipes.schema import (
+    Bandit,
+    Evolve,
+    Greedy,
+    Knapsack,
+    Masks,
+    OneShot,
+    Recipe,
+    Sampled,
+    Span,
+    Trained,
+    Widths,
+)
+from billhook.recipes.weights import thin
 from billhook.recipes.widths import narrow
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.sparsity import WeightProblem, pose_weights
 from billhook.search.width import WidthProblem, pose_width
 
 Progress = Callable[[str, int, int], None]
@@ -52,16 +68,32 @@ BASELINES: dict[str, Callable[..., Found]] = {
 @dataclass(frozen=True)
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
-    ``keeps`` of the sublayers that get narrower."""
+    ``keeps`` of the sublayers that get narrower, ``sparsities`` of those that lose single weights, with their
+    ``arrays``; ``healing``: new weights that came with the choice."""
 
     found: Found
     record: SearchRecord
     importance: dict[str, dict[str, float]]
     keeps: tuple[Keep, ...] = ()
+    sparsities: tuple[Sparsify, ...] = ()
+    arrays: Arrays = field(default_factory=Arrays)
+    healing: Healing | None = field(default=None, compare=False)
+
+    def plan(self, target: Target) -> Plan:
+        return Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays)
+
+    @property
+    def zeros(self) -> dict[Address, int]:
+        """How many weights of each sublayer go."""
+        return {edit.unit: sum(edit.zeros.values()) for edit in self.sparsities}
 
 
-def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem:
+def pose_for(
+    recipe: Recipe, outline: Outline, budget: Budget, target: Target
+) -> Problem | WidthProblem | WeightProblem:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
+    if isinstance(recipe.choice, Masks):
+        return pose_weights(outline, budget)
     if isinstance(recipe.choice, Widths):
         multiple = recipe.choice.multiple_of
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
@@ -71,7 +103,7 @@ def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -
 def find(
     recipe: Recipe,
     model: Opened,
-    problem: Problem | WidthProblem,
+    problem: Problem | WidthProblem | WeightProblem,
     windows: Windows,
     seen: Trace,
     *,
@@ -88,6 +120,10 @@ def find(
     """
     require_path(recipe, problem.budget)
     choice = recipe.choice
+    if isinstance(problem, WeightProblem):
+        sparse, record, mean = thin(recipe, model, problem, windows, seed=seed, progress=progress)
+        nothing = Found(frozenset(), record.steps, record.work, 0)
+        return Choice(nothing, record, mean, (), sparse.edits, sparse.arrays, sparse.healing)
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
     objective = recipe.objective

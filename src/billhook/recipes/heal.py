@@ -20,6 +20,7 @@ from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
 from billhook.heal.divergence import HELD_BACK
+from billhook.heal.healing import require_no_masks
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
@@ -91,6 +92,7 @@ def heal(
             f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
         )
     plan, origin = known.plan, against or known.model
+    require_no_masks(plan, "healing")
     check_out(out, overwrite, origin)
     calibrated_on = calibrated_with(source)[0]
     text_name = calibration or calibrated_on

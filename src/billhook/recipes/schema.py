@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from billhook.measure.ablation import Kind
+from billhook.plan.masks import parse_pattern
 from billhook.scores import InnerUnit, Unit, named
+from billhook.search.sparsity import By
 from billhook.search.width import Allocation
 
 
@@ -145,6 +147,23 @@ class Widths(_Words):
         return self
 
 
+class Masks(_Words):
+    """Set the least important weights of every linear to zero, ``by`` magnitude, wanda or second-order (see
+    ``search.sparsity``), in a ``pattern``: unstructured, or N:M, at most N of M inputs in a row. Blocks lose alike, or
+    the less the steeper the loss is in their weights (allocation zeroth-order, see ``search.zeroth_order``)."""
+
+    word: Literal["masks"]
+    by: By
+    pattern: str = "unstructured"
+    allocation: Literal["uniform", "zeroth-order"] = "uniform"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if parse_pattern(self.pattern) is not None and self.allocation != "uniform":
+            raise ValueError("a pattern N:M takes as much from every block: its allocation is uniform")
+        return self
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -163,11 +182,11 @@ class Recipe(_Words):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Literal[Unit, InnerUnit]
+    unit: Literal[Unit, InnerUnit, "weight"]
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Baseline,
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Masks | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -181,6 +200,10 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
+        if (self.unit == "weight") != (self.choice.word == "masks"):
+            raise ValueError("single weights go with the choice masks, and masks with the unit weight")
+        if self.unit == "weight" and (self.heal != "none" or self.act != "drop"):
+            raise ValueError("masks go with heal none and act drop: what stays gets new weights by second-order alone")
         if self.wide != (self.choice.word == "widths"):
             raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
         if self.score is not None and named(self.score.word).wide != self.wide:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import Outline, StackOutline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Keep, Sparsify
 from billhook.plan.record import Run
 from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
@@ -67,7 +67,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *widths(run)]
+    return [*gone, *widths(run), *zeros(run)]
 
 
 def widths(run: Run) -> list[tuple[str, str]]:
@@ -89,27 +89,56 @@ def widths(run: Run) -> list[tuple[str, str]]:
     return found
 
 
+def zeros(run: Run) -> list[tuple[str, str]]:
+    """``("weights of blocks", "0–29: 53,084,160 of 106,168,320 set to zero, 2:4")``, one line a stack and pattern."""
+    sublayers = dict(run.outline.sublayers())
+    several = len(run.outline.stacks) > 1
+    groups: dict[tuple[str, str], list[Sparsify]] = {}
+    for edit in run.plan.sparsities:
+        groups.setdefault((edit.unit.stack, edit.pattern), []).append(edit)
+    found = []
+    for (stack, pattern), edits in groups.items():
+        where = ranges({edit.unit.block for edit in edits})
+        gone, of = sum(_zeros(edit) for edit in edits), sum(sublayers[edit.unit].linear_params for edit in edits)
+        what = f"weights of {stack + ' ' if several else ''}blocks"
+        found.append((what, f"{where}: {gone:,} of {of:,} set to zero, {pattern}"))
+    return found
+
+
+def sparser(edits: Iterable[Sparsify]) -> list[str]:
+    """``decoder.3.mlp: 1,327,104 weights zero``, one an edit."""
+    return [f"{edit.unit}: {_zeros(edit):,} weights zero" for edit in edits]
+
+
+def _zeros(edit: Sparsify) -> int:
+    return sum(edit.zeros.values())
+
+
 def narrower(keeps: Iterable[Keep]) -> list[str]:
     """``decoder.3.mlp: 1,098 neurons kept``, one a keep."""
     return [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
 
 
-def left_of(outline: Outline, keeps: Iterable[Keep]) -> dict[Address, float]:
-    """Percent of its parameters that a sublayer keeps, of those that get narrower."""
+def left_of(outline: Outline, keeps: Iterable[Keep], sparsities: Iterable[Sparsify] = ()) -> dict[Address, float]:
+    """Percent of its parameters that a sublayer keeps, of those that get narrower; of those that only lose single
+    weights, how many are not zero."""
     sublayers = dict(outline.sublayers())
-    return {
+    nonzero = {e.unit: round(100 * (1 - _zeros(e) / max(sublayers[e.unit].params, 1)), 1) for e in sparsities}
+    return nonzero | {
         k.unit: round(100 * sublayers[k.unit].narrowed(k.inner, len(k.indices)).params / sublayers[k.unit].params, 1)
         for k in keeps
     }
 
 
 def _lost(run: Run) -> list[tuple[str, int]]:
-    """For each kind of inner unit: how many were cut."""
+    """For each kind of inner unit, and for single weights: how many were cut."""
     sublayers = dict(run.outline.sublayers())
     found: Counter[str] = Counter()
     for keep in run.plan.keeps:
         found[keep.inner] += sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
-    return [(UNITS[kind], number) for kind, number in sorted(found.items())]
+    for edit in run.plan.sparsities:
+        found["weight"] += _zeros(edit)
+    return [(UNITS.get(kind, kind), number) for kind, number in sorted(found.items())]
 
 
 def parts(run: Run) -> list[tuple[str, str]]:
@@ -141,7 +170,7 @@ def counts(run: Run) -> str:
 def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
-    lefts = left_of(run.outline, run.plan.keeps)
+    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities)
     return [_column(stack, drops, lefts) for stack in run.outline.stacks]
 
 

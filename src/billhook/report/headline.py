@@ -50,6 +50,8 @@ def title(run: Run) -> str:
     """What the page is about, for the browser's tab and the model card."""
     if not run.plan.edits:
         return f"{run.model}: what it may not need"
+    if "params" in run.realised and _only_sparse(run):
+        return f"{run.model} with {percent(1 - run.realised['params'])} of its block parameters set to zero"
     if "params" in run.realised:
         return f"{run.model} without {percent(1 - run.realised['params'])} of its block parameters"
     return f"{run.model} without {counts(run)}"
@@ -69,8 +71,14 @@ def verdict(run: Run) -> str:
     text = furthest(run.evidence)
     facts += [_quality_fact(text)] if text else []
     if not facts:
-        return f"{sentence}, the model is smaller; how well it still works was not measured."
+        less = "sparser" if _only_sparse(run) else "smaller"
+        return f"{sentence}, the model is {less}; how well it still works was not measured."
     return f"{sentence}, {' and '.join(facts)}."
+
+
+def _only_sparse(run: Run) -> bool:
+    """Whether nothing was taken out: single weights are zero."""
+    return bool(run.plan.sparsities) and not (run.plan.drops or run.plan.keeps)
 
 
 def furthest(evidence: tuple[TextEvidence, ...]) -> TextEvidence | None:

@@ -49,6 +49,10 @@ def loading(run: Run) -> Loading:
     auto = "AutoModelForCausalLM" if is_language_model(run.outline) else "AutoModel"
     if is_ordinary(run):
         words = "An ordinary checkpoint: whatever loads the original model loads this one."
+        if run.plan.sparsities:
+            words += (
+                " Zeros are stored and multiplied with like any weight; only an engine with kernels for them gains."
+            )
         return Loading(words, "python", _transformers(auto, ""))
     match run.plan.target:
         case Target.DECI:

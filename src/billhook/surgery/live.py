@@ -13,9 +13,10 @@ from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.check import check, normalise, survivors
-from billhook.plan.plan import Keep, Plan
+from billhook.plan.plan import Drop, Keep, Plan
 from billhook.plan.schedule import compiled
 from billhook.plan.widths import narrowing
+from billhook.surgery.masks import Masks, put_masks
 from billhook.surgery.narrow import narrow, state
 
 
@@ -26,7 +27,8 @@ def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Addr
         plan = Plan.of(plan)
     if plan.schedule is not None:
         more = compiled(plan.schedule, anatomy.outline)
-        plan = plan.model_copy(update={"edits": (*Plan.of(plan.drops | more).edits, *plan.keeps), "schedule": None})
+        others = (edit for edit in plan.edits if not isinstance(edit, Drop))
+        plan = plan.model_copy(update={"edits": (*Plan.of(plan.drops | more).edits, *others), "schedule": None})
     check(plan, anatomy.outline)
     return normalise(plan.drops, anatomy.outline)
 
@@ -36,9 +38,17 @@ def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ..
     return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
 
 
-def cut(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], keeps: tuple[Keep, ...], undo: Undo) -> None:
+def cut(
+    model: nn.Module,
+    anatomy: Anatomy,
+    drops: frozenset[Address],
+    keeps: tuple[Keep, ...],
+    masks: Masks,
+    undo: Undo,
+) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
-    but for the stubs and for widths that differ from block to block."""
+    but for the stubs and for widths that differ from block to block. Masks come first: they are of whole weights."""
+    put_masks(model, masks, undo.set)
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
     drop(model, anatomy, drops, undo)

@@ -1,0 +1,58 @@
+"""WikiText-2 and C4 perplexity of SmolLM2-135M with half of the weights in its blocks set to zero.
+
+    python benchmarks/sparsity_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 8192 bfloat16 all)
+
+Every recipe of single weights on the same calibration, at params=0.5. DTYPE float32 is for processors without bfloat16,
+where it is many times faster; say so with the figures. Minutes to an hour, by the machine."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from protocol import DATA, LENGTH, bed
+
+from billhook.data import windows as windows_of
+from billhook.heal import healed
+from billhook.measure.cost import cost
+from billhook.measure.latency import now
+from billhook.measure.sums import Trace
+from billhook.plan.budget import Budget
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.find import find, pose_for
+from billhook.recipes.settings import CALIBRATION_LENGTH
+
+BUDGET = "params=0.5"
+WORK = Path("out/benchmarks/sparsity-figures")
+
+
+def main(source: str = "demo", tokens: str = "8192", dtype: str = "bfloat16", *recipes: str) -> None:
+    b = bed(source)
+    b.live.to(getattr(torch, dtype))
+    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
+    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH)
+    outline = b.anatomy.outline
+    dense = cost(outline)["params"]
+    print(f"calibrated on {windows.tokens} tokens of wiki_calib, {dtype}, {BUDGET}")
+    print(f"{'recipe':<18} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}", flush=True)
+    print(f"{'dense':<18} {1:>8.4f} {b.perplexity():>10.2f} {b.perplexity(test=c4):>8.2f}", flush=True)
+    for name in recipes or [n for n in catalogue.names() if catalogue.load(n).unit == "weight"]:
+        recipe = catalogue.load(name)
+        problem = pose_for(recipe, outline, Budget.parse(BUDGET), Target.UNIFORM)
+        begun = now()
+        choice = find(recipe, b.model, problem, windows, Trace(), seed=0, place=WORK, progress=None)
+        seconds = now() - begun
+        plan = choice.plan(Target.UNIFORM)
+        share = cost(outline, zeros=choice.zeros)["params"] / dense
+        around: Any = healed(b.live, choice.healing) if choice.healing else nullcontext()
+        with around:
+            figures = f"{b.perplexity(plan):>10.2f} {b.perplexity(plan, c4):>8.2f}"
+        print(f"{name:<18} {share:>8.4f} {figures} {seconds:>8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
