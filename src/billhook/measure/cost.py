@@ -11,7 +11,7 @@ from collections.abc import Iterable, Set
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Factorise, Keep
 from billhook.plan.record import Quantity
 
 Costs = dict[str, float]
@@ -61,18 +61,28 @@ class CostModel:
         for block_address in self._parts:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
 
-    def of(self, drops: Iterable[Address], keeps: Iterable[Keep] = ()) -> Costs:
-        """The costs with these units dropped and these sublayers narrowed."""
+    def of(
+        self, drops: Iterable[Address], keeps: Iterable[Keep] = (), factors: Iterable[Factorise] = ()
+    ) -> Costs:
+        """The costs with these units dropped, these sublayers narrowed and these linears in two parts."""
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
+        changed: dict[Address, SublayerOutline] = {}
         for keep in keeps:
-            stack = self.outline.stack(keep.unit.stack)
-            sublayer = stack.blocks[keep.unit.block].sublayers[str(keep.unit.sublayer)]
-            narrow = sublayer.narrowed(keep.inner, len(keep.indices))
-            costs = _plus(costs, self._shares[keep.unit], -1)
-            costs = _plus(costs, self._share(narrow, keep.unit.sublayer == "cross_attention", stack), 1)
+            whole = changed.get(keep.unit) or self._drawn(keep.unit)
+            changed[keep.unit] = whole.narrowed(keep.inner, len(keep.indices))
+        for edit in factors:
+            whole = changed.get(edit.unit) or self._drawn(edit.unit)
+            changed[edit.unit] = whole.factorised(edit.linear, edit.rank)
+        for unit, sublayer in changed.items():
+            stack = self.outline.stack(unit.stack)
+            costs = _plus(costs, self._shares[unit], -1)
+            costs = _plus(costs, self._share(sublayer, unit.sublayer == "cross_attention", stack), 1)
         return costs
+
+    def _drawn(self, unit: Address) -> SublayerOutline:
+        return self.outline.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
 
     def saving(self, unit: Address, drops: Set[Address] = frozenset()) -> Costs:
         """What dropping ``unit`` saves when ``drops`` are gone already: ``of(drops) - of(drops | {unit})``, at once."""
@@ -123,26 +133,28 @@ def cost(
     outline: Outline,
     drops: Iterable[Address] = (),
     keeps: Iterable[Keep] = (),
+    factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> Costs:
-    """Every kind of cost of a model with these units dropped and these sublayers narrowed; see CostModel for what is
-    counted."""
-    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps)
+    """Every kind of cost of a model with these units dropped, these sublayers narrowed and these linears in two parts;
+    see CostModel for what is counted."""
+    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps, factors)
 
 
 def quantities(
     outline: Outline,
     drops: Iterable[Address],
     keeps: Iterable[Keep] = (),
+    factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Quantity]:
     """The costs before and after, for the record of a run."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops, keeps)
+    after = model.of(drops, keeps, factors)
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

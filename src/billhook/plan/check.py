@@ -8,6 +8,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
+from billhook.plan.ranks import check_factors
 from billhook.plan.target import Target
 from billhook.plan.widths import check_keeps
 
@@ -60,6 +61,7 @@ def check(plan: Plan, outline: Outline) -> None:
     if reason:
         raise InputError(f"the plan {reason}")
     check_keeps(plan, drops, outline)
+    check_factors(plan, drops, outline)
     for stack in outline.stacks:
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
         if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first
