@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from billhook.plan.address import Address
+from billhook.plan.arrays import Arrays, ArraysField
 from billhook.plan.errors import InputError
 from billhook.plan.ranges import parse_ranges, write_ranges
 from billhook.plan.schedule import Schedule
@@ -93,6 +94,7 @@ class Plan(_Record):
     budget: str | None = None
     edits: tuple[Edit, ...] = ()
     schedule: Schedule | None = Field(default=None, exclude_if=lambda schedule: schedule is None)
+    arrays: ArraysField = Field(default_factory=Arrays, exclude_if=lambda arrays: not arrays)
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod
@@ -115,6 +117,14 @@ class Plan(_Record):
     def dumps(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write a plan file, and its arrays, where it has any, beside it."""
+        path = Path(path)
+        self.arrays.write(path)
+        fresh = path.with_name(f".{path.name}.{os.getpid()}")
+        fresh.write_text(self.dumps(), encoding="utf-8")
+        fresh.replace(path)
+
     @classmethod
     def loads(cls, text: str, name: str = "plan") -> Self:
         """Parse a plan; raises InputError with the first thing that is wrong."""
@@ -122,7 +132,7 @@ class Plan(_Record):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a plan file, or the plan inside a ``billhook.json``."""
+        """Read a plan file, or the plan inside a ``billhook.json``, with the arrays that lie beside it."""
         path = Path(path)
         if path.is_dir():
             path = path / "billhook.json"
@@ -133,7 +143,11 @@ class Plan(_Record):
         content = _parse(text, str(path))
         if isinstance(content, dict) and "plan" in content:
             content = content["plan"]
-        return cls._of_content(content, str(path))
+        return cls._of_content(content, str(path)).beside(path)
+
+    def beside(self, path: Path) -> Self:
+        """The same plan with the arrays that lie beside the file it came from. InputError where they do not."""
+        return self.model_copy(update={"arrays": self.arrays.read(path)})
 
     @classmethod
     def _of_content(cls, content: object, name: str) -> Self:

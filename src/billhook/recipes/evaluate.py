@@ -87,9 +87,10 @@ def recorded(source: str | os.PathLike[str]) -> Run | None:
     if not path.is_file():
         return None
     try:
-        return Run.model_validate_json(path.read_text(encoding="utf-8"))
+        record = Run.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a record that this version of Billhook wrote; remove it to go on") from error
+    return record.model_copy(update={"plan": record.plan.beside(path)})
 
 
 def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Run:

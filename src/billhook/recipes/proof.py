@@ -70,7 +70,8 @@ def proven(
 
 
 def write_down(run: Run, folder: Path) -> None:
-    """The record, the page and, for a checkpoint, its card, into an existing folder."""
+    """The record with the arrays of its plan, the page and, for a checkpoint, its card, into an existing folder."""
+    run.plan.arrays.write(folder / RECORD)
     (folder / RECORD).write_text(run.model_dump_json(indent=2) + "\n", encoding="utf-8")
     write_report(run, folder)
     if (folder / "config.json").is_file():

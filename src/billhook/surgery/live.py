@@ -13,7 +13,7 @@ from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.check import check, normalise, survivors
-from billhook.plan.plan import Keep, Plan
+from billhook.plan.plan import Drop, Keep, Plan
 from billhook.plan.schedule import compiled
 from billhook.plan.widths import narrowing
 from billhook.surgery.narrow import narrow, state
@@ -26,7 +26,8 @@ def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Addr
         plan = Plan.of(plan)
     if plan.schedule is not None:
         more = compiled(plan.schedule, anatomy.outline)
-        plan = plan.model_copy(update={"edits": (*Plan.of(plan.drops | more).edits, *plan.keeps), "schedule": None})
+        others = (edit for edit in plan.edits if not isinstance(edit, Drop))
+        plan = plan.model_copy(update={"edits": (*Plan.of(plan.drops | more).edits, *others), "schedule": None})
     check(plan, anatomy.outline)
     return normalise(plan.drops, anatomy.outline)
 
