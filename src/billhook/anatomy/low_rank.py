@@ -25,6 +25,10 @@ class LowRank(nn.Module):
         """Some models ask a linear for the dtype of its weight, or for the number of its rows."""
         return self.expand.weight
 
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.expand.bias
+
     def forward(self, x: torch.Tensor) -> Any:
         return self.expand(self.reduce(x))
 

@@ -43,7 +43,7 @@ def save(
     tensors of ``model``, in name and shape; InputError with the difference otherwise.
     """
     config = copy.deepcopy(model.config)
-    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy)
+    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy, plan.factors)
     form = write_form(config, anatomy, form)
     files = _dressed(config, model, anatomy, form, plan.target)
     models.save(model, tokenizer, folder, source_folder)
@@ -79,12 +79,14 @@ def _dressed(config: Any, model: Any, anatomy: Anatomy, form: Form, target: Targ
     if not form:
         return {"config.json": {"auto_map": ABSENT}}
     if target is Target.UNIFORM:
-        odd = f"lacks {min(form.skips)}" if form.skips else f"has a size of its own in {min(form.widths)[0]}"
+        odd = f"lacks {min(form.skips)}" if form.skips else f"has a size of its own in {min({**form.widths, **form.ranks})[0]}"
         raise InputError(f"target uniform cannot carry this model: it already {odd}; use target remote or any")
     plain = copy.deepcopy(config)
     write_form(plain, anatomy, Form())
     full = on_meta(stock, plain)
     if target is Target.DECI:
+        if form.ranks:
+            raise InputError("target deci cannot carry this model: linears of it are in two parts")
         return deci.files(full, discover(full), form)
     names = auto_classes(config, stock.__name__)
     return {

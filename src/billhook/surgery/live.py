@@ -16,6 +16,7 @@ from billhook.plan.check import check, normalise, survivors
 from billhook.plan.plan import Drop, Keep, Plan
 from billhook.plan.schedule import compiled
 from billhook.plan.widths import narrowing
+from billhook.surgery.factorise import Factor, factorise
 from billhook.surgery.narrow import narrow, state
 
 
@@ -37,11 +38,19 @@ def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ..
     return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
 
 
-def cut(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], keeps: tuple[Keep, ...], undo: Undo) -> None:
+def cut(
+    model: nn.Module,
+    anatomy: Anatomy,
+    drops: frozenset[Address],
+    keeps: tuple[Keep, ...],
+    undo: Undo,
+    factors: tuple[Factor, ...] = (),
+) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
-    but for the stubs and for widths that differ from block to block."""
+    but for the stubs, for widths that differ from block to block and for linears in two parts."""
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
+    factorise(model, factors, undo.swap)
     drop(model, anatomy, drops, undo)
 
 

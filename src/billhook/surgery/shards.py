@@ -9,26 +9,35 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from torch import Tensor
 
 from billhook.plan.errors import InputError
 from billhook.plan.ranges import runs
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 8 * 2**20  # bytes in memory at any time
 _METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What is written in the place of a tensor: of this shape, in the same type, made of all of its values."""
+
+    shape: tuple[int, ...]
+    of: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32). Of a
-    tensor to be narrowed only the entries ``kept`` along ``axis`` are written."""
+    tensor to be narrowed only the entries ``kept`` along ``axis`` are written; of others what is ``made`` of them."""
 
     name: str
     file: Path
@@ -38,10 +47,13 @@ class Stored:
     end: int
     axis: int = 0
     kept: tuple[int, ...] | None = None
+    made: Made | None = None
 
     @property
     def written(self) -> tuple[int, ...]:
         """The shape that is written."""
+        if self.made is not None:
+            return self.made.shape
         if self.kept is None:
             return self.shape
         return (*self.shape[: self.axis], len(self.kept), *self.shape[self.axis + 1 :])
@@ -94,7 +106,11 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
     (all entries of the axes before it) of which the kept entries are picked."""
     whole = stored.end - stored.begin
     with stored.file.open("rb") as source:
-        if stored.kept is None:
+        if stored.made is not None:
+            data = bytearray().join(_chunks(stored, source, 0, whole, _CHUNK))
+            new = stored.made.of(torch.frombuffer(data, dtype=FLOATS[stored.dtype]).view(stored.shape))
+            out.write(new.contiguous().view(torch.uint8).numpy().tobytes())
+        elif stored.kept is None:
             for chunk in _chunks(stored, source, 0, whole, _CHUNK):
                 out.write(chunk)
         elif stored.axis == 0:
@@ -111,7 +127,7 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
 
 
 def _chunks(stored: Stored, source: BufferedReader, begin: int, end: int, size: int) -> Iterator[bytearray]:
-    dtype = _FLOATS.get(stored.dtype)
+    dtype = FLOATS.get(stored.dtype)
     source.seek(stored.begin + begin)
     left = end - begin
     while left:

@@ -11,6 +11,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import cut, drops_of, keeps_of
 
 
@@ -19,14 +20,14 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     """Inside the context ``model`` is the compressed model; leaving it, also by an exception, restores it exactly.
 
     Works in place by swapping modules, narrower tensors and config values. Costs next to no time, and no memory but for
-    the slices that stay of tensors that get narrower. Raises InputError if the
-    plan is not possible on this model; the model is untouched then.
+    what stays of tensors that get narrower, and for linears that become two. Raises InputError if the plan is not
+    possible on this model; the model is untouched then.
     """
-    drops = drops_of(plan, anatomy)
+    drops, factors = drops_of(plan, anatomy), factors_of(plan, anatomy)
     undo = Undo()
     undo.guard_hooks(model)
     try:
-        cut(model, anatomy, drops, keeps_of(plan, anatomy), undo)
+        cut(model, anatomy, drops, keeps_of(plan, anatomy), undo, factors)
         yield model
     finally:
         undo.restore()
