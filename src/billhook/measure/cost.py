@@ -6,7 +6,7 @@ gone when all of it is. So a search can ask for thousands of candidates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
@@ -29,7 +29,8 @@ NEW_TOKENS = 128
 class CostModel:
     """The costs of a model and of its units for one workload: batch 1, a prompt, then greedy tokens with a cache.
 
-    - ``params``: parameters inside the blocks.
+    - ``params``: parameters inside the blocks; zeros that a mask sets do not count. They save nothing else: they are
+      stored and multiplied with like any weight, unless an engine has kernels for them.
     - ``size``: bytes of the weights in a file, header aside; tied weights once, all in the average stored width.
     - ``flops``: two per weight and token (embeddings aside; of a mixture only the experts that a token uses) and four
       per head channel and query-key pair, for the pairs that the mask allows (Kaplan et al. 2020, section 2.1, who
@@ -62,9 +63,14 @@ class CostModel:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
 
     def of(
-        self, drops: Iterable[Address], keeps: Iterable[Keep] = (), factors: Iterable[Factorise] = ()
+        self,
+        drops: Iterable[Address],
+        keeps: Iterable[Keep] = (),
+        zeros: Mapping[Address, int] | None = None,
+        factors: Iterable[Factorise] = (),
     ) -> Costs:
-        """The costs with these units dropped, these sublayers narrowed and these linears in two parts."""
+        """The costs with these units dropped, these sublayers narrowed, these linears in two parts, and so many
+        ``zeros`` in the sublayers that stay."""
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
@@ -79,7 +85,7 @@ class CostModel:
             stack = self.outline.stack(unit.stack)
             costs = _plus(costs, self._shares[unit], -1)
             costs = _plus(costs, self._share(sublayer, unit.sublayer == "cross_attention", stack), 1)
-        return costs
+        return _plus(costs, {"params": float(sum((zeros or {}).values()))}, -1)
 
     def _drawn(self, unit: Address) -> SublayerOutline:
         return self.outline.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
@@ -133,6 +139,7 @@ def cost(
     outline: Outline,
     drops: Iterable[Address] = (),
     keeps: Iterable[Keep] = (),
+    zeros: Mapping[Address, int] | None = None,
     factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
@@ -140,13 +147,15 @@ def cost(
 ) -> Costs:
     """Every kind of cost of a model with these units dropped, these sublayers narrowed and these linears in two parts;
     see CostModel for what is counted."""
-    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps, factors)
+    model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    return model.of(drops, keeps, zeros, factors)
 
 
 def quantities(
     outline: Outline,
     drops: Iterable[Address],
     keeps: Iterable[Keep] = (),
+    zeros: Mapping[Address, int] | None = None,
     factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
@@ -154,7 +163,7 @@ def quantities(
 ) -> dict[str, Quantity]:
     """The costs before and after, for the record of a run."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops, keeps, factors)
+    after = model.of(drops, keeps, zeros, factors)
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

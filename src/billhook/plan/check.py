@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
+from billhook.plan.masks import check_masks
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.ranks import check_factors
@@ -61,6 +62,7 @@ def check(plan: Plan, outline: Outline) -> None:
     if reason:
         raise InputError(f"the plan {reason}")
     check_keeps(plan, drops, outline)
+    check_masks(plan, drops, outline)
     check_factors(plan, drops, outline)
     for stack in outline.stacks:
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")

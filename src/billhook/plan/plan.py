@@ -68,6 +68,23 @@ class Keep(_Record):
     indices: IndicesField
 
 
+class Sparsify(_Record):
+    """Set single weights of a sublayer to zero. ``zeros``: how many of each linear, by the name of its weight inside
+    the block. Which ones is in the plan's arrays, ``array(linear)``: bits in the shape of the weight in the original
+    model, 1 for those that stay, eight to a byte along the last axis.
+
+    ``pattern``: ``N:M`` where at most N of M inputs in a row have a weight in each output, or ``unstructured``.
+    """
+
+    kind: Literal["sparsify"] = "sparsify"
+    unit: AddressField
+    pattern: str = "unstructured"
+    zeros: dict[str, Annotated[int, Field(ge=1)]]
+
+    def array(self, linear: str) -> str:
+        return f"{self.unit}/{linear}"
+
+
 class Factorise(_Record):
     """Replace a linear W of a sublayer by two, ``rank`` wide in between: W becomes U U'W.
 
@@ -90,7 +107,9 @@ def _edit_kind(value: object) -> object:
     return {"kind": "drop", **value} if isinstance(value, dict) else value
 
 
-Edit = Annotated[Annotated[Drop | Keep | Factorise, Field(discriminator="kind")], BeforeValidator(_edit_kind)]
+Edit = Annotated[
+    Annotated[Drop | Keep | Sparsify | Factorise, Field(discriminator="kind")], BeforeValidator(_edit_kind)
+]
 
 
 class Provenance(_Record):
@@ -116,11 +135,21 @@ class Plan(_Record):
     provenance: Provenance = Field(default_factory=Provenance)
 
     @classmethod
-    def of(cls, units: Iterable[Address | str], target: Target = Target.ANY, keeps: Iterable[Keep] = ()) -> Self:
-        """A plan that drops the given units and narrows others by ``keeps``, in order of address, drops first."""
+    def of(
+        cls,
+        units: Iterable[Address | str],
+        target: Target = Target.ANY,
+        keeps: Iterable[Keep] = (),
+        sparsities: Iterable[Sparsify] = (),
+        arrays: Arrays | None = None,
+    ) -> Self:
+        """A plan that drops the given units, narrows others by ``keeps`` and makes some sparse, in order of address,
+        drops first. ``arrays`` are those that its edits name."""
         addresses = {Address.parse(u) if isinstance(u, str) else u for u in units}
         drops = tuple(Drop(unit=a) for a in sorted(addresses))
-        return cls(target=target, edits=(*drops, *sorted(keeps, key=lambda keep: (keep.unit, keep.inner))))
+        narrow = sorted(keeps, key=lambda keep: (keep.unit, keep.inner))
+        sparse = sorted(sparsities, key=lambda edit: edit.unit)
+        return cls(target=target, edits=(*drops, *narrow, *sparse), arrays=arrays or Arrays())
 
     @property
     def drops(self) -> frozenset[Address]:
@@ -131,6 +160,11 @@ class Plan(_Record):
     def keeps(self) -> tuple[Keep, ...]:
         """The sublayers that get narrower."""
         return tuple(edit for edit in self.edits if isinstance(edit, Keep))
+
+    @property
+    def sparsities(self) -> tuple[Sparsify, ...]:
+        """The sublayers that lose single weights."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
 
     def factorised(self, bases: Mapping[Factorise, NDArray[Any]]) -> Self:
         """The same plan with these linears in two as well, each by its basis."""
@@ -187,7 +221,10 @@ class Plan(_Record):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "factorise")) or "the top level"
+            place = (
+                ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "sparsify", "factorise"))
+                or "the top level"
+            )
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{name} is not a valid plan: {place}: {reason}") from error
 

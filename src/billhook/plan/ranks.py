@@ -16,7 +16,7 @@ Ranks = dict[tuple[Address, str], int]  # (block, path of a linear in it) -> how
 def check_factors(plan: Plan, drops: Collection[Address], outline: Outline) -> None:
     """Raise InputError with the reason if a linear cannot be taken apart as the plan says."""
     sublayers = dict(outline.sublayers())
-    narrower = {keep.unit for keep in plan.keeps}
+    narrower, sparse = ({edit.unit for edit in edits} for edits in (plan.keeps, plan.sparsities))
     seen: set[tuple[Address, str]] = set()
     for edit in plan.factors:
         what = f"{edit.linear} of {edit.unit}"
@@ -29,6 +29,8 @@ def check_factors(plan: Plan, drops: Collection[Address], outline: Outline) -> N
             raise InputError(f"unit {edit.unit} is dropped, so {edit.linear} cannot be taken apart")
         if edit.unit in narrower:
             raise InputError(f"unit {edit.unit} is both kept in part and taken apart; a plan does one of them to it")
+        if edit.unit in sparse:
+            raise InputError(f"unit {edit.unit} is both made sparse and taken apart: two dense linears keep no zeros")
         if (edit.unit, edit.linear) in seen:
             raise InputError(f"the plan takes {what} apart twice")
         if not 1 <= edit.rank <= linears[edit.linear].useful:

@@ -25,11 +25,13 @@ from billhook.surgery.apply import apply
 from billhook.surgery.factorise import Factor, factors_of
 from billhook.surgery.form import Form, form_after, write_form
 from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.masks import masks_of, zeros_left
 from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
 from billhook.surgery.shards import Headers, read_header, write_shard
 from billhook.surgery.slices import narrowed
 from billhook.surgery.split import split, split_names
+from billhook.surgery.thinning import thinned
 
 _INDEX = "model.safetensors.index.json"
 
@@ -54,12 +56,13 @@ def apply_to_checkpoint(
 class Rewritten:
     """``small`` is the compressed model on the meta device, ``anatomy`` that of the source, ``form`` what the new
     config lists as missing or narrower, ``left_out`` the stored weights that the model has no place for (see
-    ``models.Loaded``)."""
+    ``models.Loaded``), ``zeros`` how many weights of each sublayer the plan's masks set to zero."""
 
     small: Any
     anatomy: Anatomy
     form: Form
     left_out: tuple[str, ...]
+    zeros: dict[Address, int]
 
 
 def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewritten:
@@ -70,6 +73,8 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         anatomy = discover(dense)
         drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
         small = apply(dense, anatomy, plan)
+        masks = masks_of(plan, anatomy, dense)
+        zeros = zeros_left(plan, anatomy, dense, keeps) if isinstance(plan, Plan) else {}
         form = form_after(small.config, drops, keeps, anatomy, [factor.edit for factor in factors])
         form = write_form(small.config, anatomy, form)
 
@@ -77,11 +82,11 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         live, left_out = live_names(dense, _all_names(view, headers), str(source))
         moves = moved(live, anatomy, drops)
         _account(moves, dense, small, anatomy, drops, factors)
-        headers, moves = narrowed(headers, moves, live, dense, anatomy, keeps)
+        headers, moves = narrowed(thinned(headers, live, dense, masks), moves, live, dense, anatomy, keeps)
         _write(folder, *split(headers, moves, live, dense, factors))
         _write_config(small.config, folder)
         copy_extras(source, folder)
-    return Rewritten(small, anatomy, form, left_out)
+    return Rewritten(small, anatomy, form, left_out, zeros)
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
+
 from billhook.models.checks import left_out
 from billhook.plan.errors import InputError
 
@@ -62,6 +64,14 @@ def _renamer(model: Any, expected: dict[str, Any]) -> Callable[[str], list[str]]
         return [live.replace(parts[0], part) for part in parts]
 
     return rename
+
+
+def stored_parts(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that are stored for the parameter ``name`` of a model, from one in its shape: as in saving. A fused
+    one gives several, such as one for each expert."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return dict(revert_weight_conversion(model, {name: tensor}))
 
 
 def _any_of(patterns: Iterable[str]) -> Callable[[str], bool]:

@@ -10,15 +10,18 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from billhook.plan.errors import InputError
+from billhook.plan.masks import Packed, unpack
 from billhook.plan.ranges import runs
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -37,7 +40,8 @@ class Made:
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32). Of a
-    tensor to be narrowed only the entries ``kept`` along ``axis`` are written; of others what is ``made`` of them."""
+    tensor to be narrowed only the entries ``kept`` along ``axis`` are written, zeros for what its ``mask`` takes; of
+    others what is ``made`` of them."""
 
     name: str
     file: Path
@@ -47,7 +51,8 @@ class Stored:
     end: int
     axis: int = 0
     kept: tuple[int, ...] | None = None
-    made: Made | None = None
+    mask: Packed | None = field(default=None, compare=False)
+    made: Made | None = field(default=None, compare=False)
 
     @property
     def written(self) -> tuple[int, ...]:
@@ -105,29 +110,33 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
     """Copy a tensor, or what is kept of it, a chunk at a time: of the first axis byte ranges, of any other whole rows
     (all entries of the axes before it) of which the kept entries are picked."""
     whole = stored.end - stored.begin
+    gone = None if stored.mask is None else ~unpack(stored.mask, stored.shape).reshape(-1)
     with stored.file.open("rb") as source:
         if stored.made is not None:
-            data = bytearray().join(_chunks(stored, source, 0, whole, _CHUNK))
+            data = bytearray().join(_chunks(stored, source, 0, whole, _CHUNK, gone))
             new = stored.made.of(torch.frombuffer(data, dtype=FLOATS[stored.dtype]).view(stored.shape))
             out.write(new.contiguous().view(torch.uint8).numpy().tobytes())
         elif stored.kept is None:
-            for chunk in _chunks(stored, source, 0, whole, _CHUNK):
+            for chunk in _chunks(stored, source, 0, whole, _CHUNK, gone):
                 out.write(chunk)
         elif stored.axis == 0:
             entry = whole // stored.shape[0]
             for first, last in runs(stored.kept):
-                for chunk in _chunks(stored, source, first * entry, (last + 1) * entry, _CHUNK):
+                for chunk in _chunks(stored, source, first * entry, (last + 1) * entry, _CHUNK, gone):
                     out.write(chunk)
         else:
             row = whole // math.prod(stored.shape[: stored.axis])
             index = torch.tensor(stored.kept)
-            for chunk in _chunks(stored, source, 0, whole, max(_CHUNK // row, 1) * row):
+            for chunk in _chunks(stored, source, 0, whole, max(_CHUNK // row, 1) * row, gone):
                 rows = torch.frombuffer(chunk, dtype=torch.uint8).view(len(chunk) // row, stored.shape[stored.axis], -1)
                 out.write(rows.index_select(1, index).numpy().tobytes())
 
 
-def _chunks(stored: Stored, source: BufferedReader, begin: int, end: int, size: int) -> Iterator[bytearray]:
+def _chunks(
+    stored: Stored, source: BufferedReader, begin: int, end: int, size: int, gone: NDArray[np.bool_] | None
+) -> Iterator[bytearray]:
     dtype = FLOATS.get(stored.dtype)
+    width = (stored.end - stored.begin) // max(math.prod(stored.shape), 1)
     source.seek(stored.begin + begin)
     left = end - begin
     while left:
@@ -136,5 +145,9 @@ def _chunks(stored: Stored, source: BufferedReader, begin: int, end: int, size: 
             raise OSError(f"{stored.file} ended {left} bytes early")
         if dtype is not None and not torch.frombuffer(chunk, dtype=dtype).isfinite().all():
             raise InputError(f"{stored.file}: weight {stored.name} holds NaN or Inf; the checkpoint is damaged")
+        if gone is not None:
+            first = (end - left) // width
+            values = np.frombuffer(chunk, np.uint8).reshape(-1, width)
+            values[gone[first : first + len(values)]] = 0
         yield chunk
         left -= len(chunk)
