@@ -8,29 +8,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from apart import basis, factorings, plan_of
+from apart import plan_of
 from families import FAMILIES, build, params
 from live import assert_cache_is_exact, generate, inputs_of, logits, possible, snapshot
 from modules_cache import modules_cache  # noqa: F401
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from billhook import export
 from billhook.anatomy import Anatomy, discover
-from billhook.anatomy.low_rank import LowRank, matrix
 from billhook.measure.cost import cost
 from billhook.models import building
 from billhook.plan.address import Address
-from billhook.plan.arrays import Arrays
-from billhook.plan.errors import InputError
-from billhook.plan.plan import Factorise, Keep, Plan
-from billhook.plan.target import Target
+from billhook.plan.plan import Plan
 from billhook.surgery import apply, simulate
-from billhook.surgery.checkpoint import apply_to_checkpoint
 from billhook.surgery.reopen import load
 
 WEIGHTS = "model.safetensors"
@@ -91,7 +85,9 @@ def test_simulated_applied_saved_reopened_and_cut_on_disk_agree(name: str) -> No
             assert torch.isfinite(expected).all()
             assert torch.equal(logits(name, applied, batch, padding), expected)
         if FAMILIES[name].generates:
-            assert all(map(torch.equal, generate(name, applied, use_cache=True), assert_cache_is_exact(name, simulated)))
+            assert all(
+                map(torch.equal, generate(name, applied, use_cache=True), assert_cache_is_exact(name, simulated))
+            )
     assert snapshot(model) == before
     gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in applied.parameters())
     predicted = cost(anatomy.outline, plan.drops, factors=plan.factors)

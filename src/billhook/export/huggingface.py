@@ -79,7 +79,11 @@ def _dressed(config: Any, model: Any, anatomy: Anatomy, form: Form, target: Targ
     if not form:
         return {"config.json": {"auto_map": ABSENT}}
     if target is Target.UNIFORM:
-        odd = f"lacks {min(form.skips)}" if form.skips else f"has a size of its own in {min({**form.widths, **form.ranks})[0]}"
+        odd = (
+            f"lacks {min(form.skips)}"
+            if form.skips
+            else f"has a size of its own in {min({**form.widths, **form.ranks})[0]}"
+        )
         raise InputError(f"target uniform cannot carry this model: it already {odd}; use target remote or any")
     plain = copy.deepcopy(config)
     write_form(plain, anatomy, Form())

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Factorise, Keep
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 
@@ -17,8 +17,8 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """One recipe at one budget: what it dropped and kept in part, what finding that took, and how well the model works
-    without it.
+    """One recipe at one budget: what it dropped, kept in part and took apart, what finding that took, and how well the
+    model works without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
     ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
@@ -35,6 +35,7 @@ class Entry(_Record):
     refused: str = ""
     drops: tuple[str, ...] = ()
     keeps: tuple[Keep, ...] = ()
+    factors: tuple[Factorise, ...] = ()
     realised: dict[str, float] = {}
     work: int = 0
     evaluations: int = 0

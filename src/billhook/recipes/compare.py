@@ -180,37 +180,37 @@ def _judged(
 ) -> list[Entry]:
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
     target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
-    entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
+    found = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
+    entries = [entry for entry, _ in found]
     cut: list[Any] = []
     again: list[Any] = []
-    for number, entry in enumerate(entries):
+    for number, (entry, plan) in enumerate(found):
         if entry.refused:
             continue
         try:
-            acted = _acted(recipe, model, entry, windows, progress)
-            healed = [_healed(model, entry, longer, progress)] if longer is not None and recipe.act == "drop" else []
+            acted = _acted(recipe, model, plan, windows, progress)
+            healed = [_healed(model, plan, longer, progress)] if longer is not None and recipe.act == "drop" else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
             continue
         cut.append(acted)
         again.extend(healed)
     met = [entry for entry in entries if not entry.refused]
-    found = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
-    proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
+    proof = evidence_of_each(model.model, [*cut, *again], texts, progress=progress) if met else []
+    proofs = zip_longest(proof[: len(met)], proof[len(met) :], again or cut, fillvalue=())
     proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)
     return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
 
 
-def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progress: Progress | None) -> Any:
+def _acted(recipe: Recipe, model: Opened, plan: Plan, windows: Windows, progress: Progress | None) -> Any:
     """The cut model; where the recipe combines blocks, with the weights that its act makes of the calibration text."""
-    plan = Plan.of(entry.drops, entry.target, entry.keeps)
     if recipe.act == "drop":
         return apply(model.model, model.anatomy, plan)
     return mended(model, plan, recipe.act, windows, progress)[0]
 
 
-def _healed(model: Opened, entry: Entry, text: Windows, progress: Progress | None) -> Any:
-    return mended(model, Plan.of(entry.drops, entry.target, entry.keeps), "closed-form", text, progress)[0]
+def _healed(model: Opened, plan: Plan, text: Windows, progress: Progress | None) -> Any:
+    return mended(model, plan, "closed-form", text, progress)[0]
 
 
 def _searched(
@@ -223,7 +223,7 @@ def _searched(
     seen: Trace,
     place: Path,
     progress: Progress | None,
-) -> Entry:
+) -> tuple[Entry, Plan]:
     entry = Entry(
         recipe=recipe.name, seed=seed, baseline=isinstance(recipe.choice, Baseline), asked=budget, target=target
     )
@@ -233,19 +233,21 @@ def _searched(
             problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
-        return entry.model_copy(update={"refused": str(error)})
-    drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops, choice.keeps)
-    return entry.model_copy(
+        return entry.model_copy(update={"refused": str(error)}), Plan()
+    drops, plan = choice.found.drops, choice.plan(target)
+    costs = quantities(model.anatomy.outline, drops, choice.keeps, factors=plan.factors)
+    judged = entry.model_copy(
         update={
             "drops": tuple(str(unit) for unit in sorted(drops)),
             "keeps": choice.keeps,
+            "factors": plan.factors,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,
             "seconds": clock.seconds["search"],
         }
     )
+    return judged, plan
 
 
 def _key(

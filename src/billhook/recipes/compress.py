@@ -20,7 +20,7 @@ from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan, Provenance
+from billhook.plan.plan import Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
@@ -83,6 +83,10 @@ def compress(
     require_causal(model.model, "compress")
     if way != "none":
         require_healable(model.anatomy)
+    if chosen.unit == "linear" and way in TRAINED:
+        raise InputError(
+            f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train yet: {CLOSED}"
+        )
     problem = pose_for(chosen, outline, limits, aim)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
@@ -114,7 +118,7 @@ def compress(
         with clock.step("search"):
             choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
 
-        plan = Plan.of(choice.found.drops, aim, choice.keeps).model_copy(
+        plan = choice.plan(aim).model_copy(
             update={
                 "budget": str(limits),
                 "provenance": Provenance(
@@ -139,7 +143,7 @@ def compress(
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
             healing = healing.model_copy(update={"text": calibration, "seed": seed})
-        costs = quantities(outline, choice.found.drops, choice.keeps)
+        costs = quantities(outline, choice.found.drops, choice.keeps, factors=plan.factors)
         run = Run(
             model=os.fspath(source),
             outline=outline,

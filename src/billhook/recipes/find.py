@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +20,29 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Keep, Plan
 from billhook.plan.record import SearchRecord
 from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained, Widths
+from billhook.recipes.ranks import Bases, take_apart
+from billhook.recipes.schema import (
+    Bandit,
+    Evolve,
+    Greedy,
+    Knapsack,
+    OneShot,
+    Ranks,
+    Recipe,
+    Sampled,
+    Span,
+    Trained,
+    Widths,
+)
 from billhook.recipes.widths import narrow
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.width import WidthProblem, pose_width
 
 Progress = Callable[[str, int, int], None]
@@ -54,26 +68,33 @@ BASELINES: dict[str, Callable[..., Found]] = {
 @dataclass(frozen=True)
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
-    ``keeps`` of the sublayers that get narrower."""
+    ``keeps`` of the sublayers that get narrower, ``bases`` of the linears that become two."""
 
     found: Found
     record: SearchRecord
     importance: dict[str, dict[str, float]]
     keeps: tuple[Keep, ...] = ()
+    bases: Bases = field(default_factory=dict)
+
+    def plan(self, target: Target) -> Plan:
+        """What the recipe found, as a plan."""
+        return Plan.of(self.found.drops, target, self.keeps).factorised(self.bases)
 
 
-def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem:
+def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem | RankProblem:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
     if isinstance(recipe.choice, Widths):
         multiple = recipe.choice.multiple_of
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
+    if isinstance(recipe.choice, Ranks):
+        return pose_ranks(outline, budget, target, stack="decoder")
     return search.pose(outline, budget, recipe.unit, target, stack="decoder")
 
 
 def find(
     recipe: Recipe,
     model: Opened,
-    problem: Problem | WidthProblem,
+    problem: Problem | WidthProblem | RankProblem,
     windows: Windows,
     seen: Trace,
     *,
@@ -92,8 +113,11 @@ def find(
     choice = recipe.choice
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
+    if isinstance(problem, RankProblem):
+        bases, record, importance = take_apart(recipe, model, problem, windows, progress=progress)
+        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, bases=bases)
     objective = recipe.objective
-    importance: dict[str, dict[str, float]] = {}
+    importance = {}
     search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
     match choice:
         case Greedy():

@@ -20,6 +20,7 @@ from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
 from billhook.heal.divergence import HELD_BACK
+from billhook.heal.low_rank import rejoined
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
@@ -32,6 +33,7 @@ from billhook.recipes.schema import Heal
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
@@ -91,6 +93,8 @@ def heal(
             f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
         )
     plan, origin = known.plan, against or known.model
+    if plan.factors and method != "closed-form":
+        raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
     check_out(out, overwrite, origin)
     calibrated_on = (known.measures.calibration if known.measures else "") or "builtin"
     text_name = calibration or calibrated_on
@@ -152,11 +156,13 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     """The weights of a cut model that are not those of the dense one, by name in the dense one. InputError where the
     two do not fit together."""
     cut = apply(model.model, model.anatomy, plan)
+    factors = factors_of(plan, model.anatomy)
     old, new = (dict(side.named_parameters()) for side in (cut, small))
     if old.keys() != new.keys() or any(old[key].shape != new[key].shape for key in old):
         raise InputError(f"{name} has other weights than its plan leaves of {model.loaded.source}")
     names = original_names(model.anatomy, drops_of(plan, model.anatomy), old)
     found = {names[key]: new[key].detach() for key in old if not torch.equal(old[key], new[key])}
+    found = rejoined(model.model, factors, found)
     return Healing(whole(model.model, model.anatomy, keeps_of(plan, model.anatomy), found), (), {}, 0, 0)
 
 

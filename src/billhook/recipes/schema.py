@@ -8,6 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from billhook.measure.ablation import Kind
 from billhook.scores import InnerUnit, Unit, named
+from billhook.search.bases import Inputs
+from billhook.search.ranks import Spread
 from billhook.search.width import Allocation
 
 
@@ -141,6 +143,15 @@ class Widths(_Words):
         return self
 
 
+class Ranks(_Words):
+    """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
+    directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``)."""
+
+    word: Literal["ranks"]
+    inputs: Inputs
+    allocation: Spread
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -159,11 +170,11 @@ class Recipe(_Words):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Literal[Unit, InnerUnit]
+    unit: Literal[Unit, InnerUnit, "linear"]
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Baseline,
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Ranks | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -177,6 +188,10 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
+        if (self.unit == "linear") != (self.choice.word == "ranks"):
+            raise ValueError("the unit linear goes with the choice ranks, others do not")
+        if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
+            raise ValueError("linears in two parts are healed in closed form, or not")
         if self.wide != (self.choice.word == "widths"):
             raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
         if self.score is not None and named(self.score.word).wide != self.wide:

@@ -8,7 +8,7 @@ import re
 from billhook.heal import average, branch_gains, closed_form, fuse
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, Evolve, Greedy, Ranks, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
 ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
@@ -18,6 +18,7 @@ PASSES = "Passes: roughly how often the model runs over the calibration text; a 
 def needs(recipe: Recipe) -> str:
     """What the choice rests on: ``data``, which is calibration text, or ``nothing``."""
     blind = recipe.score is not None and named(recipe.score.word).needs == "weights"
+    blind = blind or (isinstance(recipe.choice, Ranks) and recipe.choice.inputs == "none")
     return "nothing" if blind or recipe.choice.word in BASELINES else "data"
 
 
@@ -33,7 +34,7 @@ def passes(recipe: Recipe) -> str:
         return "2 a step/window"
     if isinstance(recipe.choice, Bandit):
         return f"{recipe.choice.draws + 2} a round/window"
-    if isinstance(recipe.choice, Span):
+    if isinstance(recipe.choice, Span | Ranks):
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"

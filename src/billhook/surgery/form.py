@@ -37,8 +37,8 @@ def read_form(config: Any, anatomy: Anatomy) -> Form:
 def form_after(
     config: Any, drops: frozenset[Address], keeps: Iterable[Keep], anatomy: Anatomy, factors: Iterable[Factorise] = ()
 ) -> Form:
-    """What is missing, narrower or in two parts once a plan is carried out, in the block numbers of the smaller model. ``config`` is
-    that of the model before, ``anatomy`` describes it."""
+    """What is missing, narrower or in two parts once a plan is carried out, in the block numbers of the smaller model.
+    ``config`` is that of the model before, ``anatomy`` describes it."""
     before = read_form(config, anatomy)
     skips = skips_after(before.skips, drops, anatomy)
     widths = widths_after(before.widths, drops, keeps, anatomy)
