@@ -85,7 +85,7 @@ def compress(
         require_healable(model.anatomy)
     if chosen.unit == "linear" and way in TRAINED:
         raise InputError(
-            f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train yet: {CLOSED}"
+            f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train; take closed-form"
         )
     problem = pose_for(chosen, outline, limits, aim)
     tokenizer = model.tokenizer
