@@ -83,6 +83,10 @@ def compress(
     require_causal(model.model, "compress")
     if way != "none":
         require_healable(model.anatomy)
+    if way in ("bias", "data-free") and not chosen.wide:
+        raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
+    if way == "bias" and aim in (Target.UNIFORM, Target.DECI):
+        raise InputError(f"--heal bias gives linears a bias of their own, which target {aim} cannot carry")
     if chosen.unit == "linear" and way in TRAINED:
         raise InputError(
             f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train; take closed-form"

@@ -19,7 +19,7 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
-Heal = Literal["none", "closed-form", "tune", "lora", "distill", "lisa", "ist", "fpf"]
+Heal = Literal["none", "closed-form", "bias", "data-free", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
 Act = Literal["drop", "average", "fuse", "gains"]
 
@@ -204,6 +204,8 @@ class Recipe(_Words):
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.act in ("average", "fuse") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
+        if self.heal in ("bias", "data-free") and not self.wide:
+            raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
         if self.act != "drop" and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"

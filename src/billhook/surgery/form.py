@@ -11,6 +11,7 @@ from billhook.plan.address import Address
 from billhook.plan.plan import Factorise, Keep
 from billhook.plan.ranks import Ranks
 from billhook.plan.widths import Counts
+from billhook.surgery.biases import Biases, biases_after, read_biases, write_biases
 from billhook.surgery.ranks import ranks_after, read_ranks, write_ranks
 from billhook.surgery.skips import read_skips, skips_after, write_skips
 from billhook.surgery.widths import clear_widths, read_widths, widths_after, write_widths
@@ -19,19 +20,22 @@ from billhook.surgery.widths import clear_widths, read_widths, widths_after, wri
 @dataclass(frozen=True)
 class Form:
     """``skips`` are sublayers that are missing; ``widths`` how many inner units others have; ``ranks`` those of linears
-    in two parts. False if there is none of it: an ordinary checkpoint."""
+    in two parts; ``biases`` are linears that have one where others have none. False if there is none of it: an ordinary
+    checkpoint."""
 
     skips: frozenset[Address] = frozenset()
     widths: Counts = field(default_factory=dict)
     ranks: Ranks = field(default_factory=dict)
+    biases: Biases = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.skips or self.widths or self.ranks)
+        return bool(self.skips or self.widths or self.ranks or self.biases)
 
 
 def read_form(config: Any, anatomy: Anatomy) -> Form:
     """What a model's config lists. InputError if it lists something that the model has no place for."""
-    return Form(read_skips(config, anatomy), read_widths(config, anatomy), read_ranks(config, anatomy))
+    skips, widths = read_skips(config, anatomy), read_widths(config, anatomy)
+    return Form(skips, widths, read_ranks(config, anatomy), read_biases(config, anatomy))
 
 
 def form_after(
@@ -42,7 +46,8 @@ def form_after(
     before = read_form(config, anatomy)
     skips = skips_after(before.skips, drops, anatomy)
     widths = widths_after(before.widths, drops, keeps, anatomy)
-    return Form(skips, widths, ranks_after(before.ranks, drops, factors, anatomy))
+    ranks = ranks_after(before.ranks, drops, factors, anatomy)
+    return Form(skips, widths, ranks, biases_after(before.biases, drops, anatomy))
 
 
 def write_form(config: Any, anatomy: Anatomy, form: Form) -> Form:
@@ -51,4 +56,5 @@ def write_form(config: Any, anatomy: Anatomy, form: Form) -> Form:
     clear_widths(config, anatomy)
     write_skips(config, anatomy, form.skips)
     write_ranks(config, anatomy, form.ranks)
-    return Form(form.skips, write_widths(config, anatomy, form.widths), form.ranks)
+    write_biases(config, anatomy, form.biases)
+    return Form(form.skips, write_widths(config, anatomy, form.widths), form.ranks, form.biases)

@@ -22,6 +22,7 @@ from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
+from billhook.surgery.biases import add_biases
 from billhook.surgery.factorise import empty
 from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import drop
@@ -91,6 +92,7 @@ def as_cut(stock: type) -> type:
             anatomy = discover(self)
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
+            add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
             empty(self, _linears(form, anatomy))
             drop(self, anatomy, form.skips, Undo())
         self.__class__ = stock
