@@ -91,21 +91,21 @@ def spectrum(weight: Tensor, moments: Tensor | None, useful: int) -> Spectrum:
     w = weight.double()
     if not w.isfinite().all() or (moments is not None and not moments.isfinite().all()):
         raise InputError("NaN or infinite values in a weight or in what it is given: they are damaged")
-    if moments is None:
-        a = w
-    elif moments.ndim == 1:
-        a = w * moments.double().sqrt()
+    c = w.new_ones(w.shape[1]) if moments is None else moments.double()
+    if len(w) <= w.shape[1]:
+        output = (w * c if c.ndim == 1 else w @ c) @ w.T
+        energies, basis = torch.linalg.eigh(output)
+        total, basis = output.trace(), basis.flip(1)[:, :useful]
     else:
-        values, vectors = torch.linalg.eigh(moments.double())
-        a = (w @ vectors) * values.clamp(min=0).sqrt()
-    if len(a) <= a.shape[1]:
-        energies, basis = torch.linalg.eigh(a @ a.T)
-        energies, basis = energies.flip(0)[:useful].clamp(min=0), basis.flip(1)[:, :useful]
-    else:
+        if c.ndim == 1:
+            a = w * c.sqrt()
+        else:
+            values, vectors = torch.linalg.eigh(c)
+            a = w @ vectors * values.clamp(min=0).sqrt()
         energies, right = torch.linalg.eigh(a.T @ a)
-        energies, right = energies.flip(0)[:useful].clamp(min=0), right.flip(1)[:, :useful]
-        basis = torch.linalg.qr(a @ right)[0]  # orthonormal also where an energy is next to nothing
-    return Spectrum(energies.cpu(), a.square().sum().item(), basis.float().cpu())
+        total = a.square().sum()
+        basis = torch.linalg.qr(a @ right.flip(1)[:, :useful])[0]  # orthonormal also where an energy is next to nothing
+    return Spectrum(energies.flip(0)[:useful].clamp(min=0).cpu(), total.item(), basis.float().cpu())
 
 
 def _seen(
