@@ -13,7 +13,6 @@ from torch import Tensor
 
 from billhook.anatomy import discover
 from billhook.heal.bias import compensated
-from billhook.heal.norms import norm_refit
 from billhook.heal.reconstruct import gram_of_reads, reconstruction
 from billhook.heal.residual_path import residual_path
 from billhook.heal.unit_scales import scaled, unit_scales
@@ -126,37 +125,6 @@ def test_scales_solve_their_problem(seed: int, penalty: float) -> None:
     written = h[:, alive] @ scaled(weight, units, kept, scales).T
     expected = (scales[0] * parts[0] + scales[1] * parts[2]).float()
     torch.testing.assert_close(written, expected, atol=1e-3, rtol=1e-3)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.booleans())
-def test_norm_parameters_solve_their_problem(seed: int, biased: bool) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, z = torch.randn(2, 30, 5, generator=generator)
-    w = torch.rand(30, generator=generator) + 0.1
-    weight, bias = torch.ones(5), torch.zeros(5) if biased else None
-    a, b = norm_refit(x, z, w, weight, bias, 0.1)
-    ridge = 0.1 * (w[:, None] * x.square()).sum(0).mean()
-    assert (b is not None) == biased
-
-    def objective(a: Tensor, b: Tensor | None) -> float:
-        more = 0.0 if b is None else b
-        error = (w[:, None] * (z - a * x - more).square()).sum() + ridge * (a - weight).square().sum()
-        return (error + ridge * torch.as_tensor(more).square().sum()).item()
-
-    for step, other in torch.randn(5, 2, 5, generator=generator):
-        moved = None if b is None else b + 0.1 * other
-        assert objective(a, b) <= objective(a + 0.1 * step, moved) * 1.00001
-
-
-def test_norm_parameters_that_made_the_goal_are_found() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(30, 5, generator=generator)
-    weight, bias = torch.randn(2, 5, generator=generator)
-    a, b = norm_refit(x, x * weight + bias, torch.ones(30), torch.ones(5), torch.zeros(5), 1e-8)
-    torch.testing.assert_close(a, weight, atol=1e-4, rtol=1e-4)
-    assert b is not None
-    torch.testing.assert_close(b, bias, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import NOT_SHORTER
 from billhook.anatomy.linears import linears
+from billhook.anatomy.low_rank import LowRank, uses
+from billhook.anatomy.low_rank import linears as separable
 from billhook.anatomy.types import Block, Stack, Sublayer
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.target import Target
@@ -39,16 +42,21 @@ def draw(
 
 def _stack(model: PreTrainedModel, stack: Stack, sizes: dict[str, int]) -> StackOutline:
     config = owner_of(model, stack.path)[1].config
-    blocks = tuple(_block(model, block, stack.causal, config, sizes) for block in stack.blocks)
+    held = uses(model)
+    blocks = tuple(_block(model, block, stack.causal, config, sizes, held) for block in stack.blocks)
     return StackOutline(name=stack.name, hidden_size=hidden_size(config), causal=stack.causal, blocks=blocks)
 
 
-def _block(model: PreTrainedModel, block: Block, causal: bool, config: Any, sizes: dict[str, int]) -> BlockOutline:
+def _block(
+    model: PreTrainedModel, block: Block, causal: bool, config: Any, sizes: dict[str, int], held: Counter[int]
+) -> BlockOutline:
     whole = _count(sizes, [block.path])
     drawn = {}
-    for s in block.sublayers:
-        linear = sum(sizes.get(linear.name, 0) for linear in linears(model, s, block.path))
-        drawn[s.kind] = _sublayer(model, s, causal, config, sizes).model_copy(update={"linear_params": linear})
+    for part in block.sublayers:
+        weights = sum(sizes.get(linear.name, 0) for linear in linears(model, part, block.path))
+        apart = separable(model, part, block.path, held)
+        outline = _sublayer(model, part, causal, config, sizes)
+        drawn[part.kind] = outline.model_copy(update={"linear_params": weights, "linears": apart})
     return BlockOutline(sublayers=drawn, rest_params=whole - sum(s.params for s in drawn.values()))
 
 
@@ -85,8 +93,12 @@ def _mlp(
             experts = first.shape[0] if first.ndim == 3 else len(list(child.children()))
             active = int(config.num_experts_per_tok)
     write = model.get_parameter(sublayer.writes[0])
-    owner = model.get_submodule(sublayer.writes[0].rpartition(".")[0])
+    path = sublayer.writes[0].rpartition(".")[0]
+    owner = model.get_submodule(path)
     neurons = write.shape[0] if type(owner).__name__ == "Conv1D" else write.shape[-1]
+    whole = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(whole, LowRank):
+        neurons = whole.reduce.in_features
     idle = expert_params * (experts - active) // experts if experts else 0
     return SublayerOutline(
         params=params, active_params=params - idle, neurons=neurons, experts=experts, active_experts=active

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from billhook.anatomy.families import ambiguous_norms, post_norm
+from billhook.anatomy.low_rank import LowRank
 from billhook.anatomy.types import Block, Cut, Sublayer
 from billhook.anatomy.vocabulary import ATTENTION, CROSS_ATTENTION, EXTRAS, LAYOUTS, MLP, NORMS, WRITES, Layout
 from billhook.plan.address import SUBLAYERS, Address
@@ -171,9 +172,14 @@ def _sublayer(block: nn.Module, kind: str, parts: _Parts, address: Address, path
     for name in parts.work[kind]:
         for parameter, inputs in _matrices(block.get_submodule(name)):
             full = f"{name}.{parameter}"
-            leaf = full.removesuffix(".weight").rpartition(".")[2]
+            whole, _, part = full.removesuffix(".weight").rpartition(".")
+            split = isinstance(block.get_submodule(whole), LowRank)  # reads by its first part, writes by its second
+            leaf = whole.rpartition(".")[2] if split else part
             # of a sublayer spread over two modules only the last one writes: both linears may be called ``dense``
-            if leaf in WRITES and name == parts.work[kind][-1]:
+            writing = leaf in WRITES and name == parts.work[kind][-1]
+            if split and (part == "expand") != writing:
+                continue
+            if writing:
                 writes.append(f"{path}.{full}")
             elif inputs == hidden:
                 reads.append(f"{path}.{full}")

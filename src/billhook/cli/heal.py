@@ -16,6 +16,8 @@ class Method(StrEnum):
     """``HealName`` without ``none``."""
 
     CLOSED_FORM = "closed-form"
+    BIAS = "bias"
+    DATA_FREE = "data-free"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -25,7 +27,8 @@ class Method(StrEnum):
 
 
 _METHOD = (
-    "[bold]closed-form[/]: least squares; [bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
+    "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/]: for what got narrower; "
+    "[bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
     "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
     "a time."
 )

@@ -40,6 +40,8 @@ class HealName(StrEnum):
 
     NONE = "none"
     CLOSED_FORM = "closed-form"
+    BIAS = "bias"
+    DATA_FREE = "data-free"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -87,7 +89,8 @@ Heal = Annotated[
     typer.Option(
         metavar="NAME",
         show_default=False,
-        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]; or refitted and then "
+        help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/] or "
+        "[bold]data-free[/]; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
         "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
     ),

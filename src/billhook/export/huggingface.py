@@ -43,7 +43,7 @@ def save(
     tensors of ``model``, in name and shape; InputError with the difference otherwise.
     """
     config = copy.deepcopy(model.config)
-    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy)
+    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy, plan.factors)
     form = write_form(config, anatomy, form)
     files = _dressed(config, model, anatomy, form, plan.target)
     models.save(model, tokenizer, folder, source_folder)
@@ -79,12 +79,16 @@ def _dressed(config: Any, model: Any, anatomy: Anatomy, form: Form, target: Targ
     if not form:
         return {"config.json": {"auto_map": ABSENT}}
     if target is Target.UNIFORM:
-        odd = f"lacks {min(form.skips)}" if form.skips else f"has a size of its own in {min(form.widths)[0]}"
+        own = min((unit for unit, _ in (*form.widths, *form.ranks, *form.biases)), default=None)
+        odd = f"lacks {min(form.skips)}" if form.skips else f"has a form of its own in {own}"
         raise InputError(f"target uniform cannot carry this model: it already {odd}; use target remote or any")
     plain = copy.deepcopy(config)
     write_form(plain, anatomy, Form())
     full = on_meta(stock, plain)
     if target is Target.DECI:
+        if form.ranks or form.biases:
+            odd = "are in two parts" if form.ranks else "have a bias of their own"
+            raise InputError(f"target deci cannot carry this model: linears of it {odd}")
         return deci.files(full, discover(full), form)
     names = auto_classes(config, stock.__name__)
     return {

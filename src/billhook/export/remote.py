@@ -9,7 +9,9 @@ from textwrap import indent
 from typing import Any
 
 from billhook.anatomy import Anatomy, Stack, slots, stubs
+from billhook.export.biasing import biasing
 from billhook.export.narrowing import UNITS, narrowing
+from billhook.export.ranking import splitting
 from billhook.plan.errors import InputError
 from billhook.surgery.form import Form
 
@@ -100,6 +102,12 @@ def render(
     if form.widths:  # first: a sublayer is narrowed before another one goes
         sections.append(narrowing(anatomy, form, units))
         calls.append("for stack in WIDTHS:\n    narrow(self, *stack)")
+    if form.biases:
+        sections.append(biasing(anatomy, form))
+        calls.append("for stack in BIASES:\n    bias(self, *stack)")
+    if form.ranks:
+        sections.append(splitting(anatomy, form))
+        calls.append("for stack in RANKS:\n    split(self, *stack)")
     if form.skips:
         sections.append(_cutting(anatomy, form, skipped))
         calls.append("for stack in STACKS:\n    cut(self, *stack)")

@@ -21,6 +21,7 @@ from billhook.measure.batches import Batch, batches_of
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import drops_of, keeps_of
 from billhook.surgery.simulate import simulate
 
@@ -63,6 +64,9 @@ def closed_form(
     error more than refitting the write alone. What the dropped one was given is guessed as for the reads. One that gets
     narrower takes none.
 
+    A linear that becomes two, U of U'W, is taken as their product. Reads are folded into U'W; the change of a write is
+    kept within what U puts out, so that U'W takes it up and U stays that of the plan.
+
     In the end the whole is judged on the windows that were held back: where the healed model is no nearer to the dense
     one than the cut one (by the divergence of what they predict, see ``divergence``), the healing is refused.
 
@@ -76,17 +80,17 @@ def closed_form(
     than two windows, and where a stream is not finite.
     """
     require_no_masks(plan, "healing")
-    drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
-    stack = _stack(anatomy, [*drops, *(keep.unit for keep in keeps)])
+    drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
+    stack = _stack(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
     require_healable(anatomy)
     stepper = Stepper(model, stack, list(batches_of(source, model)))
-    walk = Walk(model, anatomy, stepper, drops, keeps)
+    walk = Walk(model, anatomy, stepper, drops, keeps, factors)
     walk.through(places(stack), progress)
     tensors = whole(model, anatomy, keeps, walk.tensors)
     healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
     if not healing.tensors:
         return healing
-    smaller = Plan.of(drops, keeps=keeps)
+    smaller = Plan.of(drops, keeps=keeps).factorised({f.edit: f.basis.numpy() for f in factors})
     changes = [simulate(model, anatomy, smaller), _both(model, anatomy, smaller, healing)]
     cut, now = divergence(stepper, anatomy, walk.held, changes)
     judged = replace(healing, cut=cut, healed=now)

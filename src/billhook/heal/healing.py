@@ -74,8 +74,9 @@ def require_no_masks(plan: object, what: str) -> None:
 
 
 def put(model: nn.Module, name: str, tensor: Tensor, undo: Undo) -> None:
-    """Exchange one parameter for another that holds ``tensor``."""
+    """Exchange one parameter for another that holds ``tensor``, or give a linear the bias that it lacks."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
-    old = owner.get_parameter(leaf)
-    undo.set(owner, leaf, nn.Parameter(tensor, requires_grad=old.requires_grad))
+    old = getattr(owner, leaf, None)
+    like = owner.get_parameter("weight") if old is None else owner.get_parameter(leaf)
+    undo.set(owner, leaf, nn.Parameter(tensor, requires_grad=like.requires_grad))

@@ -13,6 +13,7 @@ from billhook.anatomy.undo import Undo
 from billhook.heal.divergence import held_back
 from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
+from billhook.heal.low_rank import onto, projected
 from billhook.heal.places import Place
 from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
@@ -24,6 +25,7 @@ from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.plan import Keep
 from billhook.plan.record import Graft, Refit
+from billhook.surgery.factorise import Factor
 from billhook.surgery.narrow import narrow
 
 Progress = Callable[[str, int, int], None]
@@ -35,7 +37,13 @@ class Walk:
     of them. The model is changed within calls; no place runs once healed."""
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, stepper: Stepper, drops: frozenset[Address], keeps: Iterable[Keep]
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        stepper: Stepper,
+        drops: frozenset[Address],
+        keeps: Iterable[Keep],
+        factors: Iterable[Factor] = (),
     ) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
@@ -44,6 +52,7 @@ class Walk:
         self.tokens = self.work = 0
         self._model, self._anatomy, self._stepper, self._drops = model, anatomy, stepper, drops
         self._keeps = {keep.unit: keep for keep in keeps}
+        self._factors = {f"{factor.path}.weight": factor for factor in factors}
         self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
         self._donors: dict[Address, Sublayer] = {}
@@ -59,14 +68,19 @@ class Walk:
         cut, waiting, gap = dense, None, False
         seen: Seen = {}
         found = donors(self._model, places, self._drops)
-        self._donors = {mlp: donor for mlp, donor in found.items() if mlp not in self._keeps}
+        apart = {factor.edit.unit for factor in self._factors.values()}
+        self._donors = {mlp: donor for mlp, donor in found.items() if mlp not in self._keeps and mlp not in apart}
         giving = {donor.address: donor for donor in self._donors.values()}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
                     cut = self._heal(waiting, cut, dense, seen) if gap else dense
                 waiting, seen = place, self._watched(place) if gap else {}
-            gap = gap or len(place.kept(self._drops)) < len(place.sublayers) or bool(self._narrower(place))
+            gap = (
+                gap
+                or len(place.kept(self._drops)) < len(place.sublayers)
+                or bool(self._narrower(place) or self._apart(place))
+            )
             lent = self._room([giving[s.address] for s in place.sublayers if s.address in giving])
             watched = (seen if place is waiting else {}) | lent
             dense = self._ahead(place, dense, watched)
@@ -78,6 +92,10 @@ class Walk:
 
     def _narrower(self, place: Place) -> list[Keep]:
         return [self._keeps[s.address] for s in place.sublayers if s.address in self._keeps]
+
+    def _apart(self, place: Place) -> list[Factor]:
+        units = {s.address for s in place.kept(self._drops)}
+        return [factor for factor in self._factors.values() if factor.edit.unit in units]
 
     def _watched(self, place: Place) -> Seen:
         """The sublayers of a place whose reads can be refitted, with room for what their linears are given."""
@@ -99,6 +117,8 @@ class Walk:
         undo = Undo()
         try:
             narrow(self._model, self._anatomy, self._narrower(place), undo.set)
+            for name, tensor in projected(self._model, self._apart(place)).items():
+                put(self._model, name, tensor, undo)
             self._take(self._reads(place, cut, seen), undo)
             for mlp in place.kept(self._drops):
                 self._take(self._graft(place, mlp, cut, target), undo)
@@ -214,7 +234,9 @@ class Walk:
     ) -> list[Tensor]:
         """Refit one write; the stream with what it writes now."""
         lacks = [goal.float() - now.float() for now, goal in zip(after, target, strict=True)]
-        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target)
+        factor = self._factors.get(write.weight)
+        within = None if factor is None else partial(onto, factor.basis, scale)
+        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target, within)
         if solution is None:
             return after
         new = write.changed(solution.change / scale)
@@ -222,10 +244,20 @@ class Walk:
         more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
         return [(now.float() + scale * step).to(now.dtype) for now, step in zip(after, more, strict=True)]
 
-    def _solve(self, names: list[str], h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> Solution | None:
+    def _solve(
+        self,
+        names: list[str],
+        h: list[Tensor],
+        r: list[Tensor],
+        dense: list[Tensor],
+        within: Callable[[Tensor], Tensor] | None = None,
+    ) -> Solution | None:
         """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
-        under these names."""
+        under these names. The guess is linear in r, so where changes must lie ``within`` a space, r may be put there
+        first."""
         fit, held = self._moments(h, r, dense)
+        if within is not None:
+            fit.cross = within(fit.cross)
         shape = fit.cross.shape
         solution = solve(fit, held, self._near.get(shape, PENALTIES[0]))
         if solution is not None:

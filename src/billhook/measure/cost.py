@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Set
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Factorise, Keep
 from billhook.plan.record import Quantity
 
 Costs = dict[str, float]
@@ -63,19 +63,32 @@ class CostModel:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
 
     def of(
-        self, drops: Iterable[Address], keeps: Iterable[Keep] = (), zeros: Mapping[Address, int] | None = None
+        self,
+        drops: Iterable[Address],
+        keeps: Iterable[Keep] = (),
+        zeros: Mapping[Address, int] | None = None,
+        factors: Iterable[Factorise] = (),
     ) -> Costs:
-        """The costs with these units dropped, these sublayers narrowed, and so many ``zeros`` in those that stay."""
+        """The costs with these units dropped, these sublayers narrowed, these linears in two parts, and so many
+        ``zeros`` in the sublayers that stay."""
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
+        changed: dict[Address, SublayerOutline] = {}
         for keep in keeps:
-            stack = self.outline.stack(keep.unit.stack)
-            sublayer = stack.blocks[keep.unit.block].sublayers[str(keep.unit.sublayer)]
-            narrow = sublayer.narrowed(keep.inner, len(keep.indices))
-            costs = _plus(costs, self._shares[keep.unit], -1)
-            costs = _plus(costs, self._share(narrow, keep.unit.sublayer == "cross_attention", stack), 1)
+            whole = changed.get(keep.unit) or self._drawn(keep.unit)
+            changed[keep.unit] = whole.narrowed(keep.inner, len(keep.indices))
+        for edit in factors:
+            whole = changed.get(edit.unit) or self._drawn(edit.unit)
+            changed[edit.unit] = whole.factorised(edit.linear, edit.rank)
+        for unit, sublayer in changed.items():
+            stack = self.outline.stack(unit.stack)
+            costs = _plus(costs, self._shares[unit], -1)
+            costs = _plus(costs, self._share(sublayer, unit.sublayer == "cross_attention", stack), 1)
         return _plus(costs, {"params": float(sum((zeros or {}).values()))}, -1)
+
+    def _drawn(self, unit: Address) -> SublayerOutline:
+        return self.outline.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
 
     def saving(self, unit: Address, drops: Set[Address] = frozenset()) -> Costs:
         """What dropping ``unit`` saves when ``drops`` are gone already: ``of(drops) - of(drops | {unit})``, at once."""
@@ -127,13 +140,15 @@ def cost(
     drops: Iterable[Address] = (),
     keeps: Iterable[Keep] = (),
     zeros: Mapping[Address, int] | None = None,
+    factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> Costs:
-    """Every kind of cost of a model with these units dropped and these sublayers narrowed; see CostModel for what is
-    counted."""
-    return CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).of(drops, keeps, zeros)
+    """Every kind of cost of a model with these units dropped, these sublayers narrowed and these linears in two parts;
+    see CostModel for what is counted."""
+    model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    return model.of(drops, keeps, zeros, factors)
 
 
 def quantities(
@@ -141,13 +156,14 @@ def quantities(
     drops: Iterable[Address],
     keeps: Iterable[Keep] = (),
     zeros: Mapping[Address, int] | None = None,
+    factors: Iterable[Factorise] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Quantity]:
     """The costs before and after, for the record of a run."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops, keeps, zeros)
+    after = model.of(drops, keeps, zeros, factors)
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

@@ -9,6 +9,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.masks import check_masks
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
+from billhook.plan.ranks import check_factors
 from billhook.plan.target import Target
 from billhook.plan.widths import check_keeps
 
@@ -62,6 +63,7 @@ def check(plan: Plan, outline: Outline) -> None:
         raise InputError(f"the plan {reason}")
     check_keeps(plan, drops, outline)
     check_masks(plan, drops, outline)
+    check_factors(plan, drops, outline)
     for stack in outline.stacks:
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
         if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Keep, Sparsify
+from billhook.plan.plan import Factorise, Keep, Sparsify
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 
@@ -17,7 +17,8 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """One recipe at one budget: what it dropped, kept in part and made sparse, what finding that took, and how well the
+    """One recipe at one budget: what it dropped, kept in part, made sparse and took apart, what finding that took, and
+    how well the
     model works without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
@@ -36,6 +37,7 @@ class Entry(_Record):
     drops: tuple[str, ...] = ()
     keeps: tuple[Keep, ...] = ()
     sparsities: tuple[Sparsify, ...] = ()
+    factors: tuple[Factorise, ...] = ()
     realised: dict[str, float] = {}
     work: int = 0
     evaluations: int = 0

@@ -41,6 +41,26 @@ class InnerOutline(_Record):
     parts: int = 1
 
 
+class LinearOutline(_Record):
+    """A linear that can be taken apart, [outputs, inputs]."""
+
+    outputs: int
+    inputs: int
+
+    @property
+    def params(self) -> int:
+        return self.outputs * self.inputs
+
+    @property
+    def useful(self) -> int:
+        """The largest rank at which two linears have fewer parameters than one; 0 where none has."""
+        return (self.params - 1) // (self.outputs + self.inputs)
+
+    def saved(self, rank: int) -> int:
+        """How many parameters fewer two linears have, ``rank`` wide in between."""
+        return self.params - rank * (self.outputs + self.inputs)
+
+
 class SublayerOutline(_Record):
     """One sublayer. Sizes that do not apply are 0.
 
@@ -49,7 +69,7 @@ class SublayerOutline(_Record):
     ``active_params`` counts the weights that one token multiplies with: below ``params`` for mixture-of-experts.
     ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the number of cached values
     per token (keys and values together). ``inner`` are the units that can be cut from it, by kind; ``rigid`` says why
-    there are none.
+    there are none. ``linears`` are those that can be taken apart, by their path in the block.
     """
 
     params: int
@@ -65,6 +85,14 @@ class SublayerOutline(_Record):
     linear_params: int = 0
     inner: dict[str, InnerOutline] = {}
     rigid: str = ""
+    linears: dict[str, LinearOutline] = {}
+
+    def factorised(self, linear: str, rank: int) -> SublayerOutline:
+        """The same sublayer with one of its linears in two, ``rank`` wide in between."""
+        saved = self.linears[linear].saved(rank)
+        left = {name: other for name, other in self.linears.items() if name != linear}
+        less = {"params": self.params - saved, "active_params": self.active_params - saved}
+        return self.model_copy(update={**less, "linears": left})
 
     def narrowed(self, kind: str, count: int) -> SublayerOutline:
         """The same sublayer with only ``count`` of its inner units of one kind."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
+from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from billhook.plan.address import Address
@@ -84,12 +85,31 @@ class Sparsify(_Record):
         return f"{self.unit}/{linear}"
 
 
+class Factorise(_Record):
+    """Replace a linear W of a sublayer by two, ``rank`` wide in between: W becomes U U'W.
+
+    ``linear`` is its path within the block (``mlp.up_proj``). The basis U [outputs, rank], with orthonormal columns, is
+    the array ``array`` of the plan, in float32; U'W follows from the weights as they are.
+    """
+
+    kind: Literal["factorise"] = "factorise"
+    unit: AddressField
+    linear: Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
+    rank: Annotated[int, Field(ge=1)]
+
+    @property
+    def array(self) -> str:
+        return f"{self.unit}/{self.linear}/basis"
+
+
 def _edit_kind(value: object) -> object:
     """Edits of the first plans may lack ``kind``: they are drops."""
     return {"kind": "drop", **value} if isinstance(value, dict) else value
 
 
-Edit = Annotated[Annotated[Drop | Keep | Sparsify, Field(discriminator="kind")], BeforeValidator(_edit_kind)]
+Edit = Annotated[
+    Annotated[Drop | Keep | Sparsify | Factorise, Field(discriminator="kind")], BeforeValidator(_edit_kind)
+]
 
 
 class Provenance(_Record):
@@ -146,6 +166,17 @@ class Plan(_Record):
         """The sublayers that lose single weights."""
         return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
 
+    def factorised(self, bases: Mapping[Factorise, NDArray[Any]]) -> Self:
+        """The same plan with these linears in two as well, each by its basis."""
+        edits = sorted(bases, key=lambda edit: (edit.unit, edit.linear))
+        arrays = Arrays({**self.arrays, **{edit.array: basis for edit, basis in bases.items()}})
+        return self.model_copy(update={"edits": (*self.edits, *edits), "arrays": arrays})
+
+    @property
+    def factors(self) -> tuple[Factorise, ...]:
+        """The linears that become two."""
+        return tuple(edit for edit in self.edits if isinstance(edit, Factorise))
+
     def dumps(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
@@ -191,7 +222,7 @@ class Plan(_Record):
         except ValidationError as error:
             first = error.errors()[0]
             place = (
-                ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "sparsify"))
+                ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "sparsify", "factorise"))
                 or "the top level"
             )
             reason = first["msg"].removeprefix("Value error, ")

@@ -56,7 +56,7 @@ def apply(
             raise InputError(f"the plan was made for another model than {source}: their fingerprints differ")
         done = write_checkpoint(folder, plan, Path(place))
         outline = done.anatomy.outline
-        costs = quantities(outline, normalise(plan.drops, outline), plan.keeps, done.zeros)
+        costs = quantities(outline, normalise(plan.drops, outline), plan.keeps, done.zeros, plan.factors)
         run = Run(
             model=os.fspath(source),
             outline=outline,

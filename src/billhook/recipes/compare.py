@@ -266,13 +266,14 @@ def _searched(
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None
-    drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops, choice.keeps, choice.zeros)
+    drops, plan = choice.found.drops, choice.plan(target)
+    costs = quantities(model.anatomy.outline, drops, choice.keeps, choice.zeros, plan.factors)
     known = entry.model_copy(
         update={
             "drops": tuple(str(unit) for unit in sorted(drops)),
             "keeps": choice.keeps,
             "sparsities": choice.sparsities,
+            "factors": plan.factors,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,

@@ -25,7 +25,7 @@ from billhook.plan.plan import Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for, require_path
+from billhook.recipes.find import Task, find, pose_for, require_path
 from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
@@ -35,9 +35,6 @@ from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.weights import require_weights
 from billhook.recipes.workplace import claimed
-from billhook.search import Problem
-from billhook.search.sparsity import WeightProblem
-from billhook.search.width import WidthProblem
 from billhook.surgery import apply
 
 if TYPE_CHECKING:
@@ -92,6 +89,14 @@ def compress(
     if way != "none":
         require_healable(model.anatomy)
     require_weights(chosen, model)
+    if way in ("bias", "data-free") and not chosen.wide:
+        raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
+    if way == "bias" and aim in (Target.UNIFORM, Target.DECI):
+        raise InputError(f"--heal bias gives linears a bias of their own, which target {aim} cannot carry")
+    if chosen.unit == "linear" and way in TRAINED:
+        raise InputError(
+            f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train; take closed-form"
+        )
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -150,7 +155,7 @@ def compress(
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
             healing = healing.model_copy(update={"text": calibration, "seed": seed})
-        costs = quantities(outline, choice.found.drops, choice.keeps, choice.zeros)
+        costs = quantities(outline, choice.found.drops, choice.keeps, choice.zeros, plan.factors)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -185,9 +190,7 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
     return recipe.act
 
 
-def _posed(
-    candidates: Sequence[Recipe], outline: Outline, budget: Budget, target: Target
-) -> tuple[Recipe, Problem | WidthProblem | WeightProblem]:
+def _posed(candidates: Sequence[Recipe], outline: Outline, budget: Budget, target: Target) -> tuple[Recipe, Task]:
     """The first recipe that can meet the budget on this model, and the task it has. InputError of the last one where
     none can."""
     *others, last = candidates

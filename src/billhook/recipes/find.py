@@ -25,6 +25,7 @@ from billhook.plan.record import SearchRecord
 from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
+from billhook.recipes.ranks import Bases, take_apart
 from billhook.recipes.schema import (
     Bandit,
     Evolve,
@@ -32,6 +33,7 @@ from billhook.recipes.schema import (
     Knapsack,
     Masks,
     OneShot,
+    Ranks,
     Recipe,
     Sampled,
     Span,
@@ -42,6 +44,7 @@ from billhook.recipes.weights import thin
 from billhook.recipes.widths import narrow
 from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.sparsity import WeightProblem, pose_weights
 from billhook.search.width import WidthProblem, pose_width
 
@@ -69,7 +72,7 @@ BASELINES: dict[str, Callable[..., Found]] = {
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
     ``keeps`` of the sublayers that get narrower, ``sparsities`` of those that lose single weights, with their
-    ``arrays``; ``healing``: new weights that came with the choice."""
+    ``arrays``, ``bases`` of the linears that become two; ``healing``: new weights that came with the choice."""
 
     found: Found
     record: SearchRecord
@@ -77,10 +80,13 @@ class Choice:
     keeps: tuple[Keep, ...] = ()
     sparsities: tuple[Sparsify, ...] = ()
     arrays: Arrays = field(default_factory=Arrays)
+    bases: Bases = field(default_factory=dict)
     healing: Healing | None = field(default=None, compare=False)
 
     def plan(self, target: Target) -> Plan:
-        return Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays)
+        """What the recipe found, as a plan."""
+        whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays)
+        return whole.factorised(self.bases)
 
     @property
     def zeros(self) -> dict[Address, int]:
@@ -88,22 +94,25 @@ class Choice:
         return {edit.unit: sum(edit.zeros.values()) for edit in self.sparsities}
 
 
-def pose_for(
-    recipe: Recipe, outline: Outline, budget: Budget, target: Target
-) -> Problem | WidthProblem | WeightProblem:
+Task = Problem | WidthProblem | WeightProblem | RankProblem
+
+
+def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Task:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
     if isinstance(recipe.choice, Masks):
         return pose_weights(outline, budget)
     if isinstance(recipe.choice, Widths):
         multiple = recipe.choice.multiple_of
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
+    if isinstance(recipe.choice, Ranks):
+        return pose_ranks(outline, budget, target, stack="decoder")
     return search.pose(outline, budget, recipe.unit, target, stack="decoder")
 
 
 def find(
     recipe: Recipe,
     model: Opened,
-    problem: Problem | WidthProblem | WeightProblem,
+    problem: Task,
     windows: Windows,
     seen: Trace,
     *,
@@ -123,11 +132,14 @@ def find(
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(recipe, model, problem, windows, seed=seed, progress=progress)
         nothing = Found(frozenset(), record.steps, record.work, 0)
-        return Choice(nothing, record, mean, (), sparse.edits, sparse.arrays, sparse.healing)
+        return Choice(nothing, record, mean, sparsities=sparse.edits, arrays=sparse.arrays, healing=sparse.healing)
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
+    if isinstance(problem, RankProblem):
+        bases, record, importance = take_apart(recipe, model, problem, windows, progress=progress)
+        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, bases=bases)
     objective = recipe.objective
-    importance: dict[str, dict[str, float]] = {}
+    importance = {}
     search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
     match choice:
         case Greedy():

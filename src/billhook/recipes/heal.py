@@ -19,8 +19,11 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
+from billhook.heal.bias import bias_compensation
+from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.healing import require_no_masks
+from billhook.heal.low_rank import rejoined
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
@@ -33,6 +36,8 @@ from billhook.recipes.schema import Heal
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
+from billhook.surgery.biases import note_biases
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
@@ -44,6 +49,8 @@ def _average(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progres
 
 METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
     "closed-form": closed_form,
+    "bias": bias_compensation,
+    "data-free": data_free,
     "average": _average,
     "fuse": fuse,
     "gains": branch_gains,
@@ -93,6 +100,8 @@ def heal(
         )
     plan, origin = known.plan, against or known.model
     require_no_masks(plan, "healing")
+    if plan.factors and method != "closed-form":
+        raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
     check_out(out, overwrite, origin)
     calibrated_on = calibrated_with(source)[0]
     text_name = calibration or calibrated_on
@@ -117,14 +126,14 @@ def heal(
             if wanted is not None:
                 chosen = training.selection(model, text_name, wanted, tokens, seed, place, progress)
                 lessons = chosen.windows
-            elif method != "closed-form":
+            elif method not in METHODS:
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
             texts = judged_on(model, text_name, [text, lessons], seed, progress, read_before=calibrated_with(source))
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):
-            if method == "closed-form":
-                refit = closed_form(model.model, model.anatomy, plan, text, progress)
+            if method in METHODS:
+                refit = METHODS[method](model.model, model.anatomy, plan, text, progress)
                 back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
                 best = training.better(model, plan, start, refit, text.ids[-back:])
                 compressed, healing = applied(model, plan, best, method)
@@ -154,11 +163,15 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     """The weights of a cut model that are not those of the dense one, by name in the dense one. InputError where the
     two do not fit together."""
     cut = apply(model.model, model.anatomy, plan)
+    factors = factors_of(plan, model.anatomy)
     old, new = (dict(side.named_parameters()) for side in (cut, small))
-    if old.keys() != new.keys() or any(old[key].shape != new[key].shape for key in old):
+    more = {name for name in new.keys() - old.keys() if name.endswith(".bias")}
+    if old.keys() != new.keys() - more or any(old[key].shape != new[key].shape for key in old):
         raise InputError(f"{name} has other weights than its plan leaves of {model.loaded.source}")
-    names = original_names(model.anatomy, drops_of(plan, model.anatomy), old)
-    found = {names[key]: new[key].detach() for key in old if not torch.equal(old[key], new[key])}
+    names = original_names(model.anatomy, drops_of(plan, model.anatomy), new)
+    changed = (key for key in new if key in more or not torch.equal(old[key], new[key]))
+    found = {names[key]: new[key].detach() for key in changed}
+    found = rejoined(model.model, factors, found)
     return Healing(whole(model.model, model.anatomy, keeps_of(plan, model.anatomy), found), (), {}, 0, 0)
 
 
@@ -188,8 +201,10 @@ def mended(
 def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[Any, HealRecord]:
     """The cut model with the tensors of a healing, and the record of it."""
     healing = storable(model, healing)
+    known = dict(model.model.named_parameters(remove_duplicate=False))
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
+    note_biases(compressed.config, model.anatomy, [name for name in healing.tensors if name not in known])
     return compressed, record_of(healing, method)
 
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from billhook.measure.ablation import Kind
 from billhook.plan.masks import parse_pattern
 from billhook.scores import InnerUnit, Unit, named
+from billhook.search.bases import Inputs
+from billhook.search.ranks import Spread
 from billhook.search.sparsity import By
 from billhook.search.width import Allocation
 
@@ -19,7 +21,7 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
-Heal = Literal["none", "closed-form", "tune", "lora", "distill", "lisa", "ist", "fpf"]
+Heal = Literal["none", "closed-form", "bias", "data-free", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
 Act = Literal["drop", "average", "fuse", "gains"]
 
@@ -164,6 +166,15 @@ class Masks(_Words):
         return self
 
 
+class Ranks(_Words):
+    """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
+    directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``)."""
+
+    word: Literal["ranks"]
+    inputs: Inputs
+    allocation: Spread
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -182,11 +193,11 @@ class Recipe(_Words):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Literal[Unit, InnerUnit, "weight"]
+    unit: Literal[Unit, InnerUnit, "weight", "linear"]
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Masks | Baseline,
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Masks | Ranks | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -204,6 +215,10 @@ class Recipe(_Words):
             raise ValueError("single weights go with the choice masks, and masks with the unit weight")
         if self.unit == "weight" and (self.heal != "none" or self.act != "drop"):
             raise ValueError("masks go with heal none and act drop: what stays gets new weights by second-order alone")
+        if (self.unit == "linear") != (self.choice.word == "ranks"):
+            raise ValueError("the unit linear goes with the choice ranks, others do not")
+        if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
+            raise ValueError("linears in two parts are healed in closed form, or not")
         if self.wide != (self.choice.word == "widths"):
             raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
         if self.score is not None and named(self.score.word).wide != self.wide:
@@ -216,6 +231,8 @@ class Recipe(_Words):
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.act in ("average", "fuse") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
+        if self.heal in ("bias", "data-free") and not self.wide:
+            raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
         if self.act != "drop" and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"

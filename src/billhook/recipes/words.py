@@ -6,11 +6,14 @@ import inspect
 import re
 
 from billhook.heal import average, branch_gains, closed_form, fuse
+from billhook.heal.bias import bias_compensation
+from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Masks, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, Evolve, Greedy, Masks, Ranks, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
+HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free}
 ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
@@ -19,6 +22,7 @@ def needs(recipe: Recipe) -> str:
     """What the choice rests on: ``data``, which is calibration text, or ``nothing``."""
     blind = recipe.score is not None and named(recipe.score.word).needs == "weights"
     blind = blind or (isinstance(recipe.choice, Masks) and recipe.choice.by == "magnitude")
+    blind = blind or (isinstance(recipe.choice, Ranks) and recipe.choice.inputs == "none")
     return "nothing" if blind or recipe.choice.word in BASELINES else "data"
 
 
@@ -36,7 +40,7 @@ def passes(recipe: Recipe) -> str:
         return f"{recipe.choice.draws + 2} a round/window"
     if isinstance(recipe.choice, Masks):
         return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
-    if isinstance(recipe.choice, Span):
+    if isinstance(recipe.choice, Span | Ranks):
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"
@@ -62,8 +66,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
     if recipe.act != "drop":
         words[f"act {recipe.act}"] = first_sentence(ACTS[recipe.act])
-    if recipe.heal == "closed-form":
-        words[f"heal {recipe.heal}"] = first_sentence(closed_form)
+    if recipe.heal in HEALS:
+        words[f"heal {recipe.heal}"] = first_sentence(HEALS[recipe.heal])
     elif recipe.heal in METHODS:
         words[f"heal {recipe.heal}"] = METHODS[recipe.heal].says
     return words

@@ -15,7 +15,7 @@ from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.record import TextEvidence
 from billhook.plan.target import Target
 from billhook.report.answers import accuracy
-from billhook.report.cuts import is_cut, left_of, narrower, sparser
+from billhook.report.cuts import is_cut, left_of, narrower
 from billhook.report.figures_comparison import front, kept, name, quality
 from billhook.report.headline import budget_name
 from billhook.report.numbers import duration, number, percent
@@ -138,7 +138,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 exact=exact_answers(entry),
                 passes=number(passes(entry, comparison), 2),
                 loads=LOADS[entry.target],
-                cuts=(*entry.drops, *narrower(entry.keeps), *sparser(entry.sparsities)),
+                cuts=(*entry.drops, *narrower(entry.keeps, entry.sparsities, entry.factors)),
                 on_front=entry in best,
             )
             for entry in entries
@@ -150,7 +150,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
 def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
     """A grid for each stack in which something is cut."""
     drops = [normalise(map(Address.parse, entry.drops), comparison.outline) for entry in entries]
-    lefts = [left_of(comparison.outline, entry.keeps, entry.sparsities) for entry in entries]
+    lefts = [left_of(comparison.outline, entry.keeps, entry.sparsities, entry.factors) for entry in entries]
     touched = {unit.stack for units in (*drops, *lefts) for unit in units}
     grids = []
     for stack in comparison.outline.stacks:

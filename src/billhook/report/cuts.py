@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import Outline, StackOutline
-from billhook.plan.plan import Keep, Sparsify
+from billhook.plan.plan import Factorise, Keep, Sparsify
 from billhook.plan.record import Run
 from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
@@ -67,7 +67,22 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *widths(run), *zeros(run)]
+    return [*gone, *widths(run), *zeros(run), *ranks(run)]
+
+
+def ranks(run: Run) -> list[tuple[str, str]]:
+    """``("linears of blocks", "0–29: 187 of 210 in two parts, of rank 32 to 220")``."""
+    several = len(run.outline.stacks) > 1
+    found = []
+    for stack in dict.fromkeys(edit.unit.stack for edit in run.plan.factors):
+        edits = [edit for edit in run.plan.factors if edit.unit.stack == stack]
+        total = sum(len(s.linears) for a, s in run.outline.sublayers() if a.stack == stack)
+        least, most = min(edit.rank for edit in edits), max(edit.rank for edit in edits)
+        span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        where = ranges({edit.unit.block for edit in edits})
+        what = f"linears of {stack + ' ' if several else ''}blocks"
+        found.append((what, f"{where}: {len(edits):,} of {total:,} in two parts, of rank {span}"))
+    return found
 
 
 def widths(run: Run) -> list[tuple[str, str]]:
@@ -105,29 +120,29 @@ def zeros(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def sparser(edits: Iterable[Sparsify]) -> list[str]:
-    """``decoder.3.mlp: 1,327,104 weights zero``, one an edit."""
-    return [f"{edit.unit}: {_zeros(edit):,} weights zero" for edit in edits]
+def narrower(keeps: Iterable[Keep], sparsities: Iterable[Sparsify], factors: Iterable[Factorise]) -> list[str]:
+    """``decoder.3.mlp: 1,098 neurons kept``, one a keep; ``decoder.3.mlp: 1,327,104 weights zero``; ``decoder.3.mlp:
+    mlp.up_proj of rank 220``, one a linear."""
+    kept = [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
+    sparse = [f"{edit.unit}: {_zeros(edit):,} weights zero" for edit in sparsities]
+    return [*kept, *sparse, *(f"{edit.unit}: {edit.linear} of rank {edit.rank:,}" for edit in factors)]
 
 
 def _zeros(edit: Sparsify) -> int:
     return sum(edit.zeros.values())
 
 
-def narrower(keeps: Iterable[Keep]) -> list[str]:
-    """``decoder.3.mlp: 1,098 neurons kept``, one a keep."""
-    return [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
-
-
-def left_of(outline: Outline, keeps: Iterable[Keep], sparsities: Iterable[Sparsify] = ()) -> dict[Address, float]:
-    """Percent of its parameters that a sublayer keeps, of those that get narrower; of those that only lose single
-    weights, how many are not zero."""
+def left_of(
+    outline: Outline, keeps: Iterable[Keep], sparsities: Iterable[Sparsify], factors: Iterable[Factorise]
+) -> dict[Address, float]:
+    """Percent of its parameters that a sublayer keeps, of those that get narrower or lose rank; of those that only lose
+    single weights, how many are not zero."""
     sublayers = dict(outline.sublayers())
     nonzero = {e.unit: round(100 * (1 - _zeros(e) / max(sublayers[e.unit].params, 1)), 1) for e in sparsities}
-    return nonzero | {
-        k.unit: round(100 * sublayers[k.unit].narrowed(k.inner, len(k.indices)).params / sublayers[k.unit].params, 1)
-        for k in keeps
-    }
+    left = {k.unit: sublayers[k.unit].narrowed(k.inner, len(k.indices)) for k in keeps}
+    for edit in factors:
+        left[edit.unit] = left.get(edit.unit, sublayers[edit.unit]).factorised(edit.linear, edit.rank)
+    return nonzero | {unit: round(100 * now.params / sublayers[unit].params, 1) for unit, now in left.items()}
 
 
 def _lost(run: Run) -> list[tuple[str, int]]:
@@ -164,13 +179,21 @@ def counts(run: Run) -> str:
     parts = [f"{found.pop('block')} of {total} blocks"] if "block" in found else []
     parts += [f"{n} {kind_name(kind)}{'s' if n > 1 else ''}" for kind, n in sorted(found.items())]
     parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n in _lost(run)]
+    parts += [f"{ranks_lost(run):,} ranks of {len(run.plan.factors):,} linears"] if run.plan.factors else []
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def ranks_lost(run: Run) -> int:
+    """How many ranks the linears have lost that are in two parts now."""
+    sublayers = dict(run.outline.sublayers())
+    whole = [sublayers[edit.unit].linears[edit.linear] for edit in run.plan.factors]
+    return sum(min(o.outputs, o.inputs) - edit.rank for o, edit in zip(whole, run.plan.factors, strict=True))
 
 
 def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
-    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities)
+    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities, run.plan.factors)
     return [_column(stack, drops, lefts) for stack in run.outline.stacks]
 
 

@@ -33,7 +33,7 @@ def is_ordinary(run: Run) -> bool:
     as the config can say."""
     alike = all(len({tuple(block.sublayers) for block in stack.blocks}) <= 1 for stack in run.outline.stacks)
     alike = alike and all(a.sublayer is None for a in dropped(run))
-    return run.plan.target is Target.UNIFORM or (alike and _stated(run))
+    return run.plan.target is Target.UNIFORM or (alike and _stated(run) and not run.plan.factors)
 
 
 def _stated(run: Run) -> bool:

@@ -12,6 +12,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import cut, drops_of, keeps_of
 from billhook.surgery.masks import masks_of
 
@@ -21,11 +22,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Model:
     """A compressed model that shares the weights it keeps with ``model``, which stays as it is.
 
-    Nothing is copied but the module tree, the config, of tensors that get narrower what is left of them, and those that
-    lose single weights; ``del model`` frees what was cut. Raises InputError if the plan is not possible on this model.
+    Nothing is copied but the module tree, the config, of tensors that get narrower what is left of them, those that
+    lose single weights, and linears that become two; ``del model`` frees what was cut. Raises InputError if the plan is
+    not possible on this model.
     """
-    drops, masks = drops_of(plan, anatomy), masks_of(plan, anatomy, model)
+    drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=dict(shared))
-    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo())
+    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo(), factors)
     return twin

@@ -22,6 +22,7 @@ from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery.apply import apply
+from billhook.surgery.factorise import Factor, factors_of
 from billhook.surgery.form import Form, form_after, write_form
 from billhook.surgery.live import drops_of, keeps_of
 from billhook.surgery.masks import masks_of, zeros_left
@@ -29,6 +30,7 @@ from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
 from billhook.surgery.shards import Headers, read_header, write_shard
 from billhook.surgery.slices import narrowed
+from billhook.surgery.split import split, split_names
 from billhook.surgery.thinning import thinned
 
 _INDEX = "model.safetensors.index.json"
@@ -39,7 +41,8 @@ def apply_to_checkpoint(
 ) -> Path:
     """Write the checkpoint that loading ``source``, applying ``plan`` and saving would give, tensor for tensor.
 
-    Memory: the headers and one chunk of one tensor, whatever the model's size. Time: that of copying the files. The
+    Memory: the headers and one chunk of one tensor, whatever the model's size (of a linear that becomes two: all of
+    it). Time: that of copying the files. The
     tensors keep their own naming and dtype; only block numbers change. The head of another task stays behind, as in
     loading. Raises InputError, with nothing written, for a plan that is not possible, a corrupt or incomplete file, or
     a tensor of a block that has no place in the model.
@@ -68,19 +71,19 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         files = weight_files(view)
         dense = skeleton(view)
         anatomy = discover(dense)
-        drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
+        drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
         small = apply(dense, anatomy, plan)
         masks = masks_of(plan, anatomy, dense)
         zeros = zeros_left(plan, anatomy, dense, keeps) if isinstance(plan, Plan) else {}
-        form = form_after(small.config, drops, keeps, anatomy)
+        form = form_after(small.config, drops, keeps, anatomy, [factor.edit for factor in factors])
         form = write_form(small.config, anatomy, form)
 
         headers = {path: read_header(path) for path in files}
         live, left_out = live_names(dense, _all_names(view, headers), str(source))
         moves = moved(live, anatomy, drops)
-        _account(moves, dense, small, anatomy, drops)
-        headers = thinned(headers, live, dense, masks)
-        _write(folder, *narrowed(headers, moves, live, dense, anatomy, keeps))
+        _account(moves, dense, small, anatomy, drops, factors)
+        headers, moves = narrowed(thinned(headers, live, dense, masks), moves, live, dense, anatomy, keeps)
+        _write(folder, *split(headers, moves, live, dense, factors))
         _write_config(small.config, folder)
         copy_extras(source, folder)
     return Rewritten(small, anatomy, form, left_out, zeros)
@@ -153,10 +156,18 @@ def _all_names(folder: Path, headers: Headers) -> set[str]:
     return set(count)
 
 
-def _account(moves: dict[str, str | None], dense: Any, small: Any, anatomy: Anatomy, drops: frozenset[Address]) -> None:
+def _account(
+    moves: dict[str, str | None],
+    dense: Any,
+    small: Any,
+    anatomy: Anatomy,
+    drops: frozenset[Address],
+    factors: tuple[Factor, ...],
+) -> None:
     """Every tensor is either kept or belongs to what was dropped: the rule that moves stored tensors must turn the
     dense model's names into exactly those of the applied one, and no two tensors may end under one name."""
-    kept = set(moved({name: name for name in dense.state_dict()}, anatomy, drops).values()) - {None}
+    own = {name: name for name in dense.state_dict()}
+    kept = set(split_names(moved(own, anatomy, drops), own, [factor.path for factor in factors]).values()) - {None}
     wrong = kept ^ small.state_dict().keys()
     wrong |= {name for name, times in Counter(moves.values()).items() if times > 1 and name is not None}
     if wrong:

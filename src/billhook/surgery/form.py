@@ -8,35 +8,46 @@ from typing import Any
 
 from billhook.anatomy import Anatomy
 from billhook.plan.address import Address
-from billhook.plan.plan import Keep
+from billhook.plan.plan import Factorise, Keep
+from billhook.plan.ranks import Ranks
 from billhook.plan.widths import Counts
+from billhook.surgery.biases import Biases, biases_after, read_biases, write_biases
+from billhook.surgery.ranks import ranks_after, read_ranks, write_ranks
 from billhook.surgery.skips import read_skips, skips_after, write_skips
 from billhook.surgery.widths import clear_widths, read_widths, widths_after, write_widths
 
 
 @dataclass(frozen=True)
 class Form:
-    """``skips`` are sublayers that are missing; ``widths`` how many inner units others have. False if there is neither:
-    an ordinary checkpoint."""
+    """``skips`` are sublayers that are missing; ``widths`` how many inner units others have; ``ranks`` those of linears
+    in two parts; ``biases`` are linears that have one where others have none. False if there is none of it: an ordinary
+    checkpoint."""
 
     skips: frozenset[Address] = frozenset()
     widths: Counts = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=dict)
+    biases: Biases = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.skips or self.widths)
+        return bool(self.skips or self.widths or self.ranks or self.biases)
 
 
 def read_form(config: Any, anatomy: Anatomy) -> Form:
     """What a model's config lists. InputError if it lists something that the model has no place for."""
-    return Form(read_skips(config, anatomy), read_widths(config, anatomy))
+    skips, widths = read_skips(config, anatomy), read_widths(config, anatomy)
+    return Form(skips, widths, read_ranks(config, anatomy), read_biases(config, anatomy))
 
 
-def form_after(config: Any, drops: frozenset[Address], keeps: Iterable[Keep], anatomy: Anatomy) -> Form:
-    """What is missing or narrower once a plan is carried out, in the block numbers of the smaller model. ``config`` is
-    that of the model before, ``anatomy`` describes it."""
+def form_after(
+    config: Any, drops: frozenset[Address], keeps: Iterable[Keep], anatomy: Anatomy, factors: Iterable[Factorise] = ()
+) -> Form:
+    """What is missing, narrower or in two parts once a plan is carried out, in the block numbers of the smaller model.
+    ``config`` is that of the model before, ``anatomy`` describes it."""
     before = read_form(config, anatomy)
     skips = skips_after(before.skips, drops, anatomy)
-    return Form(skips, widths_after(before.widths, drops, keeps, anatomy))
+    widths = widths_after(before.widths, drops, keeps, anatomy)
+    ranks = ranks_after(before.ranks, drops, factors, anatomy)
+    return Form(skips, widths, ranks, biases_after(before.biases, drops, anatomy))
 
 
 def write_form(config: Any, anatomy: Anatomy, form: Form) -> Form:
@@ -44,4 +55,6 @@ def write_form(config: Any, anatomy: Anatomy, form: Form) -> Form:
     of it: widths that the plain values say need no note."""
     clear_widths(config, anatomy)
     write_skips(config, anatomy, form.skips)
-    return Form(form.skips, write_widths(config, anatomy, form.widths))
+    write_ranks(config, anatomy, form.ranks)
+    write_biases(config, anatomy, form.biases)
+    return Form(form.skips, write_widths(config, anatomy, form.widths), form.ranks, form.biases)

@@ -16,6 +16,7 @@ from billhook.plan.check import check, normalise, survivors
 from billhook.plan.plan import Drop, Keep, Plan
 from billhook.plan.schedule import compiled
 from billhook.plan.widths import narrowing
+from billhook.surgery.factorise import Factor, factorise
 from billhook.surgery.masks import Masks, put_masks
 from billhook.surgery.narrow import narrow, state
 
@@ -45,12 +46,15 @@ def cut(
     keeps: tuple[Keep, ...],
     masks: Masks,
     undo: Undo,
+    factors: tuple[Factor, ...] = (),
 ) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
-    but for the stubs and for widths that differ from block to block. Masks come first: they are of whole weights."""
+    but for the stubs, for widths that differ from block to block and for linears in two parts. Masks come first: they
+    are of whole weights."""
     put_masks(model, masks, undo.set)
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
+    factorise(model, factors, undo.swap)
     drop(model, anatomy, drops, undo)
 
 

@@ -22,6 +22,8 @@ from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
+from billhook.surgery.biases import add_biases
+from billhook.surgery.factorise import empty
 from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import drop
 from billhook.surgery.narrow import narrow
@@ -79,7 +81,7 @@ def on_meta(stock: type, config: Any) -> Any:
 
 def as_cut(stock: type) -> type:
     """A class whose instances are those of ``stock``, without the sublayers that their config skips and with the
-    widths that it lists.
+    widths and ranks that it lists.
 
     Instances become plain ``stock`` ones as soon as they are made, so that transformers treats them as its own.
     """
@@ -90,6 +92,8 @@ def as_cut(stock: type) -> type:
             anatomy = discover(self)
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
+            add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
+            empty(self, _linears(form, anatomy))
             drop(self, anatomy, form.skips, Undo())
         self.__class__ = stock
 
@@ -106,6 +110,18 @@ def _any_units(form: Form, anatomy: Anatomy) -> list[Keep]:
         Keep.model_validate({"unit": address, "inner": kind, "indices": tuple(range(number))})
         for (address, kind), number in form.widths.items()
     ]
+
+
+def _linears(form: Form, anatomy: Anatomy) -> list[tuple[str, int]]:
+    """Path and rank of each linear in two parts. InputError for one that the stock class does not have."""
+    outlines = dict(anatomy.outline.blocks())
+    for (block, path), rank in form.ranks.items():
+        known = {name: o for part in outlines[block].sublayers.values() for name, o in part.linears.items()}
+        if path not in known or rank > known[path].useful:
+            raise InputError(
+                f"config.json gives {path} of {block} rank {rank}; this {anatomy.family} model cannot have it"
+            )
+    return [(f"{anatomy.block(block).path}.{path}", rank) for (block, path), rank in form.ranks.items()]
 
 
 @contextmanager

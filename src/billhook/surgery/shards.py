@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -18,20 +18,30 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from billhook.plan.errors import InputError
 from billhook.plan.masks import Packed, unpack
 from billhook.plan.ranges import runs
 
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 8 * 2**20  # bytes in memory at any time
 _METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What is written in the place of a tensor: of this shape, in the same type, made of all of its values."""
+
+    shape: tuple[int, ...]
+    of: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32). Of a
-    tensor to be narrowed only the entries ``kept`` along ``axis`` are written, zeros for what its ``mask`` takes."""
+    tensor to be narrowed only the entries ``kept`` along ``axis`` are written, zeros for what its ``mask`` takes; of
+    others what is ``made`` of them."""
 
     name: str
     file: Path
@@ -42,10 +52,13 @@ class Stored:
     axis: int = 0
     kept: tuple[int, ...] | None = None
     mask: Packed | None = field(default=None, compare=False)
+    made: Made | None = field(default=None, compare=False)
 
     @property
     def written(self) -> tuple[int, ...]:
         """The shape that is written."""
+        if self.made is not None:
+            return self.made.shape
         if self.kept is None:
             return self.shape
         return (*self.shape[: self.axis], len(self.kept), *self.shape[self.axis + 1 :])
@@ -99,7 +112,11 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
     whole = stored.end - stored.begin
     gone = None if stored.mask is None else ~unpack(stored.mask, stored.shape).reshape(-1)
     with stored.file.open("rb") as source:
-        if stored.kept is None:
+        if stored.made is not None:
+            data = bytearray().join(_chunks(stored, source, 0, whole, _CHUNK, gone))
+            new = stored.made.of(torch.frombuffer(data, dtype=FLOATS[stored.dtype]).view(stored.shape))
+            out.write(new.contiguous().view(torch.uint8).numpy().tobytes())
+        elif stored.kept is None:
             for chunk in _chunks(stored, source, 0, whole, _CHUNK, gone):
                 out.write(chunk)
         elif stored.axis == 0:
@@ -118,7 +135,7 @@ def _copy(stored: Stored, out: BinaryIO) -> None:
 def _chunks(
     stored: Stored, source: BufferedReader, begin: int, end: int, size: int, gone: NDArray[np.bool_] | None
 ) -> Iterator[bytearray]:
-    dtype = _FLOATS.get(stored.dtype)
+    dtype = FLOATS.get(stored.dtype)
     width = (stored.end - stored.begin) // max(math.prod(stored.shape), 1)
     source.seek(stored.begin + begin)
     left = end - begin

@@ -11,6 +11,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
+from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import cut, drops_of, keeps_of
 from billhook.surgery.masks import masks_of
 
@@ -20,14 +21,14 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     """Inside the context ``model`` is the compressed model; leaving it, also by an exception, restores it exactly.
 
     Works in place by swapping modules, narrower tensors and config values. Costs next to no time, and no memory but for
-    the slices that stay of tensors that get narrower, and a copy of those that lose single weights. Raises InputError
-    if the plan is not possible on this model; the model is untouched then.
+    what stays of tensors that get narrower, a copy of those that lose single weights, and linears that become two.
+    Raises InputError if the plan is not possible on this model; the model is untouched then.
     """
-    drops, masks = drops_of(plan, anatomy), masks_of(plan, anatomy, model)
+    drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)
     undo = Undo()
     undo.guard_hooks(model)
     try:
-        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo)
+        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo, factors)
         yield model
     finally:
         undo.restore()

@@ -18,17 +18,19 @@ from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 
 PER_LAYER, PER_STACK, PER_STACK_WIDTHS = "per_layer_config", "skip_sublayers", "inner_units"
+PER_STACK_RANKS, PER_STACK_BIASES = "linear_ranks", "added_biases"
 READ_GLOBALLY = "allow_global_per_layer_attribute_access"  # transformers': plain values may be read beside those
 
 
 def declares_cuts(content: Any) -> bool:
-    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped or narrower than others."""
+    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped or narrower than others,
+    or that a linear is in two parts or has a bias of its own."""
     if not isinstance(content, dict):
         return False
     layers = content.get(PER_LAYER)
     if isinstance(layers, dict) and any(isinstance(layer, dict) and layer.get("skip") for layer in layers.values()):
         return True
-    if any(content.get(key) for key in (PER_STACK, PER_STACK_WIDTHS, READ_GLOBALLY)):
+    if any(content.get(key) for key in (PER_STACK, PER_STACK_WIDTHS, PER_STACK_RANKS, PER_STACK_BIASES, READ_GLOBALLY)):
         return True
     return any(declares_cuts(value) for value in content.values())
 

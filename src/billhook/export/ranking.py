@@ -1,0 +1,35 @@
+"""The part of a heterogeneous checkpoint's Python file that puts two linears in the place of one."""
+
+from __future__ import annotations
+
+import inspect
+from pprint import pformat
+from string import Template
+
+from billhook.anatomy import Anatomy
+from billhook.anatomy.low_rank import LowRank
+from billhook.surgery.form import Form
+
+_SPLIT = Template('''\
+$low_rank
+
+# one row a stack: name, path of its blocks, of its config
+RANKS: Any = $rows
+
+
+def split(model: nn.Module, name: str, path: str, owner: str) -> None:
+    """Put two linears in the place of each that the config gives a rank."""
+    listed = getattr(reduce(getattr, owner.split("."), model), "linear_ranks", {}).get(name, {})
+    for index, linears in listed.items():
+        block = model.get_submodule(f"{path}.{index}")
+        for inside, rank in linears.items():
+            old: Any = block.get_submodule(inside)
+            outputs, inputs = reversed(old.weight.shape) if type(old).__name__ == "Conv1D" else old.weight.shape
+            block.set_submodule(inside, LowRank(inputs, rank, outputs, old.bias is not None))''')
+
+
+def splitting(anatomy: Anatomy, form: Form) -> str:
+    """The source; ``anatomy`` is that of the stock class."""
+    used = {block.stack for block, _ in form.ranks}
+    rows = [(stack.name, stack.path, stack.counters[0].owner) for stack in anatomy.stacks if stack.name in used]
+    return _SPLIT.substitute(low_rank=inspect.getsource(LowRank), rows=pformat(rows, width=116, sort_dicts=False))

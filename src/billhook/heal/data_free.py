@@ -1,0 +1,80 @@
+"""Removed neurons rebuilt from kept ones without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.anatomy.low_rank import is_conv, matrix
+from billhook.anatomy.types import Anatomy, Inner, Sublayer
+from billhook.heal.healing import Healing
+from billhook.heal.reconstruct import gram_of_reads, reconstruction
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
+from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.narrow import inner_of, kept_entries
+
+Progress = Callable[[str, int, int], None]
+PENALTY = 0.1  # relative to the mean energy of a channel: what the weights alone say of the inputs is a guess
+HEADS = "without data nothing is known of what attention mixes"
+FUSED = "its neurons are not those of one or two linears with a row each"
+
+
+def data_free(
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan | Iterable[Address],
+    source: object = None,
+    progress: Progress | None = None,
+) -> Healing:
+    """Neurons that go are rebuilt from those that stay, by what the weights of the reads alone suggest of how they go
+    together, and the write takes that up: ``reconstruction`` on ``gram_of_reads``.
+
+    The weight of the norm before the reads is folded into them. Activation functions, biases and what the stream looks
+    like are left out: that is the price of asking for no data, and it can harm; ``source`` is not looked at. Source:
+    UDFC (arXiv 2308.07209), section 3, where every removed channel is a combination of the kept ones. Cost: k^3 / 3 for
+    k kept neurons. Raises InputError where no MLP gets narrower.
+    """
+    drops_of(plan, anatomy)  # checks it
+    keeps = keeps_of(plan, anatomy)
+    if not any(keep.inner == "neuron" for keep in keeps):
+        raise InputError("healing without data rebuilds neurons that went, and this plan takes none away")
+    tensors: dict[str, Tensor] = {}
+    left: dict[str, str] = {}
+    for number, keep in enumerate(keeps, start=1):
+        sublayer, inner = anatomy.sublayer(keep.unit), inner_of(anatomy, keep)
+        write = sublayer.writes[0]
+        reads = _reads(model, sublayer, inner)
+        if inner.kind != "neuron" or not 1 <= len(reads) <= 2:
+            left[write] = FUSED if inner.kind == "neuron" else HEADS
+            continue
+        linear: Any = model.get_submodule(write.removesuffix(".weight"))
+        axis, entries = kept_entries(inner, keep.indices)[write]
+        kept = torch.tensor(entries, device=linear.weight.device)
+        new = reconstruction(gram_of_reads(*reads), matrix(linear), kept, PENALTY).to(linear.weight.dtype)
+        whole = linear.weight.detach().clone()
+        tensors[write] = whole.index_copy_(axis, kept, new.T if is_conv(linear) else new)
+        if progress is not None:
+            progress("healing without data", number, len(keeps))
+    return Healing(tensors, (), left, 0, 0)
+
+
+def _reads(model: nn.Module, sublayer: Sublayer, inner: Inner) -> list[Tensor]:
+    """One row a neuron for each linear that it reads through, in float32, with the weight of the norm before."""
+    norm: Any = model.get_submodule(sublayer.norms[0]) if sublayer.norms else None
+    scale = None if norm is None else getattr(norm, "weight", None)
+    found = []
+    for piece in inner.slices:
+        owner: Any = model.get_submodule(piece.parameter.rpartition(".")[0])
+        weight = getattr(owner, "weight", None)
+        if piece.writes or not piece.parameter.endswith(".weight") or weight is None or weight.ndim != 2:
+            continue
+        rows = matrix(owner)[piece.start : piece.start + inner.count].float()
+        if scale is not None and scale.shape == rows.shape[1:]:
+            rows = rows * scale.detach().float()
+        found.append(rows)
+    return found
