@@ -18,8 +18,7 @@ class _Record(BaseModel):
 
 class Entry(_Record):
     """One recipe at one budget: what it dropped, kept in part, made sparse and took apart, what finding that took, and
-    how well the
-    model works without it.
+    how well the model works without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
     ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
