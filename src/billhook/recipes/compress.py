@@ -62,8 +62,9 @@ def compress(
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
-    blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the best one for the
-    target is taken; ``heal`` is what the recipe says unless told, and an act that combines blocks stands in its place.
+    blocks and equally many experts (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe``
+    the best one for the target is taken; ``heal`` is what the recipe says unless told, and an act that combines blocks
+    or experts stands in its place.
     ``select``: which text a healing by training reads (see ``heal``).
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
@@ -178,9 +179,10 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
     else:
         chosen = catalogue.load(recipe)
     if aim is None:
-        aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
-    if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
-        if chosen.choice.allocation != "uniform":
+        alike = chosen.unit == "expert" and getattr(chosen.choice, "allocation", "uniform") == "uniform"
+        aim = Target.UNIFORM if chosen.unit == "block" or alike else Target.REMOTE
+    if aim is Target.UNIFORM and chosen.wide:
+        if isinstance(chosen.choice, Widths) and chosen.choice.allocation != "uniform":
             raise InputError(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"

@@ -64,8 +64,8 @@ class Choice:
 
 def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
-    if isinstance(recipe.choice, Widths):
-        multiple = recipe.choice.multiple_of
+    if recipe.wide:
+        multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Widths) else 1
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
     return search.pose(outline, budget, recipe.unit, target, stack="decoder")
 

@@ -19,7 +19,8 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
 Heal = Literal["none", "closed-form", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
-Act = Literal["drop", "average", "fuse", "gains"]
+Act = Literal["drop", "average", "fuse", "gains", "merge"]
+BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
 class Paper(_Words):
@@ -177,10 +178,15 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
-        if self.wide != (self.choice.word == "widths"):
-            raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
+        if self.wide != (self.choice.word == "widths") and not (self.wide and self.choice.word in BLIND_WIDTHS):
+            raise ValueError(
+                "units inside sublayers (neuron, group, width, expert) go with the choice widths, random or "
+                "evenly-spaced, and others do not go with widths"
+            )
         if self.score is not None and named(self.score.word).wide != self.wide:
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
+        if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):
+            raise ValueError(f"score {self.score.word} is not one of {self.unit}s: experts have those of their router")
         if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if learned and self.objective != "loss":
@@ -189,7 +195,9 @@ class Recipe(_Words):
             raise ValueError("a span consists of whole blocks: unit must be block")
         if self.act in ("average", "fuse") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
-        if self.act != "drop" and self.wide:
+        if self.act == "merge" and self.unit != "expert":
+            raise ValueError("act merge combines experts: unit must be expert")
+        if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
             )

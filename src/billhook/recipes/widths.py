@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from billhook.data import Windows
 from billhook.measure.channels import channels
+from billhook.measure.cost import Costs
+from billhook.measure.routing import routing
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
 from billhook.measure.width import WidthTrace, units_of
@@ -15,6 +17,7 @@ from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Recipe, Widths
 from billhook.scores import named
+from billhook.search.blind_widths import even_widths, random_widths
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
 
@@ -34,7 +37,9 @@ def narrow(
     """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer.
     ``seen`` is the trace of the dense model over the calibration."""
     choice = recipe.choice
-    assert isinstance(choice, Widths)
+    if not isinstance(choice, Widths):
+        keeps, costs = random_widths(problem, seed) if choice.word == "random" else even_widths(problem)
+        return keeps, _record(recipe, problem, keeps, costs, "none", 0), {}
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, windows, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
@@ -45,11 +50,20 @@ def narrow(
         shares = sigmoid_shares(distances, problem.share, choice.steepness)
         work += seen.work
     keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares)
-    narrowed = tuple(str(keep.unit) for keep in keeps)
-    step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
-    record = SearchRecord(recipe=recipe.name, objective=score.name, steps=(step,), work=work, evaluations=0)
+    record = _record(recipe, problem, keeps, costs, score.name, work)
+    if recipe.unit == "expert":
+        return keeps, record, {}  # the shares of a mixture add up to one: their mean says nothing
     importance = {str(address): figures.mean().item() for address, figures in scores.items()}
     return keeps, record, {f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}": importance}
+
+
+def _record(
+    recipe: Recipe, problem: WidthProblem, keeps: tuple[Keep, ...], costs: Costs, objective: str, work: int
+) -> SearchRecord:
+    """One step: a choice of width is made at once."""
+    narrowed = tuple(str(keep.unit) for keep in keeps)
+    step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
+    return SearchRecord(recipe=recipe.name, objective=objective, steps=(step,), work=work, evaluations=0)
 
 
 def _measured(
@@ -67,4 +81,6 @@ def _measured(
             answer = score.check(recipe.score_parameters)["answer"]
             slopes = sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress)
             return WidthTrace.of(live, units, slopes=slopes, work=3 * work)
+        case "routing":
+            return WidthTrace.of(live, units, routing=routing(live, anatomy, units, windows, progress), work=work)
     return WidthTrace.of(live, units)

@@ -12,6 +12,7 @@ from billhook.scores.magnitude import magnitude
 from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activation
 from billhook.scores.position_weighted import position_weighted
 from billhook.scores.registry import SCORES, InnerUnit, Score, Unit, named, score
+from billhook.scores.routing_frequency import routing_frequency
 from billhook.scores.taylor import fisher, taylor
 from billhook.scores.update_norm import update_norm
 from billhook.scores.wanda import wanda_structured
@@ -33,6 +34,7 @@ __all__ = [
     "peak_magnitude",
     "peak_magnitude_activation",
     "position_weighted",
+    "routing_frequency",
     "score",
     "taylor",
     "update_norm",
