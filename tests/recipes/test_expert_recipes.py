@@ -162,7 +162,7 @@ def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["expert-frequency"])
+@pytest.mark.parametrize("recipe", ["expert-frequency", "m-smoe"])
 def test_all_the_way(recipe: str, tiny_mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary checkpoint that plain transformers loads, with its proof."""
     monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)

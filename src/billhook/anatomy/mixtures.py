@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from billhook.anatomy.types import Inner
 from billhook.plan.errors import InputError
@@ -44,3 +45,14 @@ def neuron_axes(model: nn.Module, mixture: Mixture) -> dict[str, tuple[int, int]
         reason = f"parameter {unknown[0]}" if unknown else "an interleaved or transposed layout"
         raise InputError(f"the neurons of {mixture.experts} are not known: it has {reason}")
     return {name: known[leaf] for name, leaf in leaves.items()}
+
+
+def neuron_values(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
+    """What the neurons of one expert hand to its write, for tokens [n, hidden]: [n, neurons]. For the layouts that
+    ``neuron_axes`` knows."""
+    module: Any = experts
+    if hasattr(module, "gate_up_proj"):
+        values: Tensor = module._apply_gate(linear(tokens, module.gate_up_proj[number]))
+        return values
+    found: Tensor = module.act_fn(linear(tokens, module.up_proj[number]))
+    return found

@@ -29,7 +29,7 @@ from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
+from billhook.recipes.schema import TRAINED, BiMask, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.workplace import claimed
@@ -182,7 +182,7 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
         alike = chosen.unit == "expert" and getattr(chosen.choice, "allocation", "uniform") == "uniform"
         aim = Target.UNIFORM if chosen.unit == "block" or alike else Target.REMOTE
     if aim is Target.UNIFORM and chosen.wide:
-        if isinstance(chosen.choice, Widths) and chosen.choice.allocation != "uniform":
+        if isinstance(chosen.choice, BiMask) or getattr(chosen.choice, "allocation", "uniform") != "uniform":
             raise InputError(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"

@@ -18,7 +18,7 @@ from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
+from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, merge, require_healable
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
@@ -46,6 +46,7 @@ METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], H
     "average": _average,
     "fuse": fuse,
     "gains": branch_gains,
+    "merge": merge,
 }
 """Where new weights for what is left come from, by the words of a recipe (``heal`` and ``act``)."""
 

@@ -142,6 +142,14 @@ class Widths(_Words):
         return self
 
 
+class BiMask(_Words):
+    """Importance of units and widths of sublayers learned at once for so many ``steps``, by a mask that goes over from
+    the one to the other; then the units that the mask lets through least go."""
+
+    word: Literal["bi-mask"]
+    steps: Annotated[int, Field(ge=4)]
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -164,7 +172,7 @@ class Recipe(_Words):
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Baseline,
+        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | BiMask | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -178,11 +186,14 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
-        if self.wide != (self.choice.word == "widths") and not (self.wide and self.choice.word in BLIND_WIDTHS):
+        narrowing = self.choice.word in ("widths", "bi-mask")
+        if self.wide != narrowing and not (self.wide and self.choice.word in BLIND_WIDTHS):
             raise ValueError(
-                "units inside sublayers (neuron, group, width, expert) go with the choice widths, random or "
-                "evenly-spaced, and others do not go with widths"
+                "units inside sublayers (neuron, group, width, expert) go with the choices widths, bi-mask, random and "
+                "evenly-spaced, and others do not go with widths or bi-mask"
             )
+        if self.choice.word == "bi-mask" and self.unit == "expert":
+            raise ValueError("a bi-mask is of what linears are given: unit must be neuron, group or width")
         if self.score is not None and named(self.score.word).wide != self.wide:
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
         if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from billhook.data import Windows
+from billhook.measure.batches import batches_of
 from billhook.measure.channels import channels
 from billhook.measure.cost import Costs
 from billhook.measure.routing import routing
@@ -15,8 +16,9 @@ from billhook.plan.budget import realised
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Recipe, Widths
+from billhook.recipes.schema import BiMask, Recipe, Widths
 from billhook.scores import named
+from billhook.search.bimask import bimask
 from billhook.search.blind_widths import even_widths, random_widths
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
@@ -37,6 +39,13 @@ def narrow(
     """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer.
     ``seen`` is the trace of the dense model over the calibration."""
     choice = recipe.choice
+    if isinstance(choice, BiMask):
+        units = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
+        batches = list(batches_of(windows, model.model, tokens_at_once=1))
+        scores, passes = bimask(model.model, problem, units, batches, steps=choice.steps, progress=progress)
+        keeps, costs = allocate(problem, scores, "global")
+        work = passes * windows.ids.shape[1] * sum(len(stack.blocks) for stack in model.anatomy.stacks)
+        return keeps, _record(recipe, problem, keeps, costs, "bi-mask", work), {}
     if not isinstance(choice, Widths):
         keeps, costs = random_widths(problem, seed) if choice.word == "random" else even_widths(problem)
         return keeps, _record(recipe, problem, keeps, costs, "none", 0), {}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import average, branch_gains, closed_form, fuse
+from billhook.heal import average, branch_gains, closed_form, fuse, merge
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, BiMask, Evolve, Greedy, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
-ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
+ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "merge": merge}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 
@@ -29,6 +29,8 @@ def passes(recipe: Recipe) -> str:
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):
         return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
+    if isinstance(recipe.choice, BiMask):
+        return "4 a step/window"
     if isinstance(recipe.choice, Trained | Sampled):
         return "2 a step/window"
     if isinstance(recipe.choice, Bandit):

@@ -64,7 +64,7 @@ class ExpertSkip(Policy):
             return self
         rises = [0.0] * len(_mixtures(anatomy))
         rows = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
-        for ids in windows.ids.to(model.device).split(rows):
+        for ids in torch.split(windows.ids.to(model.device), rows):
             plain = _predicted(model, ids)
             for number, mixture in enumerate(_mixtures(anatomy).values()):
                 undo = Undo()

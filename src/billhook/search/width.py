@@ -148,7 +148,7 @@ def allocate(
         raise InputError("an ordinary checkpoint has equal widths: allocate them uniform, or use target remote")
     if allocation == "shared" and shares is None:
         raise InputError("a shared allocation needs the shares")
-    orders = {space: _order(scores[space.address], space.parts) for space in spaces}
+    orders = {space: order_of(scores[space.address], space.parts) for space in spaces}
     batches: list[tuple[float, int, list[tuple[Space, int]]]] = []
     for number, space in enumerate(spaces):
         ranks = _ranks(scores[space.address], orders[space], allocation, space, shares or {})
@@ -214,7 +214,7 @@ def _pairs(space: Space) -> list[tuple[int, int]]:
     return list(zip(space.left, space.left[1:], strict=False))
 
 
-def _order(scores: Tensor, parts: int) -> Tensor:
+def order_of(scores: Tensor, parts: int) -> Tensor:
     """Unit numbers, least important first, in turn from each of the equal runs."""
     runs = scores.double().reshape(parts, -1)
     places = runs.argsort(dim=1, stable=True) + torch.arange(parts)[:, None] * runs.shape[1]
