@@ -1,4 +1,4 @@
-"""Narrower image classifiers: the entropy's slopes and its binary search, the bi-mask, and the few lines a user writes."""
+"""Narrower image classifiers: slopes and binary search of the entropy, the bi-mask, and the few lines a user writes."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ def test_the_recipes_that_come_along() -> None:
         "checkfree",
         "branch-gains",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
+        *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
+        *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
         "random",
         "evenly-spaced",
         "first",

@@ -39,6 +39,8 @@ def averaged(
         target = {name: tensor[leader].float() for name, tensor in tensors.items()}
         total = {name: torch.zeros_like(tensor) for name, tensor in target.items()}
         for member, share in zip(members, (own / own.sum()).tolist(), strict=True):
+            if share == 0:
+                continue
             expert = {name: tensor[member].float() for name, tensor in tensors.items()}
             for name, tensor in aligned(expert, target, axes).items():
                 total[name] += share * tensor

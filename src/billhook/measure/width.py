@@ -18,14 +18,15 @@ from billhook.plan.errors import InputError
 @dataclass(frozen=True)
 class WidthTrace:
     """``units`` are the inner units that have a score, by sublayer; ``weights`` the live parameters by name, not
-    copied; ``channels``, ``slopes`` and ``routing`` what was measured, empty where no score asks for it. ``work``
-    counts block-token forwards."""
+    copied; ``channels``, ``slopes``, ``routing`` and ``knockouts`` what was measured, empty where no score asks for
+    it. ``work`` counts block-token forwards."""
 
     units: Mapping[Address, Inner]
     weights: Mapping[str, Tensor]
     channels: Mapping[str, Channels] = field(default_factory=dict)
     slopes: Mapping[Address, Slopes] = field(default_factory=dict)
     routing: Mapping[Address, Routing] = field(default_factory=dict)
+    knockouts: Mapping[Address, Tensor] = field(default_factory=dict)
     work: int = 0
 
     @classmethod
@@ -36,16 +37,17 @@ class WidthTrace:
         channels: Mapping[str, Channels] | None = None,
         slopes: Mapping[Address, Slopes] | None = None,
         routing: Mapping[Address, Routing] | None = None,
+        knockouts: Mapping[Address, Tensor] | None = None,
         work: int = 0,
     ) -> WidthTrace:
         weights = dict(model.named_parameters(remove_duplicate=False))
-        return cls(units, weights, channels or {}, slopes or {}, routing or {}, work)
+        return cls(units, weights, channels or {}, slopes or {}, routing or {}, knockouts or {}, work)
 
     def reads(self, address: Address) -> list[Tensor]:
         """The weights through which the units of a sublayer read, one for each projection: float32 [units, width,
         inputs]. Biases and norms are no weights here."""
-        slices = (s for s in self.units[address].slices if not s.writes and self.weights[s.parameter].ndim == 2)
-        return [self._own(s, self.units[address].count) for s in slices if s.parameter in self.weights]
+        slices = (s for s in self.units[address].slices if not s.writes and s.parameter in self.weights)
+        return [self._own(s, self.units[address].count) for s in slices if self.weights[s.parameter].ndim == 2]
 
     def writes(self, address: Address) -> list[Tensor]:
         """The weights through which they write: float32 [units, width, outputs]."""

@@ -198,6 +198,8 @@ class Recipe(_Words):
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
         if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s: experts have those of their router")
+        if self.score is not None and named(self.score.word).needs == "knockouts" and self.unit != "group":
+            raise ValueError(f"score {self.score.word} takes a pass for each unit: unit must be group")
         if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if learned and self.objective != "loss":

@@ -8,6 +8,8 @@ from billhook.data import Windows
 from billhook.measure.batches import batches_of
 from billhook.measure.channels import channels
 from billhook.measure.cost import Costs
+from billhook.measure.knockout import knockout
+from billhook.measure.lora_slopes import lora_slopes
 from billhook.measure.routing import routing
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
@@ -90,6 +92,14 @@ def _measured(
             answer = score.check(recipe.score_parameters)["answer"]
             slopes = sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress)
             return WidthTrace.of(live, units, slopes=slopes, work=3 * work)
+        case "knockouts":
+            by = score.check(recipe.score_parameters)["by"]
+            rises = knockout(live, anatomy, units, windows, by, progress)
+            passes = 1 + sum(inner.count for inner in units.values())
+            return WidthTrace.of(live, units, knockouts=rises, work=passes * work)
+        case "adapters":
+            importance = lora_slopes(live, anatomy, units, windows, seed=seed, progress=progress)
+            return WidthTrace(units, importance, work=3 * work)
         case "routing":
             return WidthTrace.of(live, units, routing=routing(live, anatomy, units, windows, progress), work=work)
     return WidthTrace.of(live, units)

@@ -39,8 +39,10 @@ def passes(recipe: Recipe) -> str:
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"
+    if recipe.wide and recipe.score is not None and named(recipe.score.word).needs == "knockouts":
+        return "1 a unit"
     if recipe.wide:
-        return "3" if recipe.score is not None and named(recipe.score.word).needs == "slopes" else "1"
+        return "3" if recipe.score is not None and named(recipe.score.word).needs in ("slopes", "adapters") else "1"
     return "1" if recipe.unit == "block" else "2"
 
 

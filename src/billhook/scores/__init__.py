@@ -8,6 +8,8 @@ from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
 from billhook.scores.divergence import divergence
 from billhook.scores.fluctuation import fluctuation
+from billhook.scores.knockout import knockout
+from billhook.scores.lora_importance import lora_importance
 from billhook.scores.magnitude import magnitude
 from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activation
 from billhook.scores.position_weighted import position_weighted
@@ -29,6 +31,8 @@ __all__ = [
     "divergence",
     "fisher",
     "fluctuation",
+    "knockout",
+    "lora_importance",
     "magnitude",
     "named",
     "peak_magnitude",

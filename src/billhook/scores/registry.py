@@ -18,7 +18,8 @@ from billhook.plan.errors import InputError
 
 Unit = Literal["block", "sublayer", "attention", "cross_attention", "mlp"]
 InnerUnit = Literal["neuron", "group", "width", "expert"]
-Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes", "routing"]
+Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes", "routing", "knockouts", "adapters"]
+WIDE = ("weights", "channels", "slopes", "routing", "knockouts", "adapters")
 Function = Callable[..., Mapping[Address, Any]]
 
 SCORES: dict[str, Score] = {}
@@ -31,7 +32,8 @@ class Score:
 
     A criterion of width looks at a ``WidthTrace`` and gives a tensor for each sublayer, one figure an inner unit. It
     needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
-    parameter ``answer`` names of what); one of experts needs what routers say (``routing``). A figure may be infinite:
+    parameter ``answer`` names of what); one of experts needs what routers say (``routing``); others
+    what each unit alone does (``knockouts``) or what ``adapters`` tell of weights. A figure may be infinite:
     that unit is unknown and nothing drops it."""
 
     name: str
@@ -42,7 +44,7 @@ class Score:
     @property
     def wide(self) -> bool:
         """Whether it is a criterion of width."""
-        return self.needs in ("weights", "channels", "slopes", "routing")
+        return self.needs in WIDE
 
     def __call__(self, trace: Trace | WidthTrace, anatomy: Anatomy, **parameters: Any) -> dict[Address, Any]:
         """Importance of each unit that the calibration reached, high is important, in order of address."""
