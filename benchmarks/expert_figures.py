@@ -21,7 +21,6 @@ from billhook.heal import UNTOUCHED, closed_form, healed, merge
 from billhook.measure.cost import CostModel
 from billhook.plan.budget import Budget
 from billhook.plan.plan import Keep, Plan
-from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for
 from billhook.recipes.measures import watch
@@ -57,8 +56,7 @@ def main(source: str = str(MODELS / "mixtral-tiny"), tokens: str = "16384", seed
 
     def chosen(name: str, seed: int = 0) -> tuple[Keep, ...]:
         recipe = catalogue.load(name)
-        target = Target.REMOTE if name == "m-smoe-adaptive" else Target.UNIFORM
-        problem = pose_for(recipe, anatomy.outline, Budget.parse(BUDGET), target)
+        problem = pose_for(recipe, anatomy.outline, Budget.parse(BUDGET), recipe.aim)
         return find(recipe, model, problem, seen, trace, seed=seed, place=WORK, progress=None).keeps
 
     def show(name: str, keeps: tuple[Keep, ...], *figures: float) -> None:

@@ -182,8 +182,7 @@ def _judged(
     progress: Progress | None,
 ) -> list[Entry]:
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
-    target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
-    entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
+    entries = [_searched(recipe, budget, seed, recipe.aim, model, windows, seen, place, progress) for budget in budgets]
     cut: list[Any] = []
     again: list[Any] = []
     for number, entry in enumerate(entries):

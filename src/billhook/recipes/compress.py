@@ -178,9 +178,7 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
         chosen = catalogue.load(catalogue.DEFAULT_UNIFORM if aim is Target.UNIFORM else catalogue.DEFAULT)
     else:
         chosen = catalogue.load(recipe)
-    if aim is None:
-        alike = chosen.unit == "expert" and getattr(chosen.choice, "allocation", "uniform") == "uniform"
-        aim = Target.UNIFORM if chosen.unit == "block" or alike else Target.REMOTE
+    aim = aim or chosen.aim
     if aim is Target.UNIFORM and chosen.wide:
         if isinstance(chosen.choice, BiMask) or getattr(chosen.choice, "allocation", "uniform") != "uniform":
             raise InputError(

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from billhook.measure.ablation import Kind
+from billhook.plan.target import Target
 from billhook.scores import InnerUnit, Unit, named
 from billhook.search.width import Allocation
 
@@ -224,6 +225,13 @@ class Recipe(_Words):
     def wide(self) -> bool:
         """Whether units inside sublayers go."""
         return self.unit in get_args(InnerUnit)
+
+    @property
+    def aim(self) -> Target:
+        """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
+        each mixture."""
+        alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
+        return Target.UNIFORM if self.unit == "block" or alike else Target.REMOTE
 
     @property
     def score_parameters(self) -> dict[str, Any]:
