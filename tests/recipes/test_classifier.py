@@ -38,7 +38,7 @@ def test_the_budget_is_met_and_the_model_runs(recipe: str) -> None:
     assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
     anatomy = discover(model)
     check(plan, anatomy.outline)
-    costs = CostModel(anatomy.outline)
+    costs = CostModel(anatomy.outline, prompt_tokens=17, new_tokens=0)  # 4 x 4 patches and the class token
     assert costs.of((), plan.keeps)["flops"] <= 0.8 * costs.dense["flops"]
     assert plan.provenance.recipe == recipe and plan.budget == "flops=0.8"
     smaller = billhook.apply(model, anatomy, plan)
@@ -114,7 +114,7 @@ def test_a_bimask_finds_what_is_not_needed() -> None:
         ]
         weights[1].zero_()
         weights[2][:, :24] = 0
-    problem = pose_width(anatomy.outline, Budget.parse("flops=0.8"), "neuron", Target.REMOTE)
+    problem = pose_width(anatomy.outline, Budget.parse("params=0.8"), "neuron", Target.REMOTE)
     units = units_of(anatomy, "neuron", [space.address for space in problem.spaces])
     figures, passes = bimask(model, problem, units, [{"pixel_values": images()}], steps=40)
     assert passes == 160

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from billhook.anatomy import Anatomy, Inner, discover
 from billhook.measure.channels import channels
 from billhook.measure.class_slopes import class_slopes, entropy
-from billhook.measure.patch import observing
+from billhook.measure.cost import CostModel
+from billhook.measure.patch import Reached, hooked, observing, stream_in
 from billhook.measure.width import WidthTrace, units_of
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
@@ -45,7 +47,7 @@ def narrow_classifier(
     """The plan that makes an image classifier of transformers narrower by a recipe of width.
 
     ``images`` are what the model takes as ``pixel_values`` [n, channels, height, width]; no labels are needed. Either a
-    ``budget`` is given (``flops=0.7``, as everywhere), or, for recipes with a score, a ``tolerance``: then each
+    ``budget`` is given (``flops=0.7``: those of one image), or, for recipes with a score, a ``tolerance``: then each
     sublayer becomes as narrow as the entropy of the model's own prediction allows (AMP, see ``entropy_widths``).
     ``unit`` says what goes instead of what the recipe says: ``neuron``, ``group`` (heads) or ``width``, both. Recipes
     whose allocation goes by the blocks of a language model (CFSP) are refused.
@@ -71,7 +73,8 @@ def narrow_classifier(
     aim = Target(target)
     limits = Budget.parse(budget or "params=0.999")  # with a tolerance only what may go matters
     multiple = choice.multiple_of if isinstance(choice, Widths) else 1
-    problem = pose_width(anatomy.outline, limits, kind, aim, multiple_of=multiple)
+    costs = CostModel(anatomy.outline, prompt_tokens=tokens_of(model, anatomy, images), new_tokens=0)
+    problem = pose_width(anatomy.outline, limits, kind, aim, multiple_of=multiple, costs=costs)
     units = units_of(anatomy, kind, [space.address for space in problem.spaces])
     batches = [{"pixel_values": part} for part in torch.split(images.to(model.device), AT_ONCE)]
     keeps: tuple[Keep, ...]
@@ -88,6 +91,20 @@ def narrow_classifier(
             keeps, _ = allocate(problem, scores, choice.allocation, per=choice.per)
     plan = Plan.of([], aim, keeps)
     return plan.model_copy(update={"budget": budget, "provenance": Provenance(recipe=chosen.name, seed=seed)})
+
+
+def tokens_of(model: Any, anatomy: Anatomy, images: Tensor) -> int:
+    """How many tokens an image becomes, by which its FLOPs are counted."""
+    seen: list[int] = []
+
+    def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append(stream_in(*args, **kwargs).shape[1])
+        raise Reached
+
+    first = model.get_submodule(anatomy.stacks[0].blocks[0].path)
+    with observing(model), hooked([(first, look)]), suppress(Reached):
+        model(pixel_values=images[:1].to(model.device))
+    return seen[0]
 
 
 def _scores(

@@ -75,10 +75,12 @@ def pose_width(
     *,
     stack: str | None = None,
     multiple_of: int = 1,
+    costs: CostModel | None = None,
 ) -> WidthProblem:
     """The task of meeting ``budget`` by making sublayers narrower: by ``neuron``s, KV ``group``s, both (``width``) or
     ``expert``s, so that the number of neurons left is a multiple of ``multiple_of`` wherever any have gone. Every
     sublayer keeps at least one such multiple, one group, as many experts as a token uses, or what its config asks for.
+    ``costs`` are those of another workload than the usual one.
 
     Raises InputError where it has no solution, before anything is measured.
     """
@@ -88,7 +90,7 @@ def pose_width(
     kinds = KINDS[unit]
     if target is Target.DECI:  # loaders want one number of query heads, and know no experts
         kinds = tuple(kind for kind in kinds if kind == "neuron")
-    costs = CostModel(outline)
+    costs = costs or CostModel(outline)
     dense = costs.dense
     spaces = []
     for address, sublayer in outline.sublayers():
