@@ -38,7 +38,8 @@ class _Adapter:
         return cls(weight, transposed, a.requires_grad_(), torch.zeros(outputs, RANK, device=a.device).requires_grad_())
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return output + ((args[0].float() @ self.a.T) @ self.b.T).to(output.dtype)
+        x: Tensor = args[0]
+        return output + ((x.float() @ self.a.T) @ self.b.T).to(output.dtype)
 
     def importance(self, of_a: Tensor, of_b: Tensor) -> Tensor:
         """((dL/dW) W)^2 in the shape of the weight, with dL/dW guessed from the slopes of the factors."""
