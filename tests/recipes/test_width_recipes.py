@@ -43,16 +43,18 @@ def carried_out(recipe: Recipe, model: Any, place: Path) -> Choice:
 
 @pytest.mark.parametrize("name", WIDE)
 def test_the_budget_is_met_and_again(name: str, tmp_path: Path) -> None:
-    recipe, model = load(name), build("llama")
+    recipe = load(name)
+    family = "mixtral" if recipe.unit == "expert" else "llama"
+    model = build(family)
     outline = discover(model).outline
     found = carried_out(recipe, model, tmp_path)
     check(Plan.of([], Target.REMOTE, found.keeps), outline)
     costs = CostModel(outline)
     share = costs.of([], found.keeps)["params"] / costs.dense["params"]
-    assert 0.83 < share <= 0.85
+    assert (0.8 if recipe.unit in ("expert", "group") else 0.83) < share <= 0.85  # few of them, and large
     assert found.record.steps[-1].realised["params"] == pytest.approx(share)
     assert {keep.inner for keep in found.keeps} <= ({"neuron", "group"} if recipe.unit == "width" else {recipe.unit})
-    assert carried_out(recipe, build("llama"), tmp_path) == found
+    assert carried_out(recipe, build(family), tmp_path) == found
 
 
 def test_blocks_that_turn_the_stream_more_keep_more(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from billhook.scores import SCORES, named
 
 WINDOWS = Windows.of(torch.randint(3, 90, (4, 10), generator=torch.Generator().manual_seed(3)), "test")
 MLP, ATTENTION = Address("decoder", 2, "mlp"), Address("decoder", 2, "attention")
-WIDE = sorted(name for name, score in SCORES.items() if score.wide)
+WIDE = sorted(name for name, score in SCORES.items() if score.needs in ("weights", "channels", "slopes"))
 
 
 def watched(model, answer: str = "loss") -> tuple[WidthTrace, object]:

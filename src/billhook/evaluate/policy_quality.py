@@ -79,11 +79,11 @@ class Judge:
     def _run(self, ids: Tensor, counts: Counts | None) -> Iterator[Tensor]:
         """Logits [rows, t, vocabulary], for the prompt and then token by token; the work of the prompt is not
         counted."""
-        before = (dict(counts.ran), dict(counts.skipped), dict(counts.projected)) if counts else None
+        before = [dict(table) for table in counts.tables] if counts else None
         with observing(self.model):
             logits, cache = forward(self.model, ids[:, : self.prompt])
             if counts is not None and before is not None:
-                for table, old in zip((counts.ran, counts.skipped, counts.projected), before, strict=True):
+                for table, old in zip(counts.tables, before, strict=True):
                     table.clear()
                     table.update(old)
             yield logits
@@ -134,6 +134,8 @@ def savings(counts: Counts, model: PreTrainedModel, anatomy: Anatomy, tokens: in
     for unit, _ in outline.sublayers():
         whole = costs.saving(unit)
         ran, projected = counts.share_run(unit), counts.share_projected(unit)
+        if counts.left_out[unit]:
+            ran -= counts.share_left_out(unit) * outline.experts_share(unit)
         flops += (ran - 1) * whole["flops"]
         if projected:
             flops += projected * (whole["flops"] - 2 * idle_params(model, anatomy.sublayer(unit)) * tokens)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from billhook.evaluate.frontier import frontier
 from billhook.plan.errors import InputError
 from billhook.plan.record import TextEvidence
 from billhook.runtime.policy import Policy
@@ -45,9 +46,10 @@ class Goal:
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting of the dial and what it gave."""
+    """One setting of the dial, of both where there are two, and what it gave."""
 
     value: float
+    second: float | None
     figure: float
     flops: float
     met: bool
@@ -56,39 +58,46 @@ class Tried:
 def tune(
     policy: Policy, judge: Callable[[Policy], tuple[TextEvidence, float]], goal: Goal
 ) -> tuple[Policy, list[Tried]]:
-    """Bisect the policy's dial between leaving out nothing and all that may be, ``STEPS`` times.
+    """Bisect the policy's dial between leaving out nothing and all that may be, ``STEPS`` times; two dials are turned
+    along the edge of what the goal allows (see ``frontier``).
 
     ``judge`` gives the evidence and the FLOPs of a policy. The answer is the setting with the fewest FLOPs among those
     tried that meet the goal, so it meets it even where quality does not fall evenly along the dial. InputError for a
     policy without a dial, and where not even its quiet end meets the goal.
     """
-    if policy.dial is None:
+    if not policy.dials:
         raise InputError(f"policy {policy.name} has no threshold to tune")
-    _, quiet, loud = policy.dial
+    quiet = tuple(dial[1] for dial in policy.dials)
+    loud = tuple(dial[2] for dial in policy.dials)
     found: dict[str, Tried] = {}
-    settings: dict[float, Policy] = {}
+    settings: dict[str, Policy] = {}
 
-    def meets(value: float) -> bool:
-        setting = policy.turned(value)
+    def meets(*values: float) -> bool:
+        setting = policy.turned(*values)
         key = setting.model_dump_json()
         if key not in found:
             try:
                 evidence, flops = judge(setting)
             except InputError:
-                if value == quiet:
+                if values == quiet:
                     raise
                 return False  # the model cannot be run like that: the dial goes too far
-            found[key] = Tried(value, goal.of(evidence), flops, goal.met(evidence))
-            settings[value] = setting
+            second = values[1] if len(values) > 1 else None
+            found[key] = Tried(values[0], second, goal.of(evidence), flops, goal.met(evidence))
+            settings[key] = setting
         return found[key].met
 
-    if not meets(quiet):
+    if not meets(*quiet):
         raise InputError(f"policy {policy.name} misses {goal} even where it leaves out nothing")
-    if not meets(loud):
-        low, high = quiet, loud
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if meets(middle) else (low, middle)
-    good = (tried for tried in found.values() if tried.met)
-    best = min(good, key=lambda tried: (tried.flops, abs(tried.value - quiet)))
-    return settings[best.value], list(found.values())
+    if not meets(*loud):
+        if len(quiet) == 2:
+            for _ in frontier(meets, (quiet[0], loud[0]), (quiet[1], loud[1])):
+                pass
+        else:
+            low, high = quiet[0], loud[0]
+            for _ in range(STEPS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if meets(middle) else (low, middle)
+    good = (key for key, tried in found.items() if tried.met)
+    best = min(good, key=lambda key: (found[key].flops, abs(found[key].value - quiet[0])))
+    return settings[best], list(found.values())

@@ -67,6 +67,20 @@ def hooked(hooks: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def hooked_before(hooks: Iterable[tuple[nn.Module, Forward]]) -> Iterator[None]:
+    """Call ``hook(module, args)`` before each module's forward, which gets what it returns; all hooks are gone on
+    leaving."""
+    handles = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def silencers(model: nn.Module, sublayers: Iterable[Sublayer]) -> list[tuple[nn.Module, Forward]]:
     """The overrides under which the sublayers write nothing to the stream."""
     return [(model.get_submodule(cut.path), STUBS[cut.stub]().forward) for s in sublayers for cut in s.cuts]

@@ -78,7 +78,7 @@ def sensitivity(
     for index, inputs in enumerate(batches):
         given: dict[str, Tensor] = {}
         hooks = [(model.get_submodule(anatomy.embedding), _needing_gradient)]
-        hooks += [(linear, _keeping(given, name)) for name, linear in linears.items()]
+        hooks += [(linear, keeping(given, name)) for name, linear in linears.items()]
         with observing(model), hooked(hooks), torch.enable_grad():
             logits = model(**inputs).logits
             ids = inputs["input_ids"]
@@ -87,7 +87,7 @@ def sensitivity(
             gradients = torch.autograd.grad(logits, list(given.values()), towards)
         products = {n: x.detach().float() * g.float() for (n, x), g in zip(given.items(), gradients, strict=True)}
         for address, inner in units.items():
-            own = [_of_units(products[s.parameter], s.start, s.width, inner.count) for s in writes[address]]
+            own = [of_units(products[s.parameter], s.start, s.width, inner.count) for s in writes[address]]
             slopes = Slopes.of(torch.stack(own).sum(0).reshape(*real.shape, -1), real)
             if not torch.isfinite(slopes.squares).all():
                 raise InputError(f"the slopes of {address} are not finite: weights or inputs are damaged")
@@ -97,7 +97,7 @@ def sensitivity(
     return found
 
 
-def _of_units(product: Tensor, start: int, width: int, count: int) -> Tensor:
+def of_units(product: Tensor, start: int, width: int, count: int) -> Tensor:
     """The sum over the channels of each unit: [..., channels] to [..., count]."""
     own = product[..., start : start + count * width]
     return own.reshape(*own.shape[:-1], count, width).sum(-1)
@@ -130,7 +130,7 @@ def _needing_gradient(module: nn.Module, args: Any, kwargs: Any, output: Tensor)
     return output.detach().requires_grad_()
 
 
-def _keeping(given: dict[str, Tensor], name: str) -> Forward:
+def keeping(given: dict[str, Tensor], name: str) -> Forward:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given[name] = args[0]
 

@@ -1,4 +1,4 @@
-"""What scores of inner units (neurons, KV groups) look at: weights, what the write linears are given, slopes."""
+"""What scores of inner units look at: weights, what the write linears are given, slopes, what routers say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.types import Anatomy, Inner, Slice
 from billhook.measure.channels import Channels
+from billhook.measure.routing import Routing
 from billhook.measure.sensitivity import Slopes
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -17,13 +18,15 @@ from billhook.plan.errors import InputError
 @dataclass(frozen=True)
 class WidthTrace:
     """``units`` are the inner units that have a score, by sublayer; ``weights`` the live parameters by name, not
-    copied; ``channels`` and ``slopes`` what was measured, empty where no score asks for it. ``work`` counts block-token
-    forwards."""
+    copied; ``channels``, ``slopes``, ``routing`` and ``knockouts`` what was measured, empty where no score asks for
+    it. ``work`` counts block-token forwards."""
 
     units: Mapping[Address, Inner]
     weights: Mapping[str, Tensor]
     channels: Mapping[str, Channels] = field(default_factory=dict)
     slopes: Mapping[Address, Slopes] = field(default_factory=dict)
+    routing: Mapping[Address, Routing] = field(default_factory=dict)
+    knockouts: Mapping[Address, Tensor] = field(default_factory=dict)
     work: int = 0
 
     @classmethod
@@ -33,15 +36,18 @@ class WidthTrace:
         units: Mapping[Address, Inner],
         channels: Mapping[str, Channels] | None = None,
         slopes: Mapping[Address, Slopes] | None = None,
+        routing: Mapping[Address, Routing] | None = None,
+        knockouts: Mapping[Address, Tensor] | None = None,
         work: int = 0,
     ) -> WidthTrace:
-        return cls(units, dict(model.named_parameters(remove_duplicate=False)), channels or {}, slopes or {}, work)
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        return cls(units, weights, channels or {}, slopes or {}, routing or {}, knockouts or {}, work)
 
     def reads(self, address: Address) -> list[Tensor]:
         """The weights through which the units of a sublayer read, one for each projection: float32 [units, width,
         inputs]. Biases and norms are no weights here."""
-        slices = (s for s in self.units[address].slices if not s.writes and self.weights[s.parameter].ndim == 2)
-        return [self._own(s, self.units[address].count) for s in slices if s.parameter in self.weights]
+        slices = (s for s in self.units[address].slices if not s.writes and s.parameter in self.weights)
+        return [self._own(s, self.units[address].count) for s in slices if self.weights[s.parameter].ndim == 2]
 
     def writes(self, address: Address) -> list[Tensor]:
         """The weights through which they write: float32 [units, width, outputs]."""
@@ -68,7 +74,8 @@ class WidthTrace:
 
 
 def units_of(anatomy: Anatomy, kind: str, addresses: Iterable[Address]) -> dict[Address, Inner]:
-    """The inner units of these sublayers that are of a kind: ``neuron``, ``group``, or ``width`` for both."""
+    """The inner units of these sublayers that are of a kind: ``neuron``, ``group``, ``expert``, or ``width`` for the
+    first two."""
     kinds = ("neuron", "group") if kind == "width" else (kind,)
     found = {}
     for address in addresses:

@@ -165,6 +165,12 @@ class Outline(_Record):
         drawn = (stack.model_copy(update={"blocks": tuple(stacks[stack.name])}) for stack in self.stacks)
         return self.model_copy(update={"stacks": tuple(drawn)})
 
+    def experts_share(self, unit: Address) -> float:
+        """What share of the weights that a token multiplies with in a mixture belongs to the experts picked for it."""
+        mixture = self.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
+        expert = mixture.inner["expert"]
+        return (expert.params - expert.active_params) * mixture.active_experts / mixture.active_params
+
     def stack(self, name: str) -> StackOutline:
         return next(s for s in self.stacks if s.name == name)
 

@@ -232,7 +232,7 @@ class HealRecord(_Record):
     @property
     def combined(self) -> bool:
         """Whether the new weights are the act of the recipe itself, which no option asks for."""
-        return self.method in ("average", "fuse", "gains", "second-order")
+        return self.method in ("average", "fuse", "gains", "second-order", "merge")
 
 
 class Measures(_Record):

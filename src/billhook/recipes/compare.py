@@ -61,8 +61,9 @@ def compare(
     progress: Progress | None = None,
     told: Callable[[Entry], None] | None = None,
 ) -> Comparison:
-    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights) and the baselines at
-    each budget, judge every result against the dense model on the same text, and leave ``comparison.json`` and
+    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights, and those of experts
+    where there are none) and the baselines at each budget, judge every result against the dense model on the same text,
+    and leave ``comparison.json`` and
     ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
@@ -85,6 +86,8 @@ def compare(
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     require_causal(model.model, "compare")
+    if not recipes and not any("expert" in sublayer.inner for _, sublayer in model.anatomy.outline.sublayers()):
+        chosen = [recipe for recipe in chosen if recipe.unit != "expert"]  # it has none, which need not be said
     if heal != "none":
         require_healable(model.anatomy)
         if len(model.anatomy.stacks) > 1:  # some method may cut in several, and healing takes one at a time
@@ -199,7 +202,7 @@ def _judged(
     progress: Progress | None,
 ) -> list[Entry]:
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
-    target = Target.UNIFORM if recipe.unit in ("block", "weight") else Target.REMOTE
+    target = recipe.aim
     entries: list[Entry] = []
     choices: list[Choice | None] = []
     for budget in budgets:

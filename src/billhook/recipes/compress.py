@@ -30,7 +30,7 @@ from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
+from billhook.recipes.schema import TRAINED, BiMask, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.weights import require_weights
@@ -64,9 +64,9 @@ def compress(
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
-    blocks (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe`` the first of the default
-    ones for the target (``catalogue``) is taken that can meet the budget on this model; ``heal`` is what the recipe
-    says unless told, and an act that combines blocks stands in its place.
+    blocks and equally many experts (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe``
+    the first of the default ones for the target (``catalogue``) is taken that can meet the budget on this model;
+    ``heal`` is what the recipe says unless told, and an act that combines blocks or experts stands in its place.
     ``select``: which text a healing by training reads (see ``heal``).
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
@@ -214,10 +214,9 @@ def _settled(
             recipes = [recipe for recipe in recipes if not recipe.wide]
         return tuple(recipes), aim or Target.REMOTE
     chosen = catalogue.load(recipe)
-    if aim is None:
-        aim = Target.UNIFORM if chosen.unit in ("block", "weight") else Target.REMOTE
-    if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
-        if chosen.choice.allocation != "uniform":
+    aim = aim or chosen.aim
+    if aim is Target.UNIFORM and chosen.wide:
+        if isinstance(chosen.choice, BiMask) or getattr(chosen.choice, "allocation", "uniform") != "uniform":
             raise InputError(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"

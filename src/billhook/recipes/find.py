@@ -101,8 +101,8 @@ def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
     if isinstance(recipe.choice, Masks):
         return pose_weights(outline, budget)
-    if isinstance(recipe.choice, Widths):
-        multiple = recipe.choice.multiple_of
+    if recipe.wide:
+        multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Widths) else 1
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
     if isinstance(recipe.choice, Ranks):
         return pose_ranks(outline, budget, target, stack="decoder")

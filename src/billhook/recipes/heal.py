@@ -18,7 +18,7 @@ from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, require_healable
+from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, merge, require_healable
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
@@ -54,6 +54,7 @@ METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], H
     "average": _average,
     "fuse": fuse,
     "gains": branch_gains,
+    "merge": merge,
 }
 """Where new weights for what is left come from, by the words of a recipe (``heal`` and ``act``)."""
 

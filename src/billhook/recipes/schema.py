@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from billhook.measure.ablation import Kind
 from billhook.plan.masks import parse_pattern
+from billhook.plan.target import Target
 from billhook.scores import InnerUnit, Unit, named
 from billhook.search.bases import Inputs
 from billhook.search.ranks import Spread
@@ -23,7 +24,8 @@ Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
 Heal = Literal["none", "closed-form", "bias", "data-free", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
-Act = Literal["drop", "average", "fuse", "gains"]
+Act = Literal["drop", "average", "fuse", "gains", "merge"]
+BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
 class Paper(_Words):
@@ -175,6 +177,14 @@ class Ranks(_Words):
     allocation: Spread
 
 
+class BiMask(_Words):
+    """Importance of units and widths of sublayers learned at once for so many ``steps``, by a mask that goes over from
+    the one to the other; then the units that the mask lets through least go."""
+
+    word: Literal["bi-mask"]
+    steps: Annotated[int, Field(ge=4)]
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -197,7 +207,19 @@ class Recipe(_Words):
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
-        OneShot | Knapsack | Greedy | Evolve | Trained | Sampled | Bandit | Span | Widths | Masks | Ranks | Baseline,
+        OneShot
+        | Knapsack
+        | Greedy
+        | Evolve
+        | Trained
+        | Sampled
+        | Bandit
+        | Span
+        | Widths
+        | BiMask
+        | Masks
+        | Ranks
+        | Baseline,
         Field(discriminator="word"),
     ]
     act: Act = "drop"
@@ -219,10 +241,20 @@ class Recipe(_Words):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
             raise ValueError("linears in two parts are healed in closed form, or not")
-        if self.wide != (self.choice.word == "widths"):
-            raise ValueError("units inside sublayers (neuron, group, width) go with the choice widths, others do not")
+        narrowing = self.choice.word in ("widths", "bi-mask")
+        if self.wide != narrowing and not (self.wide and self.choice.word in BLIND_WIDTHS):
+            raise ValueError(
+                "units inside sublayers (neuron, group, width, expert) go with the choices widths, bi-mask, random and "
+                "evenly-spaced, and others do not go with widths or bi-mask"
+            )
+        if self.choice.word == "bi-mask" and self.unit == "expert":
+            raise ValueError("a bi-mask is of what linears are given: unit must be neuron, group or width")
         if self.score is not None and named(self.score.word).wide != self.wide:
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
+        if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):
+            raise ValueError(f"score {self.score.word} is not one of {self.unit}s: experts have those of their router")
+        if self.score is not None and named(self.score.word).needs == "knockouts" and self.unit != "group":
+            raise ValueError(f"score {self.score.word} takes a pass for each unit: unit must be group")
         if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
         if learned and self.objective != "loss":
@@ -233,7 +265,9 @@ class Recipe(_Words):
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.heal in ("bias", "data-free") and not self.wide:
             raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
-        if self.act != "drop" and self.wide:
+        if self.act == "merge" and self.unit != "expert":
+            raise ValueError("act merge combines experts: unit must be expert")
+        if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
             )
@@ -247,6 +281,13 @@ class Recipe(_Words):
     def wide(self) -> bool:
         """Whether units inside sublayers go."""
         return self.unit in get_args(InnerUnit)
+
+    @property
+    def aim(self) -> Target:
+        """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
+        each mixture, or only single weights."""
+        alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
+        return Target.UNIFORM if self.unit in ("block", "weight") or alike else Target.REMOTE
 
     @property
     def score_parameters(self) -> dict[str, Any]:

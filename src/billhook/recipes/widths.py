@@ -6,7 +6,12 @@ from collections.abc import Callable
 
 from billhook.data import Windows
 from billhook.measure.ablation import Ablator
+from billhook.measure.batches import batches_of
 from billhook.measure.channels import channels
+from billhook.measure.cost import Costs
+from billhook.measure.knockout import knockout
+from billhook.measure.lora_slopes import lora_slopes
+from billhook.measure.routing import routing
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
 from billhook.measure.width import WidthTrace, units_of
@@ -14,8 +19,10 @@ from billhook.plan.budget import realised
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Recipe, Widths
+from billhook.recipes.schema import BiMask, Recipe, Widths
 from billhook.scores import named
+from billhook.search.bimask import bimask
+from billhook.search.blind_widths import even_widths, random_widths
 from billhook.search.levels import prices
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
@@ -36,7 +43,16 @@ def narrow(
     """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer.
     ``seen`` is the trace of the dense model over the calibration."""
     choice = recipe.choice
-    assert isinstance(choice, Widths)
+    if isinstance(choice, BiMask):
+        units = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
+        batches = list(batches_of(windows, model.model, tokens_at_once=1))
+        scores, passes = bimask(model.model, problem, units, batches, steps=choice.steps, progress=progress)
+        keeps, costs = allocate(problem, scores, "global")
+        work = passes * windows.ids.shape[1] * sum(len(stack.blocks) for stack in model.anatomy.stacks)
+        return keeps, _record(recipe, problem, keeps, costs, "bi-mask", work), {}
+    if not isinstance(choice, Widths):
+        keeps, costs = random_widths(problem, seed) if choice.word == "random" else even_widths(problem)
+        return keeps, _record(recipe, problem, keeps, costs, "none", 0), {}
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, windows, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
@@ -52,11 +68,20 @@ def narrow(
         priced = prices(problem, scores, ablator.narrowed, progress)
         work += ablator.work
     keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares, prices=priced)
-    narrowed = tuple(str(keep.unit) for keep in keeps)
-    step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
-    record = SearchRecord(recipe=recipe.name, objective=score.name, steps=(step,), work=work, evaluations=0)
+    record = _record(recipe, problem, keeps, costs, score.name, work)
+    if recipe.unit == "expert":
+        return keeps, record, {}  # the shares of a mixture add up to one: their mean says nothing
     importance = {str(address): figures.mean().item() for address, figures in scores.items()}
     return keeps, record, {f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}": importance}
+
+
+def _record(
+    recipe: Recipe, problem: WidthProblem, keeps: tuple[Keep, ...], costs: Costs, objective: str, work: int
+) -> SearchRecord:
+    """One step: a choice of width is made at once."""
+    narrowed = tuple(str(keep.unit) for keep in keeps)
+    step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
+    return SearchRecord(recipe=recipe.name, objective=objective, steps=(step,), work=work, evaluations=0)
 
 
 def _measured(
@@ -74,4 +99,14 @@ def _measured(
             answer = score.check(recipe.score_parameters)["answer"]
             slopes = sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress)
             return WidthTrace.of(live, units, slopes=slopes, work=3 * work)
+        case "knockouts":
+            by = score.check(recipe.score_parameters)["by"]
+            rises = knockout(live, anatomy, units, windows, by, progress)
+            passes = 1 + sum(inner.count for inner in units.values())
+            return WidthTrace.of(live, units, knockouts=rises, work=passes * work)
+        case "adapters":
+            importance = lora_slopes(live, anatomy, units, windows, seed=seed, progress=progress)
+            return WidthTrace(units, importance, work=3 * work)
+        case "routing":
+            return WidthTrace.of(live, units, routing=routing(live, anatomy, units, windows, progress), work=work)
     return WidthTrace.of(live, units)

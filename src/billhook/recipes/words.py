@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import average, branch_gains, closed_form, fuse
+from billhook.heal import average, branch_gains, closed_form, fuse, merge
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Masks, Ranks, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, BiMask, Evolve, Greedy, Masks, Ranks, Recipe, Sampled, Span, Trained
 from billhook.scores import named
 
 HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free}
-ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
+ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "merge": merge}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 
@@ -34,6 +34,8 @@ def passes(recipe: Recipe) -> str:
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):
         return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
+    if isinstance(recipe.choice, BiMask):
+        return "4 a step/window"
     if isinstance(recipe.choice, Trained | Sampled):
         return "2 a step/window"
     if isinstance(recipe.choice, Bandit):
@@ -44,8 +46,10 @@ def passes(recipe: Recipe) -> str:
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"
+    if recipe.wide and recipe.score is not None and named(recipe.score.word).needs == "knockouts":
+        return "1 a unit"
     if recipe.wide:
-        return "3" if recipe.score is not None and named(recipe.score.word).needs == "slopes" else "1"
+        return "3" if recipe.score is not None and named(recipe.score.word).needs in ("slopes", "adapters") else "1"
     return "1" if recipe.unit == "block" else "2"
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from billhook.plan.errors import InputError
 from billhook.runtime.chain import Chain
 from billhook.runtime.even_skip import EvenSkip
+from billhook.runtime.expert_skip import ExpertSkip
 from billhook.runtime.ffn_skip import FfnSkip
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
@@ -25,7 +26,7 @@ from billhook.runtime.voids import Voids
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, Scheduled, SelfSpeculation,
+        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, Scheduled, SelfSpeculation,
     )
 }  # fmt: skip
 

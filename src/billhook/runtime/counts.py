@@ -23,10 +23,22 @@ class Counts:
     projected: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
     visits: dict[Address, int] = field(default_factory=dict)
     """How often a constant schedule visits each block; empty where nothing is constant."""
+    picked: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
+    left_out: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
+    """Of a mixture, the experts that its router picked, summed over tokens, and those of them that were left out."""
+
+    @property
+    def tables(self) -> tuple[dict[Address, int], ...]:
+        """All that is counted while the model runs."""
+        return (self.ran, self.skipped, self.projected, self.picked, self.left_out)
 
     def reset(self) -> None:
-        for table in (self.ran, self.skipped, self.projected):
+        for table in self.tables:
             table.clear()
+
+    def share_left_out(self, unit: Address) -> float:
+        """Of the experts that a mixture picked, the share that was not computed."""
+        return self.left_out[unit] / self.picked[unit] if self.picked[unit] else 0.0
 
     def share_run(self, unit: Address) -> float:
         """Executions of a sublayer a token: 1 in the plain model, 0 where it is gone, 2 where it is looped once."""

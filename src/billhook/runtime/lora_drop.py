@@ -74,8 +74,8 @@ class LoraDrop(Policy):
         units, residual = self.chosen(anatomy), self.reuse == "update"
         return self._with(fit_factors(model, anatomy, units, windows, rank=self.rank, residual=residual))
 
-    def turned(self, value: float) -> Self:
-        return type(self).of({**self.model_dump(), "period": round(value)})._with(self._factors)
+    def turned(self, *values: float) -> Self:
+        return type(self).of({**self.model_dump(), "period": round(values[0])})._with(self._factors)
 
     def tensors(self) -> dict[str, Tensor]:
         """The corrections, by name, for a file beside the policy's."""

@@ -14,6 +14,8 @@ from billhook.data import Windows
 from billhook.plan.errors import InputError
 from billhook.runtime.attached import Attached
 
+Dial = tuple[str, float, float]
+
 
 class Policy(BaseModel, ABC):
     """Parameters of one way to run a model. Frozen data: what it learns from a stream while it runs is kept by what
@@ -30,7 +32,7 @@ class Policy(BaseModel, ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     kv: ClassVar[str]
-    dial: ClassVar[tuple[str, float, float] | None] = None
+    dial: ClassVar[Dial | None] = None
     wants_text: ClassVar[bool] = False
 
     def attach(self, model: PreTrainedModel, anatomy: Anatomy | None = None) -> Attached:
@@ -39,6 +41,11 @@ class Policy(BaseModel, ABC):
         ``anatomy`` saves finding it again. InputError where the model has no place for the policy, or has one already.
         """
         return self._attach(model, discover(model) if anatomy is None else anatomy)
+
+    @property
+    def dials(self) -> tuple[Dial, ...]:
+        """All that ``tune-policy`` turns: the ``dial``, unless these parameters ask for two at once."""
+        return () if self.dial is None else (self.dial,)
 
     @abstractmethod
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached: ...
@@ -55,10 +62,10 @@ class Policy(BaseModel, ABC):
         """The same policy with what such a file holds."""
         raise InputError(f"policy {self.name} has no tensors of its own")
 
-    def turned(self, value: float) -> Self:
-        """The same policy with its dial at ``value``."""
-        assert self.dial is not None
-        return type(self).of({**self.model_dump(), self.dial[0]: value})
+    def turned(self, *values: float) -> Self:
+        """The same policy with its dials at ``values``."""
+        names = (name for name, _, _ in self.dials)
+        return type(self).of({**self.model_dump(), **dict(zip(names, values, strict=True))})
 
     @classmethod
     def of(cls, parameters: dict[str, Any]) -> Self:

@@ -8,10 +8,13 @@ from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
 from billhook.scores.divergence import divergence
 from billhook.scores.fluctuation import fluctuation
+from billhook.scores.knockout import knockout
+from billhook.scores.lora_importance import lora_importance
 from billhook.scores.magnitude import magnitude
 from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activation
 from billhook.scores.position_weighted import position_weighted
 from billhook.scores.registry import SCORES, InnerUnit, Score, Unit, named, score
+from billhook.scores.routing_frequency import routing_frequency
 from billhook.scores.taylor import fisher, taylor
 from billhook.scores.update_norm import update_norm
 from billhook.scores.wanda import wanda_structured
@@ -28,11 +31,14 @@ __all__ = [
     "divergence",
     "fisher",
     "fluctuation",
+    "knockout",
+    "lora_importance",
     "magnitude",
     "named",
     "peak_magnitude",
     "peak_magnitude_activation",
     "position_weighted",
+    "routing_frequency",
     "score",
     "taylor",
     "update_norm",

@@ -17,8 +17,9 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
 Unit = Literal["block", "sublayer", "attention", "cross_attention", "mlp"]
-InnerUnit = Literal["neuron", "group", "width"]
-Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes"]
+InnerUnit = Literal["neuron", "group", "width", "expert"]
+Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes", "routing", "knockouts", "adapters"]
+WIDE = ("weights", "channels", "slopes", "routing", "knockouts", "adapters")
 Function = Callable[..., Mapping[Address, Any]]
 
 SCORES: dict[str, Score] = {}
@@ -31,7 +32,9 @@ class Score:
 
     A criterion of width looks at a ``WidthTrace`` and gives a tensor for each sublayer, one figure an inner unit. It
     needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
-    parameter ``answer`` names of what)."""
+    parameter ``answer`` names of what); one of experts needs what routers say (``routing``); others
+    what each unit alone does (``knockouts``) or what ``adapters`` tell of weights. A figure may be infinite:
+    that unit is unknown and nothing drops it."""
 
     name: str
     function: Function
@@ -41,7 +44,7 @@ class Score:
     @property
     def wide(self) -> bool:
         """Whether it is a criterion of width."""
-        return self.needs in ("weights", "channels", "slopes")
+        return self.needs in WIDE
 
     def __call__(self, trace: Trace | WidthTrace, anatomy: Anatomy, **parameters: Any) -> dict[Address, Any]:
         """Importance of each unit that the calibration reached, high is important, in order of address."""

@@ -37,7 +37,7 @@ def prices(
     spaces = [space for space in problem.spaces if space.address in scores]
     found = {}
     for number, space in enumerate(spaces):
-        order = order_of(space, scores[space.address])
+        order = order_of(scores[space.address], space.parts)
         lefts = levels_of(space)
         rises = [damage(keep_of(space, order, left)) for left in lefts]
         found[space.address] = _steps(space.count, lefts, rises)

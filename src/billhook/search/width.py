@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Literal
 
 import torch
@@ -21,7 +23,13 @@ from billhook.plan.target import Target
 from billhook.search.one_shot import Per
 
 Allocation = Literal["uniform", "global", "standardised", "shared", "measured"]
-Kind = Literal["neuron", "group"]
+Kind = Literal["neuron", "group", "expert"]
+KINDS: Mapping[str, tuple[Kind, ...]] = {
+    "neuron": ("neuron",),
+    "group": ("group",),
+    "width": ("neuron", "group"),
+    "expert": ("expert",),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,20 +75,22 @@ def pose_width(
     *,
     stack: str | None = None,
     multiple_of: int = 1,
+    costs: CostModel | None = None,
 ) -> WidthProblem:
-    """The task of meeting ``budget`` by making sublayers narrower: by ``neuron``s, KV ``group``s or both (``width``),
-    so that the number of neurons left is a multiple of ``multiple_of`` wherever any have gone. Every sublayer keeps at
-    least one such multiple, one group, or what its config asks for.
+    """The task of meeting ``budget`` by making sublayers narrower: by ``neuron``s, KV ``group``s, both (``width``) or
+    ``expert``s, so that the number of neurons left is a multiple of ``multiple_of`` wherever any have gone. Every
+    sublayer keeps at least one such multiple, one group, as many experts as a token uses, or what its config asks for.
+    ``costs`` are those of another workload than the usual one.
 
     Raises InputError where it has no solution, before anything is measured.
     """
     check_target(target, outline)
     if budget.until_cliff:
         raise InputError(f"budget {budget} follows a path of single steps, and width has none: give an amount")
-    kinds: tuple[Kind, ...] = ("neuron", "group") if unit == "width" else ("group",) if unit == "group" else ("neuron",)
-    if target is Target.DECI:
-        kinds = tuple(kind for kind in kinds if kind != "group")  # loaders want one number of query heads
-    costs = CostModel(outline)
+    kinds = KINDS[unit]
+    if target is Target.DECI:  # loaders want one number of query heads, and know no experts
+        kinds = tuple(kind for kind in kinds if kind == "neuron")
+    costs = costs or CostModel(outline)
     dense = costs.dense
     spaces = []
     for address, sublayer in outline.sublayers():
@@ -119,7 +129,8 @@ def allocate(
     """The least important units go until the budget is met; what is kept, and what that costs.
 
     Within a sublayer the order is that of ``scores`` (high is important; ties by number; a sublayer without scores is
-    unknown and stays as it is). Between sublayers units are set against each other by
+    unknown and stays as it is, and so does a unit whose score is infinite). Between sublayers units are set against
+    each other by
 
     - ``uniform``: their place in their own sublayer, so that all lose the same share;
     - ``global``: the score itself (``per`` budget: by what the unit gains of it, such as a parameter);
@@ -130,12 +141,12 @@ def allocate(
 
     Where only multiples may be left, units go in batches, with the mean of their figures. The last batches come back
     where the budget does not need them, so it is met within one of the smallest. Raises InputError for a score that is
-    not finite, for other figures than units, and where the scored sublayers do not suffice.
+    no number, for other figures than units, and where what has scores does not suffice.
     """
     spaces = [space for space in problem.spaces if space.address in scores]
     for space in spaces:
         figures = scores[space.address]
-        if figures.shape != (space.count,) or not torch.isfinite(figures).all():
+        if figures.shape != (space.count,) or not (torch.isfinite(figures) | (figures == math.inf)).all():
             raise InputError(f"the scores of {space.address} are not {space.count} finite numbers")
     if problem.level and allocation != "uniform":
         raise InputError("an ordinary checkpoint has equal widths: allocate them uniform, or use target remote")
@@ -143,7 +154,7 @@ def allocate(
         raise InputError("a shared allocation needs the shares")
     if allocation == "measured" and prices is None:
         raise InputError("a measured allocation needs the prices")
-    orders = {space: order_of(space, scores[space.address]) for space in spaces}
+    orders = {space: order_of(scores[space.address], space.parts) for space in spaces}
     batches: list[tuple[float, int, list[tuple[Space, int]]]] = []
     for number, space in enumerate(spaces):
         if prices is not None:
@@ -151,10 +162,12 @@ def allocate(
         else:
             ranks = _ranks(scores[space.address], orders[space], allocation, space, shares or {})
         weight = _gain(problem, space) if per == "budget" else 1.0
-        means = [ranks[space.count - a : space.count - b].mean().item() / weight for a, b in _pairs(space)]
+        known = scores[space.address][orders[space]].isfinite()
+        pairs = takewhile(lambda pair: known[space.count - pair[0] : space.count - pair[1]].all(), _pairs(space))  # noqa: B023
+        means = [ranks[space.count - a : space.count - b].mean().item() / weight for a, b in pairs]
         rising = accumulate(means, max)  # a batch cannot go before those of lower rank in its sublayer
         batches += [(rank, 0 if problem.level else number, [(space, step)]) for step, rank in enumerate(rising, 1)]
-    batches = _levelled(batches) if problem.level else batches
+    batches = _levelled(batches, problem.spaces) if problem.level else batches
     batches.sort(key=lambda batch: batch[:2])
     return _cut(problem, orders, batches)
 
@@ -166,7 +179,10 @@ def _cut(
     costs, gone = problem.dense, 0
     while not problem.met(costs):
         if gone == len(batches):
-            raise InputError(f"budget {problem.budget} cannot be met with the {len(orders)} sublayers that have scores")
+            raise InputError(
+                f"budget {problem.budget} cannot be met with the units that have scores, in {len(orders)} sublayers: "
+                f"what the calibration never reached is unknown and stays; more text may reach it"
+            )
         costs = _move(steps, costs, batches[gone][2], 1)
         gone += 1
     for _, _, batch in reversed(batches[:gone]):
@@ -212,10 +228,10 @@ def _pairs(space: Space) -> list[tuple[int, int]]:
     return list(zip(space.left, space.left[1:], strict=False))
 
 
-def order_of(space: Space, scores: Tensor) -> Tensor:
+def order_of(scores: Tensor, parts: int) -> Tensor:
     """Unit numbers, least important first, in turn from each of the equal runs."""
-    runs = scores.double().reshape(space.parts, -1)
-    places = runs.argsort(dim=1, stable=True) + torch.arange(space.parts)[:, None] * runs.shape[1]
+    runs = scores.double().reshape(parts, -1)
+    places = runs.argsort(dim=1, stable=True) + torch.arange(parts)[:, None] * runs.shape[1]
     return places.T.reshape(-1)
 
 
@@ -231,7 +247,8 @@ def _ranks(
             return place / max(shares[space.address], 1e-30)
         case "standardised":
             scores = scores.double()
-            scores = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-30)
+            known = scores[scores.isfinite()]
+            scores = (scores - known.mean()) / known.std(correction=0).clamp(min=1e-30)
     return scores.double()[order]
 
 
@@ -247,13 +264,14 @@ def _may_be_left(inner: InnerOutline, multiple_of: int, target: Target) -> tuple
 
 
 def _levelled(
-    batches: list[tuple[float, int, list[tuple[Space, int]]]],
+    batches: list[tuple[float, int, list[tuple[Space, int]]]], spaces: tuple[Space, ...]
 ) -> list[tuple[float, int, list[tuple[Space, int]]]]:
-    """The same step of all sublayers of a kind as one batch."""
+    """The same step of all sublayers of a kind as one batch, as long as all of them can go so far."""
+    all_of = Counter((space.address.stack, space.kind) for space in spaces)
     together: dict[tuple[str, Kind, int], tuple[float, int, list[tuple[Space, int]]]] = {}
     for rank, number, batch in batches:
         for space, step in batch:
             key = (space.address.stack, space.kind, step)
             _, _, members = together.setdefault(key, (rank, number, []))
             members.append((space, step))
-    return list(together.values())
+    return [batch for (stack, kind, _), batch in together.items() if len(batch[2]) == all_of[stack, kind]]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.anatomy import Anatomy, Inner
+from billhook.anatomy import Anatomy, Inner, Stack
 from billhook.anatomy.config import owners, resolve
 from billhook.anatomy.vocabulary import EXPERTS
 from billhook.plan.address import Address
@@ -81,6 +81,19 @@ def state(model: nn.Module, anatomy: Anatomy, keeps: tuple[Keep, ...], drops: fr
                 for name in EXPERTS:  # the model's own count, for its balancing loss
                     if inner.kind == "expert" and vars(model).get(name) == inner.count:
                         put(model, name, count)
+        if any(keep.inner == "expert" and keep.unit.stack == stack.name for keep in keeps):
+            _unbalanced(model, anatomy, stack, after, put)
+
+
+def _unbalanced(model: nn.Module, anatomy: Anatomy, stack: Stack, after: dict[str, int | None], put: Setter) -> None:
+    """A balancing loss over all blocks at once takes equally many experts in each: where they differ none is made."""
+    owner = stack.counters[0].owner
+    keys = {
+        f"{owner}.{u.keys[0][0]}" for units in anatomy.inner.values() for u in units if u.kind == "expert" and u.keys
+    }
+    for path in owners(stack) if any(after.get(key) is None for key in keys) else ():
+        if getattr(resolve(model, path), "output_router_logits", False):
+            put(resolve(model, path), "output_router_logits", False)
 
 
 def inner_of(anatomy: Anatomy, keep: Keep) -> Inner:
