@@ -38,6 +38,7 @@ def test_the_recipes_that_come_along() -> None:
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "measured-widths",
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
+        *("svd", "asvd", "svd-llm", "low-rank"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
         "random",
@@ -106,7 +107,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
         (
             GOOD + "heal: hope\n",
-            "heal: Input should be 'none', 'closed-form', 'tune', 'lora', ",
+            "heal: Input should be 'none', 'closed-form', ",
         ),
         (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
         (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),
