@@ -16,6 +16,7 @@ class Method(StrEnum):
     """``HealName`` without ``none``."""
 
     CLOSED_FORM = "closed-form"
+    SCALES = "scales"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -25,7 +26,8 @@ class Method(StrEnum):
 
 
 _METHOD = (
-    "[bold]closed-form[/]: least squares; [bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
+    "[bold]closed-form[/]: least squares; [bold]scales[/]: one number for each unit that a narrowing left; "
+    "[bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
     "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
     "a time."
 )

@@ -40,6 +40,7 @@ class HealName(StrEnum):
 
     NONE = "none"
     CLOSED_FORM = "closed-form"
+    SCALES = "scales"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -87,7 +88,8 @@ Heal = Annotated[
     typer.Option(
         metavar="NAME",
         show_default=False,
-        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]; or refitted and then "
+        help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]scales[/]: the units that a "
+        "narrowing leaves are scaled; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
         "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
     ),

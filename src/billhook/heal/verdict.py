@@ -1,0 +1,44 @@
+"""Whether new weights are kept: only if the whole model is nearer to the dense one on text that no fit saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Anatomy
+from billhook.heal.divergence import divergence
+from billhook.heal.healing import Healing, healed
+from billhook.heal.stepping import Stepper
+from billhook.plan.address import Address
+from billhook.plan.plan import Keep, Plan
+from billhook.surgery.simulate import simulate
+
+
+def judged(
+    model: nn.Module,
+    anatomy: Anatomy,
+    stepper: Stepper,
+    held: list[Tensor],
+    cut: tuple[frozenset[Address], Iterable[Keep]],
+    healing: Healing,
+) -> Healing:
+    """The same healing with its distance from the dense model, and that of the cut alone, on the rows that were
+    ``held`` back (bool a batch) of a stepper that has walked the stack; without its tensors where it is no nearer.
+
+    ``cut``: the drops and keeps of the plan. Cost: three runs of the batches that hold such rows."""
+    if not healing.tensors:
+        return healing
+    smaller = Plan.of(cut[0], keeps=cut[1])
+    changes = [simulate(model, anatomy, smaller), _both(model, anatomy, smaller, healing)]
+    before, now = divergence(stepper, anatomy, held, changes)
+    found = replace(healing, cut=before, healed=now)
+    return replace(found, tensors={}) if found.refused else found
+
+
+@contextmanager
+def _both(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
+    with healed(model, healing), simulate(model, anatomy, plan):
+        yield
