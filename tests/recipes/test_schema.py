@@ -34,6 +34,8 @@ def test_the_recipes_that_come_along() -> None:
         "fusegpt",
         "checkfree",
         "branch-gains",
+        "comp",
+        "foldgpt",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "random",
         "evenly-spaced",
@@ -99,7 +101,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
         (
             GOOD + "heal: hope\n",
-            "heal: Input should be 'none', 'closed-form', 'tune', 'lora', ",
+            "heal: Input should be 'none', 'closed-form', 'scales', 'tune', ",
         ),
         (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
         (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from billhook.cli.output import printable
 from billhook.plan.record import Generation, Run
-from billhook.report.cuts import dropped, widths
+from billhook.report.cuts import dropped, sharing, widths
 from billhook.report.loading import FOLDER, loading
 from billhook.report.numbers import duration, percent, ranges
 from billhook.report.palette import kind_name
@@ -54,7 +54,7 @@ def cut_line(run: Run) -> str:
     for (stack, kind), blocks in groups.items():
         name = "blocks" if kind == "block" and len(blocks) > 1 else kind_name(kind)
         parts.append(f"{stack + ' ' if several else ''}{name} {ranges(blocks).replace(',', '')}")
-    parts += [f"{what} {where}" for what, where in widths(run)]
+    parts += [f"{what} {where}" for what, where in (*sharing(run.plan, run.outline), *widths(run))]
     return " · ".join(parts) or "nothing"
 
 

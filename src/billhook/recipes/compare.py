@@ -18,16 +18,15 @@ from billhook.evaluate import evidence_of_each
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.heal import require_healable
-from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.costs import costs_of
 from billhook.recipes.find import find, pose_for
 from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import watch
@@ -179,7 +178,7 @@ def _judged(
     progress: Progress | None,
 ) -> list[Entry]:
     """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
-    target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
+    target = Target.UNIFORM if recipe.unit == "block" and recipe.act != "share" else Target.REMOTE
     entries = [_searched(recipe, budget, seed, target, model, windows, seen, place, progress) for budget in budgets]
     cut: list[Any] = []
     again: list[Any] = []
@@ -203,14 +202,13 @@ def _judged(
 
 def _acted(recipe: Recipe, model: Opened, entry: Entry, windows: Windows, progress: Progress | None) -> Any:
     """The cut model; where the recipe combines blocks, with the weights that its act makes of the calibration text."""
-    plan = Plan.of(entry.drops, entry.target, entry.keeps)
-    if recipe.act == "drop":
-        return apply(model.model, model.anatomy, plan)
-    return mended(model, plan, recipe.act, windows, progress)[0]
+    if recipe.act in ("drop", "share"):
+        return apply(model.model, model.anatomy, entry.plan)
+    return mended(model, entry.plan, recipe.act, windows, progress)[0]
 
 
 def _healed(model: Opened, entry: Entry, text: Windows, progress: Progress | None) -> Any:
-    return mended(model, Plan.of(entry.drops, entry.target, entry.keeps), "closed-form", text, progress)[0]
+    return mended(model, entry.plan, "closed-form", text, progress)[0]
 
 
 def _searched(
@@ -234,12 +232,11 @@ def _searched(
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)})
-    drops = choice.found.drops
-    costs = quantities(model.anatomy.outline, drops, choice.keeps)
-    return entry.model_copy(
+    drops = tuple(str(unit) for unit in sorted(choice.found.drops))
+    cut = entry.model_copy(update={"drops": drops, "keeps": choice.keeps, "schedule": choice.schedule})
+    costs = costs_of(cut.plan, model.anatomy.outline)
+    return cut.model_copy(
         update={
-            "drops": tuple(str(unit) for unit in sorted(drops)),
-            "keeps": choice.keeps,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,

@@ -15,7 +15,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, require_healable
-from billhook.measure.cost import quantities
+from billhook.heal.mask_tuning import NOTHING
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
@@ -24,6 +24,7 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.costs import costs_of
 from billhook.recipes.find import find, pose_for, require_path
 from billhook.recipes.heal import healing_text, mended
 from billhook.recipes.measures import measures, watch
@@ -32,6 +33,7 @@ from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, Heal, Recipe, Widths
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
+from billhook.recipes.sharing import require_sharing
 from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
 
@@ -84,6 +86,7 @@ def compress(
     if way != "none":
         require_healable(model.anatomy)
     problem = pose_for(chosen, outline, limits, aim)
+    require_sharing(chosen, model, limits)
     tokenizer = model.tokenizer
     for prompt in PROMPTS:
         prepared(model.model, tokenizer, prompt, max_new_tokens)
@@ -117,6 +120,7 @@ def compress(
         plan = Plan.of(choice.found.drops, aim, choice.keeps).model_copy(
             update={
                 "budget": str(limits),
+                "schedule": choice.schedule,
                 "provenance": Provenance(
                     model=fingerprint(model.model),
                     calibration=windows.fingerprint,
@@ -139,7 +143,7 @@ def compress(
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
             healing = healing.model_copy(update={"text": calibration, "seed": seed})
-        costs = quantities(outline, choice.found.drops, choice.keeps)
+        costs = costs_of(plan, outline)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -163,8 +167,14 @@ def compress(
 
 def _way(recipe: Recipe, heal: Heal | None) -> str:
     """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
+    if heal == "scales" and not recipe.wide:
+        raise InputError(f"recipe {recipe.name} drops {recipe.unit}s: {NOTHING}")
     if recipe.act == "drop":
         return heal or recipe.heal
+    if recipe.act == "share":
+        if heal not in (None, "none"):
+            raise InputError(f"recipe {recipe.name} has blocks share weights, which --heal {heal} would part again")
+        return "none"
     if heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} makes new weights itself (act {recipe.act}); leave out --heal {heal}")
     return recipe.act
@@ -178,7 +188,11 @@ def _settled(recipe: str | os.PathLike[str] | None, target: str | None) -> tuple
     else:
         chosen = catalogue.load(recipe)
     if aim is None:
-        aim = Target.UNIFORM if chosen.unit == "block" else Target.REMOTE
+        aim = Target.UNIFORM if chosen.unit == "block" and chosen.act != "share" else Target.REMOTE
+    if aim in (Target.UNIFORM, Target.DECI) and chosen.act == "share":
+        raise InputError(
+            f"recipe {chosen.name} has blocks share weights, which target {aim} cannot carry; use target remote or any"
+        )
     if aim is Target.UNIFORM and isinstance(chosen.choice, Widths):
         if chosen.choice.allocation != "uniform":
             raise InputError(

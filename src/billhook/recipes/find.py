@@ -13,7 +13,7 @@ import torch
 
 from billhook import search
 from billhook.data import Windows
-from billhook.measure.ablation import Ablator, Kind, ablation
+from billhook.measure.ablation import Ablator, Kind
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
@@ -22,12 +22,14 @@ from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord
+from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
 from billhook.recipes.schema import Bandit, Evolve, Greedy, Knapsack, OneShot, Recipe, Sampled, Span, Trained, Widths
+from billhook.recipes.scored import scored
+from billhook.recipes.sharing import require_sharing
 from billhook.recipes.widths import narrow
-from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 from billhook.search.width import WidthProblem, pose_width
 
@@ -54,12 +56,14 @@ BASELINES: dict[str, Callable[..., Found]] = {
 @dataclass(frozen=True)
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
-    ``keeps`` of the sublayers that get narrower."""
+    ``keeps`` of the sublayers that get narrower, and the ``schedule`` by which blocks run with the weights of others
+    (those are not among the drops)."""
 
     found: Found
     record: SearchRecord
     importance: dict[str, dict[str, float]]
     keeps: tuple[Keep, ...] = ()
+    schedule: Schedule | None = None
 
 
 def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Problem | WidthProblem:
@@ -89,6 +93,7 @@ def find(
     makes no exchanges afterwards.
     """
     require_path(recipe, problem.budget)
+    require_sharing(recipe, model, problem.budget)
     choice = recipe.choice
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
@@ -107,7 +112,9 @@ def find(
             found, worth = learned(choice, model, problem, windows, seed=seed, progress=progress)
             importance[LEARNED[choice.word]] = {str(u): value for u, value in sorted(worth.items())}
         case OneShot() | Knapsack():
-            scores, work = _scores(recipe, model, problem, windows, seen, progress)
+            assert recipe.score is not None
+            units = problem.candidates
+            scores, work = scored(recipe.score, recipe.unit, model, units, windows, seen, progress)
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
             elif problem.budget.until_cliff:
@@ -121,6 +128,9 @@ def find(
             found = search.span(problem, angular, work=seen.work)
         case _:
             found = _baseline(choice.word, problem, seed)
+    schedule = None
+    if recipe.act == "share":
+        found, schedule = search.share(model.model, model.anatomy, found, windows, progress)
     record = SearchRecord(
         recipe=recipe.name,
         objective=_objective(recipe, objective),
@@ -128,7 +138,7 @@ def find(
         work=found.work,
         evaluations=found.evaluations,
     )
-    return Choice(found, record, importance)
+    return Choice(found, record, importance, schedule=schedule)
 
 
 def _narrowed(
@@ -140,8 +150,8 @@ def _narrowed(
     seed: int,
     progress: Progress | None,
 ) -> Choice:
-    keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
-    return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps)
+    drops, keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
+    return Choice(Found(drops, record.steps, record.work, record.evaluations), record, importance, keeps)
 
 
 def require_path(recipe: Recipe, budget: Budget) -> None:
@@ -234,19 +244,6 @@ def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
     return Ledger(place / f"{name}.jsonl", header)
-
-
-def _scores(
-    recipe: Recipe, model: Opened, problem: Problem, windows: Windows, seen: Trace, progress: Progress | None
-) -> tuple[dict[Address, float], int]:
-    """The score of each unit, and the work behind it."""
-    score = named(recipe.score.word if recipe.score else "")
-    if score.needs == "damage":
-        kind = score.check(recipe.score_parameters)["of"]
-        ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
-        rises = ablation(ablator, problem.candidates, progress)
-        seen = Trace.of_damage(kind, rises, windows.ids.numel()) + Trace(work=ablator.work)
-    return score(seen, model.anatomy, **recipe.score_parameters), seen.work
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:

@@ -17,9 +17,9 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
-Heal = Literal["none", "closed-form", "tune", "lora", "distill", "lisa", "ist", "fpf"]
+Heal = Literal["none", "closed-form", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
-Act = Literal["drop", "average", "fuse", "gains"]
+Act = Literal["drop", "average", "fuse", "gains", "share"]
 
 
 class Paper(_Words):
@@ -34,6 +34,11 @@ class Score(_Words):
 
     word: str
     parameters: dict[str, Any] = {}
+
+    def asked(self, unit: str) -> dict[str, Any]:
+        """The parameters for the score, with the unit where it asks for one."""
+        asks = "unit" in named(self.word).parameters.model_fields
+        return {**({"unit": unit} if asks else {}), **self.parameters}
 
 
 class OneShot(_Words):
@@ -121,16 +126,33 @@ class Span(_Words):
     word: Literal["span"]
 
 
+class Coarse(_Words):
+    """Whole blocks go first, those of least ``score``, as long as they take no more than this ``share`` of what has to
+    go."""
+
+    score: Score
+    share: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _scores_blocks(self) -> Self:
+        if named(self.score.word).wide:
+            raise ValueError(f"score {self.score.word} is one of units inside sublayers, not of blocks")
+        named(self.score.word).check(self.score.asked("block"))
+        return self
+
+
 class Widths(_Words):
     """Make sublayers narrower: their least important inner units go, set against those of other sublayers as the
     ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. The number of
-    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on."""
+    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on. Whole
+    ``blocks`` may go first."""
 
     word: Literal["widths"]
     allocation: Allocation
     per: Per = "unit"
     multiple_of: Annotated[int, Field(ge=1)] = 1
     steepness: Annotated[float, Field(ge=0)] | None = None
+    blocks: Coarse | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -187,14 +209,18 @@ class Recipe(_Words):
             raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
-        if self.act in ("average", "fuse") and self.unit != "block":
+        if self.act in ("average", "fuse", "share") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.act != "drop" and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
             )
+        if self.act == "share" and self.heal != "none":
+            raise ValueError("act share leaves a model that cannot be healed: it goes with heal none")
         if self.act != "drop" and self.heal != "none":
             raise ValueError(f"act {self.act} makes the new weights itself: it goes with heal none")
+        if self.heal == "scales" and not self.wide:
+            raise ValueError("heal scales tunes the units that a narrowing leaves: unit must be one inside sublayers")
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self
@@ -207,7 +233,4 @@ class Recipe(_Words):
     @property
     def score_parameters(self) -> dict[str, Any]:
         """The parameters for the score, with the recipe's unit where the score asks for one."""
-        if self.score is None:
-            return {}
-        asks = "unit" in named(self.score.word).parameters.model_fields
-        return {**({"unit": self.unit} if asks else {}), **self.score.parameters}
+        return self.score.asked(self.unit) if self.score is not None else {}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import average, branch_gains, closed_form, fuse
+from billhook.heal import average, branch_gains, closed_form, fuse, mask_tuning
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, Evolve, Greedy, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import Bandit, Coarse, Evolve, Greedy, Recipe, Sampled, Span, Trained, Widths
 from billhook.scores import named
+from billhook.search import share
 
-ACTS = {"average": average, "fuse": fuse, "gains": branch_gains}
+CLOSED = {"closed-form": closed_form, "scales": mask_tuning}
+ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "share": share}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 
@@ -37,6 +39,8 @@ def passes(recipe: Recipe) -> str:
         return "1"
     if recipe.score is not None and named(recipe.score.word).needs == "damage":
         return "½ a unit"
+    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
+        return "½ a block" if named(recipe.choice.blocks.score.word).needs == "damage" else "2"
     if recipe.wide:
         return "3" if recipe.score is not None and named(recipe.score.word).needs == "slopes" else "1"
     return "1" if recipe.unit == "block" else "2"
@@ -57,10 +61,14 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
     word = recipe.choice.word
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
+    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
+        first = recipe.choice.blocks.score.word
+        words["choice widths, blocks"] = first_sentence(Coarse)
+        words[f"score {first}"] = first_sentence(named(first).function)
     if recipe.act != "drop":
         words[f"act {recipe.act}"] = first_sentence(ACTS[recipe.act])
-    if recipe.heal == "closed-form":
-        words[f"heal {recipe.heal}"] = first_sentence(closed_form)
+    if recipe.heal in CLOSED:
+        words[f"heal {recipe.heal}"] = first_sentence(CLOSED[recipe.heal])
     elif recipe.heal in METHODS:
         words[f"heal {recipe.heal}"] = METHODS[recipe.heal].says
     return words

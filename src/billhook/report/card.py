@@ -45,8 +45,9 @@ def _front(run: Run) -> dict[str, object]:
         front["base_model"] = run.model
     if loading.is_language_model(run.outline):
         front["pipeline_tag"] = "text-generation"
-    ways = ["depth-pruning"] if run.plan.drops or not run.plan.keeps else []
+    ways = ["depth-pruning"] if run.plan.drops or not (run.plan.keeps or run.plan.schedule) else []
     ways += ["width-pruning"] if run.plan.keeps else []
+    ways += ["weight-sharing"] if run.plan.schedule is not None else []
     return front | {"tags": ["billhook", "pruned", *ways, f"target-{run.plan.target}"]}
 
 

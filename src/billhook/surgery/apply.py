@@ -12,7 +12,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
-from billhook.surgery.live import cut, drops_of, keeps_of
+from billhook.surgery.live import cut, drops_of, keeps_of, orders_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,5 +26,5 @@ def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Mod
     drops = drops_of(plan, anatomy)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=dict(shared))
-    cut(twin, anatomy, drops, keeps_of(plan, anatomy), Undo())
+    cut(twin, anatomy, drops, keeps_of(plan, anatomy), Undo(), orders_of(plan, anatomy))
     return twin

@@ -25,6 +25,7 @@ from billhook.plan.plan import Keep
 from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import drop
 from billhook.surgery.narrow import narrow
+from billhook.surgery.sharing import share
 from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY, declares_cuts
 
 STOCK = "billhook_stock"  # in a config.json under a foreign model_type: the values that transformers knows
@@ -78,8 +79,8 @@ def on_meta(stock: type, config: Any) -> Any:
 
 
 def as_cut(stock: type) -> type:
-    """A class whose instances are those of ``stock``, without the sublayers that their config skips and with the
-    widths that it lists.
+    """A class whose instances are those of ``stock``, without the sublayers that their config skips, with the widths
+    that it lists, and with the blocks that it says share weights.
 
     Instances become plain ``stock`` ones as soon as they are made, so that transformers treats them as its own.
     """
@@ -91,6 +92,7 @@ def as_cut(stock: type) -> type:
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
             drop(self, anatomy, form.skips, Undo())
+            share(self, anatomy, form.shared)
         self.__class__ = stock
 
     return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})

@@ -11,7 +11,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
-from billhook.surgery.live import cut, drops_of, keeps_of
+from billhook.surgery.live import cut, drops_of, keeps_of, orders_of
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     undo = Undo()
     undo.guard_hooks(model)
     try:
-        cut(model, anatomy, drops, keeps_of(plan, anatomy), undo)
+        cut(model, anatomy, drops, keeps_of(plan, anatomy), undo, orders_of(plan, anatomy))
         yield model
     finally:
         undo.restore()
