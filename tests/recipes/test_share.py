@@ -18,6 +18,7 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.record import Run, Step
+from billhook.recipes import apply as apply_walk
 from billhook.recipes import compare as side_by_side
 from billhook.recipes import compress as walk
 from billhook.recipes import heal as heal_walk
@@ -134,7 +135,7 @@ def test_all_the_way(twins: Path, tmp_path: Path, quick: None, monkeypatch: pyte
     assert run.plan.schedule is not None and run.plan.schedule.order("decoder", 5) == [0, 1, 2, 2, 4]
     assert run.plan.edits == () and not run.plan.empty
     assert run.realised["params"] == pytest.approx(0.8) and run.realised["flops"] == pytest.approx(1)
-    assert run.costs["kv_bytes"].compressed == run.costs["kv_bytes"].dense
+    assert run.costs["kv_bytes"].compressed == pytest.approx(run.costs["kv_bytes"].dense)
     assert Run.model_validate_json((out / "billhook.json").read_text()) == run
     page, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
     assert "3 (of 2)" in page and "cell shared" in page and "with the weights of decoder.2" in page
@@ -144,9 +145,10 @@ def test_all_the_way(twins: Path, tmp_path: Path, quick: None, monkeypatch: pyte
     dense, small = billhook.load(twins).model, billhook.load(out).model
     torch.testing.assert_close(small(text).logits, dense(text).logits)
     assert len(set(small.parameters())) < len(set(dense.parameters()))
-    again = billhook.recipes.apply.apply(twins, out, out=tmp_path / "again")
+    again = apply_walk.apply(twins, out, out=tmp_path / "again")
     assert again.costs["size"] == run.costs["size"]
-    assert (tmp_path / "again" / "model.safetensors").stat().st_size == (out / "model.safetensors").stat().st_size
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (out, tmp_path / "again", twins)]
+    assert abs(sizes[0] - sizes[1]) < 256 and sizes[0] < 0.9 * sizes[2]
     with pytest.raises(InputError, match="share weights already"):
         billhook.compress(out, budget="params=0.8", out=tmp_path / "more", recipe="block-influence")
     with pytest.raises(InputError, match="cannot be healed"):
@@ -158,6 +160,8 @@ def test_side_by_side(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(side_by_side, "CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(side_by_side, "BASELINES", ("last",))
     monkeypatch.setattr(side_by_side, "judged_on", _one_text)
+    monkeypatch.setattr(side_by_side, "answers", lambda *rest: ())
+    monkeypatch.setattr(side_by_side, "paired", lambda *rest: ())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(MINE))
     made = side_by_side.compare(twins, budgets="params=0.8,flops=0.8", out=tmp_path / "out", recipes=[mine])

@@ -15,6 +15,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, require_healable
+from billhook.heal.gains import require_gains
 from billhook.heal.mask_tuning import NOTHING
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
@@ -85,6 +86,8 @@ def compress(
     require_causal(model.model, "compress")
     if way != "none":
         require_healable(model.anatomy)
+    if way == "gains":
+        require_gains(model.anatomy)
     problem = pose_for(chosen, outline, limits, aim)
     require_sharing(chosen, model, limits)
     tokenizer = model.tokenizer
