@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from billhook.data import Windows, calibration, windows
     from billhook.evaluate import bench, evidence, generate
     from billhook.export.huggingface import save
+    from billhook.heal import healed, refill, restore, scale_updates
     from billhook.measure.trace import trace
     from billhook.models import Loaded, building
     from billhook.plan.address import Address
@@ -33,6 +34,7 @@ _HOMES = {
     "billhook.data": ("Windows", "calibration", "windows"),
     "billhook.evaluate": ("bench", "evidence", "generate"),
     "billhook.export.huggingface": ("save",),
+    "billhook.heal": ("healed", "refill", "restore", "scale_updates"),
     "billhook.measure.trace": ("trace",),
     "billhook.models": ("Loaded", "building"),
     "billhook.plan.address": ("Address",),
@@ -64,10 +66,14 @@ __all__ = [
     "discover",
     "evidence",
     "generate",
+    "healed",
     "inspect",
     "load",
     "policy_of",
+    "refill",
+    "restore",
     "save",
+    "scale_updates",
     "simulate",
     "speculate",
     "trace",

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from billhook.anatomy import Anatomy, discover
 from billhook.data import Windows
 from billhook.export.huggingface import save
-from billhook.heal import Healing, average, branch_gains, fuse, healed, refill, restore, scale_updates
-from billhook.heal.gains import NOT_LINEAR
+from billhook.heal import Healing, average, fuse, healed, refill, restore, scale_updates
 from billhook.heal.spans import Spans
 from billhook.measure.batches import batches_of
 from billhook.plan.address import Address
@@ -26,12 +25,8 @@ from billhook.surgery.reopen import load
 
 SHORTENED = [name for name in FAMILIES if name != "gemma4"]
 DECODERS = [name for name in SHORTENED if list(FAMILIES[name].stacks) == ["decoder"]]
-#: Norms behind the branch undo a gain.
-NORMED = {"gemma2", "gemma3", "olmo2", "opt_post_norm", "bloom_post_norm", "bert", "bert_classifier", "roberta", "bart"}
-NORMED |= {"gemma3_image"}
 ACTS: dict[str, Callable[[Any, Anatomy, Any, Any], Healing]] = {
     "average": lambda model, anatomy, drops, source: average(model, anatomy, drops),
-    "gains": branch_gains,
     "fuse": lambda model, anatomy, drops, source: fuse(model, anatomy, drops, source, passes=1, rank=2, reach=1),
 }
 
@@ -76,16 +71,13 @@ def test_simulated_applied_and_reloaded_agree(name: str, act: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", SHORTENED)
-def test_fused_groups_come_nearer_and_gains_where_no_norm_undoes_them(name: str) -> None:
+def test_fused_groups_come_nearer(name: str) -> None:
     model = build(name)
     anatomy = discover(model)
     seen = 2 * inputs_of(name, model)  # noise has nothing in common with other noise: what is held back was seen
     fused = fuse(model, anatomy, middle(name), seen, passes=4, rank=4, reach=1)
     assert fused.taken == len(fused.refits) > 0
     assert all(refit.after < refit.before for refit in fused.refits)
-    gains = branch_gains(model, anatomy, middle(name), seen)
-    assert bool(gains.refits) == (name not in NORMED) and bool(gains.left_alone) == (name in NORMED)
-    assert set(gains.left_alone.values()) <= {NOT_LINEAR}
 
 
 def test_the_average_is_that_of_all_that_go_into_a_block() -> None:
@@ -124,44 +116,6 @@ def test_refill_takes_the_weighted_mean_of_both_sides() -> None:
             refill(model, anatomy, odd)
     with pytest.raises(InputError, match="must not be negative"):
         refill(model, anatomy, Address("decoder", 2), (0.0, 0.0))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "granite", "deepseek_v3"])
-@torch.no_grad()
-def test_where_nothing_is_missing_nothing_is_gained(name: str) -> None:
-    """Block 1 writes nothing: without it the stream is the dense one."""
-    model = build(name)
-    anatomy = discover(model)
-    names = {name for name, _ in model.named_parameters()}
-    for sublayer in anatomy.stack("decoder").blocks[1].sublayers:
-        for write in sublayer.writes:
-            for quiet in {write, f"{write.removesuffix('weight')}bias"} & names:
-                model.get_parameter(quiet).zero_()
-    gains = branch_gains(model, anatomy, [Address("decoder", 1)], windows())
-    assert gains.refits and all(refit.before < 1e-8 for refit in gains.refits)
-    for name, tensor in gains.tensors.items():
-        torch.testing.assert_close(tensor, model.get_parameter(name), atol=1e-3, rtol=1e-3)
-
-
-@torch.no_grad()
-def test_a_gain_makes_up_for_a_twin() -> None:
-    """Block 2 is block 1 with its input ignored: both write the same constant (their write biases), so that the one
-    that stays must write it twice, but for the little that block 0 has taken over."""
-    model = build("gpt2")
-    for i in (1, 2):
-        block = model.transformer.h[i]
-        for part in (block.attn.c_proj, block.mlp.c_proj):
-            part.weight.zero_()
-            part.bias.zero_()
-        block.mlp.c_proj.bias.copy_(torch.linspace(-1, 1, len(block.mlp.c_proj.bias)))
-        block.attn.c_proj.bias.zero_()
-    anatomy = discover(model)
-    found = branch_gains(model, anatomy, [Address("decoder", 1)], windows())
-    # the goal is the dense stream behind block 2; with block 1 gone its MLP has to write both
-    gain = found.tensors["transformer.h.2.mlp.c_proj.bias"] / model.transformer.h[2].mlp.c_proj.bias
-    torch.testing.assert_close(gain, torch.full_like(gain, 2.0), atol=0.1, rtol=0)
-    mlp = next(refit for refit in found.refits if refit.weight == "transformer.h.2.mlp.c_proj.weight")
-    assert mlp.before > 0.01 and mlp.after < 0.1 * mlp.before
 
 
 @torch.no_grad()
@@ -250,9 +204,8 @@ def test_what_is_refused() -> None:
     for act in ("average", "fuse"):
         with pytest.raises(InputError, match=r"takes whole blocks; the plan drops decoder\.1\.mlp"):
             ACTS[act](model, anatomy, [Address("decoder", 1, "mlp")], windows())
-    for act in ("fuse", "gains"):
-        with pytest.raises(InputError, match="at least two windows"):
-            ACTS[act](model, anatomy, [Address("decoder", 1)], windows(1))
+    with pytest.raises(InputError, match="at least two windows"):
+        fuse(model, anatomy, [Address("decoder", 1)], windows(1))
     for act in ACTS:
         with pytest.raises(InputError, match="one stack at a time"):
             ACTS[act](model, anatomy, [], windows())

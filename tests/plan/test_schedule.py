@@ -13,7 +13,8 @@ from billhook.plan.address import Address
 from billhook.plan.check_schedule import check_schedule
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.plan.schedule import Schedule, Site, compiled
+from billhook.plan.schedule import Schedule, Site
+from billhook.plan.visits import orders, shared, unvisited
 
 
 def test_a_chain_says_how_often_and_in_which_order() -> None:
@@ -34,15 +35,32 @@ def test_any_chain_is_its_own_order(visits: list[int]) -> None:
     assert Schedule.model_validate_json(schedule.model_dump_json()) == schedule
 
 
-def test_what_only_leaves_out_compiles_to_drops() -> None:
+def test_what_a_schedule_makes_of_the_order() -> None:
     outline = drawn(5)
-    schedule = Schedule.skipping(["decoder.3", "decoder.1.mlp"])
-    assert compiled(schedule, outline) == {Address("decoder", 3), Address("decoder", 1, "mlp")}
-    assert compiled(Schedule.chain([0, 1, 4]), outline) == {Address("decoder", 2), Address("decoder", 3)}
-    assert compiled(Schedule(), outline) == frozenset()
-    for other in (Schedule.chain([0, 1, 1, 2, 3, 4]), Schedule.chain([0, 2, 1, 3, 4])):
-        with pytest.raises(InputError, match="repeats or reorders"):
-            compiled(other, outline)
+    plan = Plan.of(["decoder.3"]).model_copy(update={"schedule": Schedule.chain([0, 1, 1, 4])})
+    assert orders(plan, outline) == {"decoder": [0, 1, 1, 4]}
+    assert unvisited(orders(plan, outline), outline) == {Address("decoder", 2), Address("decoder", 3)}
+    assert shared(plan, outline) == {Address("decoder", 2): Address("decoder", 1)}
+    skipping = Plan(schedule=Schedule.skipping(["decoder.3", "decoder.1.mlp"]))
+    assert orders(skipping, outline) == {"decoder": [0, 1, 2, 4]}
+    assert shared(skipping, outline) == {}
+    assert orders(Plan(schedule=Schedule()), outline) == orders(Plan(), outline) == {"decoder": [0, 1, 2, 3, 4]}
+    looped = Plan(schedule=Schedule.chain([0, 1, 1, 2, 3, 4]))
+    assert orders(looped, outline)["decoder"] == [0, 1, 1, 2, 3, 4]
+    assert shared(looped, outline) == {}, "no block has lost its weights"
+
+
+@pytest.mark.parametrize("target", ["uniform", "deci"])
+def test_no_ordinary_form_has_shared_weights(target: str) -> None:
+    plan = Plan(target=target, schedule=Schedule.chain([0, 1, 1, 4]))
+    with pytest.raises(InputError, match=f"target {target} cannot carry blocks that share weights"):
+        orders(plan, drawn(5))
+
+
+def test_what_is_dropped_does_not_run() -> None:
+    plan = Plan.of(["decoder.1"]).model_copy(update={"schedule": Schedule.chain([0, 1, 2])})
+    with pytest.raises(InputError, match="dropped by the plan, and its schedule runs it"):
+        orders(plan, drawn(5))
 
 
 @pytest.mark.parametrize(

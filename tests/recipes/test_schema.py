@@ -35,6 +35,8 @@ def test_the_recipes_that_come_along() -> None:
         "fusegpt",
         "checkfree",
         "branch-gains",
+        "comp",
+        "foldgpt",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "measured-widths",
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),

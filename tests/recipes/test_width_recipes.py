@@ -48,9 +48,9 @@ def test_the_budget_is_met_and_again(name: str, tmp_path: Path) -> None:
     model = build(family)
     outline = discover(model).outline
     found = carried_out(recipe, model, tmp_path)
-    check(Plan.of([], Target.REMOTE, found.keeps), outline)
+    check(Plan.of(found.found.drops, Target.REMOTE, found.keeps), outline)
     costs = CostModel(outline)
-    share = costs.of([], found.keeps)["params"] / costs.dense["params"]
+    share = costs.of(found.found.drops, found.keeps)["params"] / costs.dense["params"]
     assert (0.8 if recipe.unit in ("expert", "group") else 0.83) < share <= 0.85  # few of them, and large
     assert found.record.steps[-1].realised["params"] == pytest.approx(share)
     assert {keep.inner for keep in found.keeps} <= ({"neuron", "group"} if recipe.unit == "width" else {recipe.unit})

@@ -77,6 +77,18 @@ def test_wanda_and_activation(llama, given) -> None:
         close(named("activation")(trace, anatomy)[address], strength)
 
 
+def test_condition(llama, given) -> None:
+    """By the singular values of the matrix itself: of down, which is wide, and of o, which is square."""
+    layer, trace, anatomy = llama
+    for address, linear in ((MLP, layer.mlp.down_proj), (ATTENTION, layer.self_attn.o_proj)):
+        a = linear.weight.detach().double() * given[address.sublayer].square().mean(0).sqrt()
+        values = torch.linalg.svdvals(a)
+        kept = values[values > 1e-5 * values[0]]
+        parts = a.reshape(len(a), trace.units[address].count, -1).movedim(1, 0).flatten(1).norm(dim=1)
+        found = named("condition")(trace, anatomy)[address]
+        torch.testing.assert_close(found, kept[0] / kept[-1] * parts / values[0], rtol=1e-3, atol=1e-7)
+
+
 def test_fluctuation(llama, given) -> None:
     layer, trace, anatomy = llama
     for address, linear in ((MLP, layer.mlp.down_proj), (ATTENTION, layer.self_attn.o_proj)):

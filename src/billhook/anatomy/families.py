@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+from billhook.anatomy.vocabulary import SHARED_BLOCKS
 from billhook.plan.target import Target
 
 Config = Any
@@ -93,6 +94,8 @@ def refusal(config: Config) -> str | None:
 
 def refused_targets(config: Config, single_decoder: bool) -> dict[Target, str]:
     """Targets that no plan for this family can have, with the reason."""
+    if getattr(config, SHARED_BLOCKS, None):
+        return dict.fromkeys(Target, "its blocks share weights already; cut the model that it was made from")
     if config.model_type not in DECI_SHAPED or not single_decoder:
         return {Target.DECI: f"DeciLM loaders read {', '.join(sorted(DECI_SHAPED))} decoders only"}
     types = getattr(config, "layer_types", None)

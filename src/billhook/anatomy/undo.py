@@ -27,6 +27,12 @@ class Undo:
         setattr(owner, name, value)
         self._steps.append(lambda: delattr(owner, name) if old is _NOTHING else setattr(owner, name, old))
 
+    def own(self, owner: Any, name: str, value: Any) -> None:
+        """Give an instance an attribute of its own, where its class may have another."""
+        old = vars(owner).get(name, _NOTHING)
+        setattr(owner, name, value)
+        self._steps.append(lambda: delattr(owner, name) if old is _NOTHING else setattr(owner, name, old))
+
     def swap(self, model: nn.Module, path: str, module: nn.Module) -> None:
         """Put another module in the place of a submodule."""
         parent, _, name = path.rpartition(".")

@@ -92,3 +92,6 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 #: Names of a router, and of parts of a mixture that every token runs through.
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_expert_gate")
+
+#: Where a config lists blocks that have the weights of an earlier one (see ``surgery.sharing``).
+SHARED_BLOCKS = "shared_blocks"

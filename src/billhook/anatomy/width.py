@@ -94,7 +94,9 @@ def _outline(inner: Inner, sublayer: SublayerOutline, owner: str, sizes: dict[st
     named = {s.parameter for s in inner.slices}
     whole = sum(sizes.get(name, 0) for name in named)  # of a router's bias that is a buffer: none
     params = whole // inner.count
-    idle = sum(sizes[name] for name in named if ".experts." in name) // inner.count if inner.kind == "expert" else 0
+    idle = (
+        sum(sizes.get(name, 0) for name in named if ".experts." in name) // inner.count if inner.kind == "expert" else 0
+    )
     group = inner.kind == "group"
     return InnerOutline(
         count=inner.count,

@@ -18,6 +18,7 @@ class Method(StrEnum):
     CLOSED_FORM = "closed-form"
     BIAS = "bias"
     DATA_FREE = "data-free"
+    SCALES = "scales"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -27,7 +28,7 @@ class Method(StrEnum):
 
 
 _METHOD = (
-    "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/]: for what got narrower; "
+    "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
     "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
     "a time."

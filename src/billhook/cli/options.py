@@ -42,6 +42,7 @@ class HealName(StrEnum):
     CLOSED_FORM = "closed-form"
     BIAS = "bias"
     DATA_FREE = "data-free"
+    SCALES = "scales"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -89,8 +90,8 @@ Heal = Annotated[
     typer.Option(
         metavar="NAME",
         show_default=False,
-        help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/] or "
-        "[bold]data-free[/]; [bold]none[/]; or refitted and then "
+        help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/], "
+        "[bold]data-free[/] or [bold]scales[/]; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
         "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
     ),

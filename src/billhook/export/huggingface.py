@@ -20,7 +20,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.surgery.checkpoint import Rewritten, rewrite
 from billhook.surgery.form import Form, form_after, write_form
-from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.live import drops_of, keeps_of, orders_of
 from billhook.surgery.reopen import on_meta
 
 
@@ -43,7 +43,8 @@ def save(
     tensors of ``model``, in name and shape; InputError with the difference otherwise.
     """
     config = copy.deepcopy(model.config)
-    form = form_after(config, drops_of(plan, anatomy), keeps_of(plan, anatomy), anatomy, plan.factors)
+    drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
+    form = form_after(config, drops, keeps, orders_of(plan, anatomy), anatomy, plan.factors)
     form = write_form(config, anatomy, form)
     files = _dressed(config, model, anatomy, form, plan.target)
     models.save(model, tokenizer, folder, source_folder)
@@ -80,7 +81,8 @@ def _dressed(config: Any, model: Any, anatomy: Anatomy, form: Form, target: Targ
         return {"config.json": {"auto_map": ABSENT}}
     if target is Target.UNIFORM:
         own = min((unit for unit, _ in (*form.widths, *form.ranks, *form.biases)), default=None)
-        odd = f"lacks {min(form.skips)}" if form.skips else f"has a form of its own in {own}"
+        odd = f"has a form of its own in {own}" if own is not None else "has blocks that share weights"
+        odd = f"lacks {min(form.skips)}" if form.skips else odd
         raise InputError(f"target uniform cannot carry this model: it already {odd}; use target remote or any")
     plain = copy.deepcopy(config)
     write_form(plain, anatomy, Form())

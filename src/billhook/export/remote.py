@@ -74,6 +74,22 @@ def cut(model: nn.Module, name: str, path: str, owner: str, attentions: Any, cut
         for inside, stub in (pair for kind in kinds for pair in cuts[kind].items()):
             block.set_submodule(inside, STUBS[stub]())''')
 
+_SHARE = Template('''# one row a stack: name, path of its blocks, of its config
+SHARED: Any = $stacks
+
+
+def share(model: nn.Module, name: str, path: str, owner: str) -> None:
+    """Give blocks the weights of the earlier one that the config lists; they are in the file once."""
+    config = reduce(getattr, owner.split("."), model)
+    for new, first in config.shared_blocks.get(name, {}).items():
+        ties = {}
+        for inside, parameter in model.get_submodule(f"{path}.{first}").named_parameters(remove_duplicate=False):
+            where, _, leaf = inside.rpartition(".")
+            setattr(model.get_submodule(f"{path}.{new}").get_submodule(where), leaf, parameter)
+            ties[f"{path}.{new}.{inside}"] = f"{path}.{first}.{inside}"
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **ties}
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}''')
+
 _SKIPPED = """def skipped(config: Any, name: str, index: int) -> Any:
     if getattr(config, "skip_sublayers", None):
         return config.skip_sublayers.get(name, {}).get(str(index), ())
@@ -111,6 +127,11 @@ def render(
     if form.skips:
         sections.append(_cutting(anatomy, form, skipped))
         calls.append("for stack in STACKS:\n    cut(self, *stack)")
+    if form.shared:  # last: a block hands on what is left of it
+        names = {address.stack for address in form.shared}
+        rows = [(s.name, s.path, s.counters[0].owner) for s in anatomy.stacks if s.name in names]
+        sections.append(_SHARE.substitute(stacks=pformat(rows, width=116)))
+        calls.append("for stack in SHARED:\n    share(self, *stack)")
     return _CODE.substitute(
         stock=stock,
         name=name,

@@ -5,6 +5,7 @@ from billhook.heal.closed_form import closed_form, require_healable
 from billhook.heal.fuse import fuse
 from billhook.heal.gains import branch_gains
 from billhook.heal.healing import UNTOUCHED, Healing, healed
+from billhook.heal.mask_tuning import mask_tuning
 from billhook.heal.merge import merge
 from billhook.heal.restore import restore, scale_updates
 
@@ -16,6 +17,7 @@ __all__ = [
     "closed_form",
     "fuse",
     "healed",
+    "mask_tuning",
     "merge",
     "refill",
     "require_healable",

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
 from billhook.anatomy.discover import READ_LATER
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
-from billhook.heal.divergence import divergence
-from billhook.heal.healing import Healing, healed, require_no_masks
+from billhook.heal.gaps import require_own_weights
+from billhook.heal.healing import Healing, require_no_masks
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
+from billhook.heal.verdict import judged
 from billhook.heal.walk import Walk
 from billhook.heal.widths import whole
 from billhook.measure.batches import Batch, batches_of
@@ -23,7 +22,6 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import drops_of, keeps_of
-from billhook.surgery.simulate import simulate
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,31 +78,22 @@ def closed_form(
     than two windows, and where a stream is not finite.
     """
     require_no_masks(plan, "healing")
+    require_healable(anatomy, plan)
     drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
-    stack = _stack(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
-    require_healable(anatomy)
+    stack = stack_of(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
     stepper = Stepper(model, stack, list(batches_of(source, model)))
     walk = Walk(model, anatomy, stepper, drops, keeps, factors)
     walk.through(places(stack), progress)
     tensors = whole(model, anatomy, keeps, walk.tensors)
     healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
-    if not healing.tensors:
-        return healing
     smaller = Plan.of(drops, keeps=keeps).factorised({f.edit: f.basis.numpy() for f in factors})
-    changes = [simulate(model, anatomy, smaller), _both(model, anatomy, smaller, healing)]
-    cut, now = divergence(stepper, anatomy, walk.held, changes)
-    judged = replace(healing, cut=cut, healed=now)
-    return replace(judged, tensors={}) if judged.refused else judged
+    return judged(model, anatomy, stepper, walk.held, smaller, healing)
 
 
-@contextmanager
-def _both(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
-    with healed(model, healing), simulate(model, anatomy, plan):
-        yield
-
-
-def require_healable(anatomy: Anatomy) -> None:
-    """InputError for a model in which the streams cannot be walked block by block."""
+def require_healable(anatomy: Anatomy, plan: object = None) -> None:
+    """InputError for a model in which the streams cannot be walked block by block, and for a plan after which blocks
+    share weights: what is good for one of them is not for the other."""
+    require_own_weights(plan)
     if READ_LATER in anatomy.outline.pinned.values():
         raise InputError(
             f"a {anatomy.family} model cannot be healed: some blocks read keys and values of earlier ones; "
@@ -112,7 +101,7 @@ def require_healable(anatomy: Anatomy) -> None:
         )
 
 
-def _stack(anatomy: Anatomy, units: Iterable[Address]) -> Stack:
+def stack_of(anatomy: Anatomy, units: Iterable[Address]) -> Stack:
     """The one stack in which something is cut; the first one where nothing is."""
     names = sorted({address.stack for address in units})
     if len(names) > 1:

@@ -21,6 +21,7 @@ def whole_blocks(anatomy: Anatomy, plan: Plan | Iterable[Address], act: str) -> 
     """The stack and the numbers of its blocks that a plan drops. InputError if it drops anything but whole blocks of
     one stack."""
     require_no_masks(plan, act)
+    require_own_weights(plan)
     drops = sorted(drops_of(plan, anatomy))
     parts = [unit for unit in drops if unit.sublayer is not None]
     if parts:
@@ -29,6 +30,12 @@ def whole_blocks(anatomy: Anatomy, plan: Plan | Iterable[Address], act: str) -> 
     if len(stacks) != 1:
         raise InputError(f"{act} takes one stack at a time; the plan drops {' and '.join(sorted(stacks)) or 'nothing'}")
     return anatomy.stack(stacks.pop()), [unit.block for unit in drops]
+
+
+def require_own_weights(plan: object) -> None:
+    """InputError for a plan after which blocks share weights: what is good for one of them is not for the other."""
+    if isinstance(plan, Plan) and plan.schedule is not None:
+        raise InputError("the plan has blocks share weights or run in another order; such a model cannot be healed")
 
 
 def names_in(model: nn.Module, block: Block) -> Names:

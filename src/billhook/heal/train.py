@@ -12,6 +12,7 @@ from torch import Tensor
 
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
+from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, healed
 from billhook.heal.loop import Loop
 from billhook.heal.student import Student, ends_of, frozen
@@ -58,6 +59,7 @@ def train(
     best state, the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal)
     and about two to three of what is left. Raises InputError for drops in several stacks and too little text.
     """
+    require_own_weights(plan)
     stack = _stack(anatomy)
     drops = drops_of(plan, anatomy)
     ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)

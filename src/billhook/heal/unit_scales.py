@@ -24,22 +24,37 @@ def unit_scales(gram: Tensor, weight: Tensor, units: Tensor, kept: Tensor, penal
     least-squares problem a layer; the ridge towards 1 is added. Raises InputError for unknown units and a Gram matrix
     that is not finite. Cost: o n^2 + u^3 / 3, in float64.
     """
+    table = in_common(gram, weight, units)
+    removed(kept, len(table))
+    return solved(table, kept, penalty).float()
+
+
+def in_common(gram: Tensor, weight: Tensor, units: Tensor) -> Tensor:
+    """T [u, u] of all units, float64 (see ``unit_scales``)."""
     if not torch.isfinite(gram).all():
         raise InputError("NaN or infinite values in the Gram matrix: the weights or the inputs are damaged")
-    count = int(units.max()) + 1
-    removed(kept, count)
     w = weight.double()
     common = (w.T @ w) * gram.double()
-    of = torch.zeros(len(units), count, dtype=torch.float64, device=gram.device)
+    of = torch.zeros(len(units), int(units.max()) + 1, dtype=torch.float64, device=gram.device)
     of[torch.arange(len(units)), units] = 1
-    table = of.T @ common @ of
+    return of.T @ common @ of
+
+
+def solved(table: Tensor, kept: Tensor, penalty: float) -> Tensor:
+    """The scales of kept units, float64, from what units write in common."""
     strength = penalty * table.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     system = table[kept][:, kept]
     system.diagonal().add_(strength)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:
         raise InputError(f"a penalty of {penalty} is too small: what kept units write depends on each other")
-    return torch.cholesky_solve((table[kept].sum(1) + strength)[:, None], factor)[:, 0].float()
+    return torch.cholesky_solve((table[kept].sum(1) + strength)[:, None], factor)[:, 0]
+
+
+def missed(table: Tensor, kept: Tensor, scales: Tensor) -> float:
+    """The sum over tokens of |all that is written - what the kept units write, scaled|^2."""
+    crossed = scales @ table[kept].sum(1)
+    return float(table.sum() - 2 * crossed + scales @ table[kept][:, kept] @ scales)
 
 
 def scaled(weight: Tensor, units: Tensor, kept: Tensor, scales: Tensor) -> Tensor:

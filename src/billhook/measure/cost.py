@@ -22,6 +22,7 @@ UNITS = {
     "kv_bytes": "bytes per token",
     "blocks": "blocks",
 }
+_RUN = ("flops", "kv_bytes", "blocks")  # what a block costs each time it runs
 PROMPT_TOKENS = 512
 NEW_TOKENS = 128
 
@@ -157,13 +158,19 @@ def quantities(
     keeps: Iterable[Keep] = (),
     zeros: Mapping[Address, int] | None = None,
     factors: Iterable[Factorise] = (),
+    again: Iterable[Address] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> dict[str, Quantity]:
-    """The costs before and after, for the record of a run."""
+    """The costs before and after, for the record of a run. ``again``: blocks that run once more with the same weights
+    (named as often as that). They save nothing of FLOPs, cache and blocks, and cost no parameters and no bytes."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    after = model.of(drops, keeps, zeros, factors)
+    drops, keeps, factors = frozenset(drops), tuple(keeps), tuple(factors)
+    after = left = model.of(drops, keeps, zeros, factors)
+    for block in again:
+        without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, factors)
+        after = {k: cost + (left[k] - without[k] if k in _RUN else 0.0) for k, cost in after.items()}
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

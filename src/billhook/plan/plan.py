@@ -177,6 +177,11 @@ class Plan(_Record):
         """The linears that become two."""
         return tuple(edit for edit in self.edits if isinstance(edit, Factorise))
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing becomes of it."""
+        return not self.edits and self.schedule is None
+
     def dumps(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

@@ -1,7 +1,7 @@
 """The execution table: which parts of a model run, in which order, and what stands in for those that do not.
 
 Removal, run-time skipping, looping and reuse between steps are all such tables. A table is pure data; a constant one
-that only leaves out is the same thing as a plan's drops (``compiled``), any other is run by the run time.
+is carried out by surgery (blocks that are visited again share their weights), any other is run by the run time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.outline import Outline
 
 Verb = Literal["run", "skip", "repeat", "reuse"]
 
@@ -125,16 +124,3 @@ class Schedule(_Record):
 
     def _at(self, step: int) -> tuple[Site, ...]:
         return self.tables[step % len(self.tables)]
-
-
-def compiled(schedule: Schedule, outline: Outline) -> frozenset[Address]:
-    """The drops that do the same for good, for ``Plan.of``. InputError where the schedule does more than leave out."""
-    if not schedule.constant:
-        raise InputError("a schedule that changes from step to step cannot be compiled away")
-    drops = set(schedule.skips())
-    for stack in outline.stacks:
-        visits = schedule.order(stack.name, len(stack.blocks))
-        if sorted(set(visits)) != visits:
-            raise InputError(f"the schedule repeats or reorders blocks of {stack.name}; drops cannot say that")
-        drops |= {Address(stack.name, i) for i in range(len(stack.blocks)) if i not in visits}
-    return frozenset(drops)

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.export.huggingface import write_checkpoint
-from billhook.measure.cost import quantities
 from billhook.models import building, check_out, locate
-from billhook.plan.check import normalise
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.plan.target import Target
+from billhook.recipes.costs import costs_of
 from billhook.recipes.opened import Stopwatch, left_behind
 from billhook.recipes.proof import RECORD, write_down
 from billhook.surgery.checkpoint import checkpoint_fingerprint
@@ -46,7 +45,7 @@ def apply(
         lost = _lost(file)
     if target is not None:
         plan = plan.model_copy(update={"target": Target(target)})
-    if not plan.edits:
+    if plan.empty:
         raise InputError("the plan drops nothing; there is nothing to apply")
     clock = Stopwatch()
     folder = locate(source, trust_remote_code)
@@ -56,7 +55,7 @@ def apply(
             raise InputError(f"the plan was made for another model than {source}: their fingerprints differ")
         done = write_checkpoint(folder, plan, Path(place))
         outline = done.anatomy.outline
-        costs = quantities(outline, normalise(plan.drops, outline), plan.keeps, done.zeros, plan.factors)
+        costs = costs_of(plan, outline, done.zeros)
         run = Run(
             model=os.fspath(source),
             outline=outline,

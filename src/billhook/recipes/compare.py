@@ -18,7 +18,6 @@ from billhook.evaluate import evidence_of_each, remembered
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.heal import require_healable
-from billhook.measure.cost import quantities
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
 from billhook.plan.budget import Budget
@@ -28,6 +27,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import watch
@@ -238,7 +238,7 @@ def _acted(
     plan = choice.plan(target)
     if choice.healing is not None:
         return applied(model, plan, choice.healing, "second-order")[0]
-    if recipe.act == "drop":
+    if recipe.act in ("drop", "share"):
         return apply(model.model, model.anatomy, plan)
     return mended(model, plan, recipe.act, windows, progress)[0]
 
@@ -269,14 +269,15 @@ def _searched(
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None
-    drops, plan = choice.found.drops, choice.plan(target)
-    costs = quantities(model.anatomy.outline, drops, choice.keeps, choice.zeros, plan.factors)
+    plan = choice.plan(target)
+    costs = costs_of(plan, model.anatomy.outline)
     known = entry.model_copy(
         update={
-            "drops": tuple(str(unit) for unit in sorted(drops)),
+            "drops": tuple(str(unit) for unit in sorted(choice.found.drops)),
             "keeps": choice.keeps,
             "sparsities": choice.sparsities,
             "factors": plan.factors,
+            "schedule": choice.schedule,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,

@@ -15,7 +15,8 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, require_healable
-from billhook.measure.cost import quantities
+from billhook.heal.gains import require_gains
+from billhook.heal.mask_tuning import NOTHING
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
@@ -25,6 +26,7 @@ from billhook.plan.plan import Provenance
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Task, find, pose_for, require_path
 from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import measures, watch
@@ -33,6 +35,7 @@ from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, BiMask, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
+from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import require_weights
 from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
@@ -88,6 +91,9 @@ def compress(
     chosen, problem = _posed(candidates, outline, limits, aim)
     if way != "none":
         require_healable(model.anatomy)
+    if way == "gains":
+        require_gains(model.anatomy)
+    require_sharing(chosen, model, limits)
     require_weights(chosen, model)
     if way in ("bias", "data-free") and not chosen.wide:
         raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
@@ -155,7 +161,7 @@ def compress(
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
             healing = healing.model_copy(update={"text": calibration, "seed": seed})
-        costs = quantities(outline, choice.found.drops, choice.keeps, choice.zeros, plan.factors)
+        costs = costs_of(plan, outline)
         run = Run(
             model=os.fspath(source),
             outline=outline,
@@ -183,8 +189,14 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
         if heal not in (None, "none"):
             raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
         return "none"
+    if heal == "scales" and not recipe.wide:
+        raise InputError(f"recipe {recipe.name} drops {recipe.unit}s: {NOTHING}")
     if recipe.act == "drop":
         return heal or recipe.heal
+    if recipe.act == "share":
+        if heal not in (None, "none"):
+            raise InputError(f"recipe {recipe.name} has blocks share weights, which --heal {heal} would part again")
+        return "none"
     if heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} makes new weights itself (act {recipe.act}); leave out --heal {heal}")
     return recipe.act
@@ -215,6 +227,10 @@ def _settled(
         return tuple(recipes), aim or Target.REMOTE
     chosen = catalogue.load(recipe)
     aim = aim or chosen.aim
+    if aim in (Target.UNIFORM, Target.DECI) and chosen.act == "share":
+        raise InputError(
+            f"recipe {chosen.name} has blocks share weights, which target {aim} cannot carry; use target remote or any"
+        )
     if aim is Target.UNIFORM and chosen.wide:
         if isinstance(chosen.choice, BiMask) or getattr(chosen.choice, "allocation", "uniform") != "uniform":
             raise InputError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from billhook import search
 from billhook.data import Windows
 from billhook.heal import Healing
-from billhook.measure.ablation import Ablator, Kind, ablation
+from billhook.measure.ablation import Ablator, Kind
 from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
@@ -22,6 +22,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Keep, Plan, Sparsify
 from billhook.plan.record import SearchRecord
+from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
@@ -40,9 +41,10 @@ from billhook.recipes.schema import (
     Trained,
     Widths,
 )
+from billhook.recipes.scored import scored
+from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin
 from billhook.recipes.widths import narrow
-from billhook.scores import named
 from billhook.search import Found, Ledger, Memo, Problem
 from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.sparsity import WeightProblem, pose_weights
@@ -72,7 +74,8 @@ BASELINES: dict[str, Callable[..., Found]] = {
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
     ``keeps`` of the sublayers that get narrower, ``sparsities`` of those that lose single weights, with their
-    ``arrays``, ``bases`` of the linears that become two; ``healing``: new weights that came with the choice."""
+    ``arrays``, ``bases`` of the linears that become two, and the ``schedule`` by which blocks run with the weights of
+    others (those are not among the drops); ``healing``: new weights that came with the choice."""
 
     found: Found
     record: SearchRecord
@@ -81,17 +84,13 @@ class Choice:
     sparsities: tuple[Sparsify, ...] = ()
     arrays: Arrays = field(default_factory=Arrays)
     bases: Bases = field(default_factory=dict)
+    schedule: Schedule | None = None
     healing: Healing | None = field(default=None, compare=False)
 
     def plan(self, target: Target) -> Plan:
         """What the recipe found, as a plan."""
         whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays)
-        return whole.factorised(self.bases)
-
-    @property
-    def zeros(self) -> dict[Address, int]:
-        """How many weights of each sublayer go."""
-        return {edit.unit: sum(edit.zeros.values()) for edit in self.sparsities}
+        return whole.factorised(self.bases).model_copy(update={"schedule": self.schedule})
 
 
 Task = Problem | WidthProblem | WeightProblem | RankProblem
@@ -128,6 +127,7 @@ def find(
     makes no exchanges afterwards.
     """
     require_path(recipe, problem.budget)
+    require_sharing(recipe, model, problem.budget)
     choice = recipe.choice
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(recipe, model, problem, windows, seed=seed, progress=progress)
@@ -153,7 +153,9 @@ def find(
             found, worth = learned(choice, model, problem, windows, seed=seed, progress=progress)
             importance[LEARNED[choice.word]] = {str(u): value for u, value in sorted(worth.items())}
         case OneShot() | Knapsack():
-            scores, work = _scores(recipe, model, problem, windows, seen, progress)
+            assert recipe.score is not None
+            units = problem.candidates
+            scores, work = scored(recipe.score, recipe.unit, model, units, windows, seen, progress)
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
             elif problem.budget.until_cliff:
@@ -167,6 +169,9 @@ def find(
             found = search.span(problem, angular, work=seen.work)
         case _:
             found = _baseline(choice.word, problem, seed)
+    schedule = None
+    if recipe.act == "share":
+        found, schedule = search.share(model.model, model.anatomy, found, windows, progress)
     record = SearchRecord(
         recipe=recipe.name,
         objective=_objective(recipe, objective),
@@ -174,7 +179,7 @@ def find(
         work=found.work,
         evaluations=found.evaluations,
     )
-    return Choice(found, record, importance)
+    return Choice(found, record, importance, schedule=schedule)
 
 
 def _narrowed(
@@ -186,8 +191,8 @@ def _narrowed(
     seed: int,
     progress: Progress | None,
 ) -> Choice:
-    keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
-    return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps)
+    drops, keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
+    return Choice(Found(drops, record.steps, record.work, record.evaluations), record, importance, keeps)
 
 
 def require_path(recipe: Recipe, budget: Budget) -> None:
@@ -273,19 +278,6 @@ def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
     place.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
     return Ledger(place / f"{name}.jsonl", header)
-
-
-def _scores(
-    recipe: Recipe, model: Opened, problem: Problem, windows: Windows, seen: Trace, progress: Progress | None
-) -> tuple[dict[Address, float], int]:
-    """The score of each unit, and the work behind it."""
-    score = named(recipe.score.word if recipe.score else "")
-    if score.needs == "damage":
-        kind = score.check(recipe.score_parameters)["of"]
-        ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
-        rises = ablation(ablator, problem.candidates, progress)
-        seen = Trace.of_damage(kind, rises, windows.ids.numel()) + Trace(work=ablator.work)
-    return score(seen, model.anatomy, **recipe.score_parameters), seen.work
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:

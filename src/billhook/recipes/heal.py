@@ -18,12 +18,24 @@ from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import Healing, average, branch_gains, closed_form, fuse, healed, merge, require_healable
+from billhook.heal import (
+    Healing,
+    average,
+    branch_gains,
+    closed_form,
+    fuse,
+    healed,
+    mask_tuning,
+    merge,
+    require_healable,
+)
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
+from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import require_no_masks
 from billhook.heal.low_rank import rejoined
+from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
@@ -32,7 +44,7 @@ from billhook.plan.record import HealRecord, Run
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import Heal
+from billhook.recipes.schema import TRAINED, Heal
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
 from billhook.surgery import apply
@@ -51,6 +63,7 @@ METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], H
     "closed-form": closed_form,
     "bias": bias_compensation,
     "data-free": data_free,
+    "scales": mask_tuning,
     "average": _average,
     "fuse": fuse,
     "gains": branch_gains,
@@ -95,11 +108,13 @@ def heal(
     if tokens < 1 or method == "none":
         raise InputError("nothing to heal with: give a method and at least 1 token")
     known = recorded(source)
-    if known is None or not known.plan.edits:
+    if known is None or known.plan.empty:
         raise InputError(
             f"{source} is not a cut model with a record that Billhook wrote; only such a one can be healed"
         )
     plan, origin = known.plan, against or known.model
+    require_units(method, plan)
+    require_own_weights(plan)
     require_no_masks(plan, "healing")
     if plan.factors and method != "closed-form":
         raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
@@ -127,13 +142,13 @@ def heal(
             if wanted is not None:
                 chosen = training.selection(model, text_name, wanted, tokens, seed, place, progress)
                 lessons = chosen.windows
-            elif method not in METHODS:
+            elif method in TRAINED:
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
             texts = judged_on(model, text_name, [text, lessons], seed, progress, read_before=calibrated_with(source))
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):
-            if method in METHODS:
+            if method not in TRAINED:
                 refit = METHODS[method](model.model, model.anatomy, plan, text, progress)
                 back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
                 best = training.better(model, plan, start, refit, text.ids[-back:])
@@ -158,6 +173,12 @@ def heal(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+def require_units(method: str, plan: Plan) -> None:
+    """InputError where there is nothing that a way to heal could take hold of."""
+    if method == "scales" and not plan.keeps:
+        raise InputError(NOTHING)
 
 
 def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:

@@ -22,9 +22,9 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
-Heal = Literal["none", "closed-form", "bias", "data-free", "tune", "lora", "distill", "lisa", "ist", "fpf"]
+Heal = Literal["none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf"]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
-Act = Literal["drop", "average", "fuse", "gains", "merge"]
+Act = Literal["drop", "average", "fuse", "gains", "merge", "share"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
@@ -40,6 +40,11 @@ class Score(_Words):
 
     word: str
     parameters: dict[str, Any] = {}
+
+    def asked(self, unit: str) -> dict[str, Any]:
+        """The parameters for the score, with the unit where it asks for one."""
+        asks = "unit" in named(self.word).parameters.model_fields
+        return {**({"unit": unit} if asks else {}), **self.parameters}
 
 
 class OneShot(_Words):
@@ -127,11 +132,27 @@ class Span(_Words):
     word: Literal["span"]
 
 
+class Coarse(_Words):
+    """Whole blocks go first, those of least ``score``, as long as they take no more than this ``share`` of what has to
+    go."""
+
+    score: Score
+    share: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def _scores_blocks(self) -> Self:
+        if named(self.score.word).wide:
+            raise ValueError(f"score {self.score.word} is one of units inside sublayers, not of blocks")
+        named(self.score.word).check(self.score.asked("block"))
+        return self
+
+
 class Widths(_Words):
     """Make sublayers narrower: their least important inner units go, set against those of other sublayers as the
     ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. The number of
     neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on; a measured
-    allocation alone looks at the divergence of narrowed models, on a ``screen``: this share of the calibration."""
+    allocation alone looks at the divergence of narrowed models, on a ``screen``: this share of the calibration. Whole
+    ``blocks`` may go first."""
 
     word: Literal["widths"]
     allocation: Allocation
@@ -139,6 +160,7 @@ class Widths(_Words):
     multiple_of: Annotated[int, Field(ge=1)] = 1
     steepness: Annotated[float, Field(ge=0)] | None = None
     screen: Annotated[float, Field(gt=0, le=1)] | None = None
+    blocks: Coarse | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -261,7 +283,7 @@ class Recipe(_Words):
             raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
-        if self.act in ("average", "fuse") and self.unit != "block":
+        if self.act in ("average", "fuse", "share") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.heal in ("bias", "data-free") and not self.wide:
             raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
@@ -271,8 +293,12 @@ class Recipe(_Words):
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
             )
+        if self.act == "share" and self.heal != "none":
+            raise ValueError("act share leaves a model that cannot be healed: it goes with heal none")
         if self.act != "drop" and self.heal != "none":
             raise ValueError(f"act {self.act} makes the new weights itself: it goes with heal none")
+        if self.heal == "scales" and not self.wide:
+            raise ValueError("heal scales tunes the units that a narrowing leaves: unit must be one inside sublayers")
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self
@@ -287,12 +313,10 @@ class Recipe(_Words):
         """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
         each mixture, or only single weights."""
         alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
-        return Target.UNIFORM if self.unit in ("block", "weight") or alike else Target.REMOTE
+        whole = self.unit in ("block", "weight") and self.act != "share"
+        return Target.UNIFORM if whole or alike else Target.REMOTE
 
     @property
     def score_parameters(self) -> dict[str, Any]:
         """The parameters for the score, with the recipe's unit where the score asks for one."""
-        if self.score is None:
-            return {}
-        asks = "unit" in named(self.score.word).parameters.model_fields
-        return {**({"unit": self.unit} if asks else {}), **self.score.parameters}
+        return self.score.asked(self.unit) if self.score is not None else {}

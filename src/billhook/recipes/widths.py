@@ -1,4 +1,4 @@
-"""From the words of a recipe to the inner units that stay."""
+"""From the words of a recipe to the inner units that stay, and to the blocks that go before."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from billhook.measure.routing import routing
 from billhook.measure.sensitivity import sensitivity
 from billhook.measure.sums import Trace
 from billhook.measure.width import WidthTrace, units_of
+from billhook.plan.address import Address
 from billhook.plan.budget import realised
+from billhook.plan.check import units
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import BiMask, Recipe, Widths
+from billhook.recipes.scored import scored
 from billhook.scores import named
 from billhook.search.bimask import bimask
 from billhook.search.blind_widths import even_widths, random_widths
+from billhook.search.coarse import coarse
 from billhook.search.levels import prices
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
@@ -39,24 +43,32 @@ def narrow(
     *,
     seed: int,
     progress: Progress | None,
-) -> tuple[tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
-    """Carry out the choice of a recipe of width: what is kept, its record, and the mean score in each sublayer.
-    ``seen`` is the trace of the dense model over the calibration."""
+) -> tuple[frozenset[Address], tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
+    """Carry out the choice of a recipe of width: the blocks that went before, what is kept, its record, the mean score
+    in each sublayer and that of the blocks. ``seen`` is the trace of the dense model over the calibration."""
     choice = recipe.choice
     if isinstance(choice, BiMask):
-        units = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
+        inner = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
         batches = list(batches_of(windows, model.model, tokens_at_once=1))
-        scores, passes = bimask(model.model, problem, units, batches, steps=choice.steps, progress=progress)
+        scores, passes = bimask(model.model, problem, inner, batches, steps=choice.steps, progress=progress)
         keeps, costs = allocate(problem, scores, "global")
         work = passes * windows.ids.shape[1] * sum(len(stack.blocks) for stack in model.anatomy.stacks)
-        return keeps, _record(recipe, problem, keeps, costs, "bi-mask", work), {}
+        return frozenset(), keeps, _record(recipe, problem, keeps, costs, "bi-mask", work), {}
     if not isinstance(choice, Widths):
         keeps, costs = random_widths(problem, seed) if choice.word == "random" else even_widths(problem)
-        return keeps, _record(recipe, problem, keeps, costs, "none", 0), {}
+        return frozenset(), keeps, _record(recipe, problem, keeps, costs, "none", 0), {}
+    steps: tuple[Step, ...] = ()
+    importance: dict[str, dict[str, float]] = {}
+    before = 0
+    if choice.blocks is not None:
+        blocks = units(problem.outline, "block")
+        figures, before = scored(choice.blocks.score, "block", model, blocks, windows, seen, progress)
+        steps, problem = coarse(problem, figures, choice.blocks.share, before)
+        importance[f"{choice.blocks.score.word} of a block"] = {str(unit): figures[unit] for unit in sorted(figures)}
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, windows, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
-    shares, work = None, trace.work
+    shares, work = None, before + trace.work
     if choice.steepness is not None:
         turned = {stack: seen.angular(stack)[0] for stack in seen.angles}
         distances = {space.address: turned[space.address.stack][space.address.block] for space in problem.spaces}
@@ -68,20 +80,27 @@ def narrow(
         priced = prices(problem, scores, ablator.narrowed, progress)
         work += ablator.work
     keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares, prices=priced)
-    record = _record(recipe, problem, keeps, costs, score.name, work)
-    if recipe.unit == "expert":
-        return keeps, record, {}  # the shares of a mixture add up to one: their mean says nothing
-    importance = {str(address): figures.mean().item() for address, figures in scores.items()}
-    return keeps, record, {f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}": importance}
+    record = _record(recipe, problem, keeps, costs, score.name, work, steps)
+    drops = frozenset(Address.parse(unit) for step in steps for unit in step.units)
+    if recipe.unit != "expert":  # the shares of a mixture add up to one: their mean says nothing
+        means = {str(address): scores[address].mean().item() for address in scores}
+        importance[f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}"] = means
+    return drops, keeps, record, importance
 
 
 def _record(
-    recipe: Recipe, problem: WidthProblem, keeps: tuple[Keep, ...], costs: Costs, objective: str, work: int
+    recipe: Recipe,
+    problem: WidthProblem,
+    keeps: tuple[Keep, ...],
+    costs: Costs,
+    objective: str,
+    work: int,
+    before: tuple[Step, ...] = (),
 ) -> SearchRecord:
-    """One step: a choice of width is made at once."""
+    """One step more: a choice of width is made at once."""
     narrowed = tuple(str(keep.unit) for keep in keeps)
     step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
-    return SearchRecord(recipe=recipe.name, objective=objective, steps=(step,), work=work, evaluations=0)
+    return SearchRecord(recipe=recipe.name, objective=objective, steps=(*before, step), work=work, evaluations=0)
 
 
 def _measured(

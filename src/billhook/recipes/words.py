@@ -5,16 +5,30 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import average, branch_gains, closed_form, fuse, merge
+from billhook.heal import average, branch_gains, closed_form, fuse, mask_tuning, merge
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
 from billhook.recipes.find import BASELINES, OBJECTIVES
-from billhook.recipes.schema import Bandit, BiMask, Evolve, Greedy, Masks, Ranks, Recipe, Sampled, Span, Trained
+from billhook.recipes.schema import (
+    Bandit,
+    BiMask,
+    Coarse,
+    Evolve,
+    Greedy,
+    Masks,
+    Ranks,
+    Recipe,
+    Sampled,
+    Span,
+    Trained,
+    Widths,
+)
 from billhook.scores import named
+from billhook.search import share
 
-HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free}
-ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "merge": merge}
+HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free, "scales": mask_tuning}
+ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "merge": merge, "share": share}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 
@@ -48,6 +62,8 @@ def passes(recipe: Recipe) -> str:
         return "½ a unit"
     if recipe.wide and recipe.score is not None and named(recipe.score.word).needs == "knockouts":
         return "1 a unit"
+    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
+        return "½ a block" if named(recipe.choice.blocks.score.word).needs == "damage" else "2"
     if recipe.wide:
         return "3" if recipe.score is not None and named(recipe.score.word).needs in ("slopes", "adapters") else "1"
     return "1" if recipe.unit == "block" else "2"
@@ -68,6 +84,10 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
     word = recipe.choice.word
     words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
+    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
+        first = recipe.choice.blocks.score.word
+        words["choice widths, blocks"] = first_sentence(Coarse)
+        words[f"score {first}"] = first_sentence(named(first).function)
     if recipe.act != "drop":
         words[f"act {recipe.act}"] = first_sentence(ACTS[recipe.act])
     if recipe.heal in HEALS:

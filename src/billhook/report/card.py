@@ -45,11 +45,12 @@ def _front(run: Run) -> dict[str, object]:
         front["base_model"] = run.model
     if loading.is_language_model(run.outline):
         front["pipeline_tag"] = "text-generation"
-    edited = run.plan.keeps or run.plan.sparsities or run.plan.factors
+    edited = run.plan.keeps or run.plan.sparsities or run.plan.factors or run.plan.schedule
     ways = ["depth-pruning"] if run.plan.drops or not edited else []
     ways += ["width-pruning"] if run.plan.keeps else []
     ways += sorted({f"sparsity-{edit.pattern.replace(':', '-')}" for edit in run.plan.sparsities})
     ways += ["low-rank"] if run.plan.factors else []
+    ways += ["weight-sharing"] if run.plan.schedule is not None else []
     return front | {"tags": ["billhook", "pruned", *ways, f"target-{run.plan.target}"]}
 
 

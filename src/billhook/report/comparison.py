@@ -14,6 +14,7 @@ from billhook.plan.check import normalise
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.record import TextEvidence
 from billhook.plan.target import Target
+from billhook.plan.visits import shared
 from billhook.report.answers import accuracy
 from billhook.report.cuts import is_cut, left_of, narrower
 from billhook.report.figures_comparison import front, kept, name, quality
@@ -32,12 +33,13 @@ LOADS = {Target.UNIFORM: "any engine", Target.REMOTE: "transformers, remote code
 
 @dataclass(frozen=True)
 class Cell:
-    """``left``: percent of its parameters, if it got narrower."""
+    """``left``: percent of its parameters, if it got narrower; ``shared``: it runs with the weights of another one."""
 
     kind: str
     cut: bool
     title: str
     left: float | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,11 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 exact=exact_answers(entry),
                 passes=number(passes(entry, comparison), 2),
                 loads=LOADS[entry.target],
-                cuts=(*entry.drops, *narrower(entry.keeps, entry.sparsities, entry.factors)),
+                cuts=(
+                    *entry.drops,
+                    *_tied(entry, comparison),
+                    *narrower(entry.keeps, entry.sparsities, entry.factors),
+                ),
                 on_front=entry in best,
             )
             for entry in entries
@@ -151,25 +157,33 @@ def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
     """A grid for each stack in which something is cut."""
     drops = [normalise(map(Address.parse, entry.drops), comparison.outline) for entry in entries]
     lefts = [left_of(comparison.outline, entry.keeps, entry.sparsities, entry.factors) for entry in entries]
-    touched = {unit.stack for units in (*drops, *lefts) for unit in units}
+    tied = [shared(entry.plan, comparison.outline) for entry in entries]
+    touched = {unit.stack for units in (*drops, *lefts, *tied) for unit in units}
     grids = []
     for stack in comparison.outline.stacks:
         if stack.name not in touched:
             continue
         rows = []
-        for entry, gone, left in zip(entries, drops, lefts, strict=True):
+        for entry, gone, left, ties in zip(entries, drops, lefts, tied, strict=True):
             blocks = []
             for index, block in enumerate(stack.blocks):
                 units = [Address(stack.name, index, kind) for kind in block.sublayers]
-                blocks.append(tuple(_cell(unit, is_cut(unit, gone), left.get(unit)) for unit in units))
+                whose = ties.get(Address(stack.name, index))
+                blocks.append(tuple(_cell(unit, is_cut(unit, gone), left.get(unit), whose) for unit in units))
             rows.append(Row(name(entry, comparison), entry.baseline, tuple(blocks)))
         grids.append(Grid(stack.name, len(stack.blocks), tuple(rows)))
     return grids
 
 
-def _cell(unit: Address, cut: bool, left: float | None) -> Cell:
+def _cell(unit: Address, cut: bool, left: float | None, whose: Address | None) -> Cell:
     title = str(unit) if left is None else f"{unit}: {left}% left"
-    return Cell(unit.sublayer or "", cut, title, left)
+    title += f" with the weights of {whose}" if whose else ""
+    return Cell(unit.sublayer or "", cut, title, left, whose is not None)
+
+
+def _tied(entry: Entry, comparison: Comparison) -> list[str]:
+    """``decoder.3: the weights of decoder.2``, one a block that shares."""
+    return [f"{new}: the weights of {first}" for new, first in sorted(shared(entry.plan, comparison.outline).items())]
 
 
 def _command(comparison: Comparison) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import Outline, StackOutline
-from billhook.plan.plan import Factorise, Keep, Sparsify
+from billhook.plan.plan import Factorise, Keep, Plan, Sparsify
 from billhook.plan.record import Run
+from billhook.plan.visits import orders, repeated, shared
 from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
 
@@ -21,13 +22,14 @@ TALLEST, GAP = 760, 2  # pixels of a whole column, where rows can still grow thi
 @dataclass(frozen=True)
 class Cell:
     """One sublayer, ``width`` percent of the widest block's parameters; ``left`` percent of its own if it got
-    narrower."""
+    narrower; ``shared`` if it runs with the weights of another one."""
 
     kind: str
     width: float
     cut: bool
     title: str
     left: float | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *widths(run), *zeros(run), *ranks(run)]
+    return [*gone, *sharing(run.plan, run.outline), *widths(run), *zeros(run), *ranks(run)]
 
 
 def ranks(run: Run) -> list[tuple[str, str]]:
@@ -83,6 +85,25 @@ def ranks(run: Run) -> list[tuple[str, str]]:
         what = f"linears of {stack + ' ' if several else ''}blocks"
         found.append((what, f"{where}: {len(edits):,} of {total:,} in two parts, of rank {span}"))
     return found
+
+
+def sharing(plan: Plan, outline: Outline) -> list[tuple[str, str]]:
+    """``("blocks with the weights of another", "13 (of 12), 14 (of 15)")``; the order in which blocks run where that
+    does not say it; nothing without a schedule."""
+    if plan.schedule is None:
+        return []
+    several = len(outline.stacks) > 1
+    whose: dict[str, list[str]] = {}
+    for new, first in sorted(shared(plan, outline).items()):
+        whose.setdefault(new.stack, []).append(f"{new.block} (of {first.block})")
+    lines = [
+        (f"{stack + ' ' if several else ''}blocks with the weights of another", ", ".join(pairs))
+        for stack, pairs in whose.items()
+    ]
+    for stack, order in orders(plan, outline).items():
+        if stack not in whose and repeated(order):
+            lines.append((f"order of {stack + ' ' if several else ''}blocks", ", ".join(map(str, order))))
+    return lines
 
 
 def widths(run: Run) -> list[tuple[str, str]]:
@@ -178,6 +199,8 @@ def counts(run: Run) -> str:
     total = sum(1 for _ in run.outline.blocks())
     parts = [f"{found.pop('block')} of {total} blocks"] if "block" in found else []
     parts += [f"{n} {kind_name(kind)}{'s' if n > 1 else ''}" for kind, n in sorted(found.items())]
+    tied = len(shared(run.plan, run.outline))
+    parts += [f"the weights of {tied} more that run{'s' if tied == 1 else ''} with another's"] if tied else []
     parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n in _lost(run)]
     parts += [f"{ranks_lost(run):,} ranks of {len(run.plan.factors):,} linears"] if run.plan.factors else []
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
@@ -194,10 +217,13 @@ def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
     lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities, run.plan.factors)
-    return [_column(stack, drops, lefts) for stack in run.outline.stacks]
+    tied = shared(run.plan, run.outline)
+    return [_column(stack, drops, lefts, tied) for stack in run.outline.stacks]
 
 
-def _column(stack: StackOutline, drops: frozenset[Address], lefts: Mapping[Address, float]) -> Column:
+def _column(
+    stack: StackOutline, drops: frozenset[Address], lefts: Mapping[Address, float], tied: Mapping[Address, Address]
+) -> Column:
     height = max(5, min(22, TALLEST // max(len(stack.blocks), 1) - GAP))
     every = 1 if height >= 13 else 5 if height >= 7 else 10
     widest = max((sum(s.params for s in b.sublayers.values()) for b in stack.blocks), default=0) or 1
@@ -210,6 +236,9 @@ def _column(stack: StackOutline, drops: frozenset[Address], lefts: Mapping[Addre
             title = f"{address}: {quantity(sublayer.params, 'parameters')}{', cut' if cut else ''}"
             left = lefts.get(address)
             title += f", {left}% left" if left is not None else ""
-            cells.append(Cell(kind, round(100 * sublayer.params / widest, 2), cut, title, left))
+            leader = tied.get(address.parent)
+            title += f", with the weights of {leader}" if leader else ""
+            width = round(100 * sublayer.params / widest, 2)
+            cells.append(Cell(kind, width, cut, title, left, leader is not None))
         rows.append(Row(str(i) if i % every == 0 else "", Address(stack.name, i) in drops, tuple(cells)))
     return Column(stack.name, height, tuple(rows))

@@ -48,7 +48,7 @@ def asked_fractions(run: Run) -> dict[str, float]:
 
 def title(run: Run) -> str:
     """What the page is about, for the browser's tab and the model card."""
-    if not run.plan.edits:
+    if run.plan.empty:
         return f"{run.model}: what it may not need"
     if "params" in run.realised and _only_sparse(run):
         return f"{run.model} with {percent(1 - run.realised['params'])} of its block parameters set to zero"
@@ -59,7 +59,7 @@ def title(run: Run) -> str:
 
 def verdict(run: Run) -> str:
     """One sentence computed from the numbers; the text is the one furthest from the calibration."""
-    if not run.plan.edits:
+    if run.plan.empty:
         blocks = sum(1 for _ in run.outline.blocks())
         size = quantity(run.outline.block_params, "parameters")
         return f"Nothing was cut: {run.model} has {blocks} blocks with {size}, and this is what was measured of them."

@@ -20,7 +20,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("recipe", made.recipe),
         ("budget asked", run.asked or ""),
         *((f"{budget_name(name)} kept", percent(value)) for name, value in run.realised.items()),
-        ("target", str(run.plan.target) if run.plan.edits else ""),
+        ("target", "" if run.plan.empty else str(run.plan.target)),
         ("seed", "" if made.seed is None else str(made.seed)),
     ]
     if search:

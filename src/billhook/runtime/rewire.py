@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
-from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.anatomy import Anatomy, Stack
-from billhook.anatomy.config import owners, resolve, shortened
+from billhook.anatomy import Anatomy
 from billhook.anatomy.slots import assign_slots
 from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.undo import Undo
+from billhook.anatomy.visits import visit
 from billhook.plan.check_schedule import check_schedule
 from billhook.plan.schedule import Schedule
 
@@ -33,26 +30,6 @@ def rewire(model: PreTrainedModel, anatomy: Anatomy, schedule: Schedule, undo: U
         order = schedule.order(stack.name, len(stack.blocks))
         moved = order != list(range(len(stack.blocks)))
         if moved:
-            _visit(model, stack, order, undo)
+            visit(model, stack, order, undo)
         if moved or any(a.stack == stack.name for a in skips):
             assign_slots(model, stack, skips, undo.set, order)
-
-
-def _visit(model: PreTrainedModel, stack: Stack, order: list[int], undo: Undo) -> None:
-    blocks, seen = [], set()
-    for index in order:
-        block = model.get_submodule(stack.blocks[index].path)
-        blocks.append(_twin(block) if index in seen else block)
-        seen.add(index)
-    undo.swap(model, stack.path, nn.ModuleList(blocks))
-    for path, keys in owners(stack).items():
-        config = resolve(model, path)
-        for key, value in shortened(config, keys, order, len(stack.blocks)).items():
-            undo.set(config, key, value)
-
-
-def _twin(block: nn.Module) -> nn.Module:
-    """The same weights under another module tree, which can carry other cache slots."""
-    shared: dict[int, object] = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
-    shared |= {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
-    return copy.deepcopy(block, memo=shared)

@@ -6,6 +6,7 @@ A unit that the calibration never reached has no score: it is unknown, and nothi
 from billhook.scores.activation import activation
 from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
+from billhook.scores.condition import condition
 from billhook.scores.divergence import divergence
 from billhook.scores.fluctuation import fluctuation
 from billhook.scores.knockout import knockout
@@ -28,6 +29,7 @@ __all__ = [
     "angular",
     "best_span",
     "block_influence",
+    "condition",
     "divergence",
     "fisher",
     "fluctuation",

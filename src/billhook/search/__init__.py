@@ -12,6 +12,7 @@ from billhook.search.one_shot import one_shot
 from billhook.search.path import Found
 from billhook.search.problem import Problem, pose
 from billhook.search.sampled import sampled
+from billhook.search.share import share
 from billhook.search.until_cliff import greedy_until_cliff, ranked_until_cliff
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "pose",
     "ranked_until_cliff",
     "sampled",
+    "share",
     "span",
 ]

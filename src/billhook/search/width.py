@@ -48,11 +48,13 @@ class Space:
 @dataclass(frozen=True)
 class WidthProblem:
     """Made by ``pose_width``, which makes sure that there is a solution. ``level``: all sublayers of a kind must be
-    left with equally many units, as an ordinary checkpoint has them."""
+    left with equally many units, as an ordinary checkpoint has them. ``start`` are the costs before any unit has gone:
+    those of the dense model, unless whole blocks went first (see ``search.coarse``)."""
 
     outline: Outline
     budget: Budget
     dense: Costs
+    start: Costs
     ceilings: Costs
     spaces: tuple[Space, ...]
     level: bool
@@ -63,7 +65,7 @@ class WidthProblem:
     @property
     def share(self) -> float:
         """Which share of all units has to go, for the limit that asks for most."""
-        wanted = {kind: self.dense[kind] - ceiling for kind, ceiling in self.ceilings.items()}
+        wanted = {kind: self.start[kind] - ceiling for kind, ceiling in self.ceilings.items()}
         return max(wanted[k] / max(sum(s.count * s.saving[k] for s in self.spaces), 1e-30) for k in wanted)
 
 
@@ -106,7 +108,9 @@ def pose_width(
     if not any(len(space.left) > 1 for space in spaces):
         reasons = sorted({f" ({s.rigid})" for _, s in outline.sublayers() if s.rigid}) or [""]
         raise InputError(f"no {unit} of {where} can go for target {target}{reasons[0]}")
-    problem = WidthProblem(outline, budget, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM)
+    problem = WidthProblem(
+        outline, budget, dense, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM
+    )
     least = _less(dense, [(space, space.count - space.left[-1]) for space in spaces])
     for kind_, ceiling in problem.ceilings.items():
         if not within(least[kind_], ceiling):
@@ -176,7 +180,7 @@ def _cut(
     problem: WidthProblem, orders: Mapping[Space, Tensor], batches: list[tuple[float, int, list[tuple[Space, int]]]]
 ) -> tuple[tuple[Keep, ...], Costs]:
     steps = dict.fromkeys(orders, 0)
-    costs, gone = problem.dense, 0
+    costs, gone = problem.start, 0
     while not problem.met(costs):
         if gone == len(batches):
             raise InputError(

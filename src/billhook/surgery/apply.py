@@ -13,7 +13,7 @@ from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
-from billhook.surgery.live import cut, drops_of, keeps_of
+from billhook.surgery.live import cut, drops_of, keeps_of, orders_of
 from billhook.surgery.masks import masks_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,5 +29,5 @@ def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Mod
     drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=dict(shared))
-    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo(), factors)
+    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo(), orders_of(plan, anatomy), factors)
     return twin

@@ -18,17 +18,18 @@ from billhook.models import building, copy_extras, fingerprint, locate
 from billhook.models.checks import read_config, weight_files
 from billhook.models.quiet import quiet
 from billhook.plan.address import Address
-from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
+from billhook.plan.visits import Orders
 from billhook.surgery.apply import apply
 from billhook.surgery.factorise import Factor, factors_of
 from billhook.surgery.form import Form, form_after, write_form
-from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.live import drops_of, keeps_of, orders_of
 from billhook.surgery.masks import masks_of, zeros_left
 from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
 from billhook.surgery.shards import Headers, read_header, write_shard
+from billhook.surgery.sharing import shared_after
 from billhook.surgery.slices import narrowed
 from billhook.surgery.split import split, split_names
 from billhook.surgery.thinning import thinned
@@ -72,16 +73,17 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         dense = skeleton(view)
         anatomy = discover(dense)
         drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
+        order = orders_of(plan, anatomy)
         small = apply(dense, anatomy, plan)
         masks = masks_of(plan, anatomy, dense)
         zeros = zeros_left(plan, anatomy, dense, keeps) if isinstance(plan, Plan) else {}
-        form = form_after(small.config, drops, keeps, anatomy, [factor.edit for factor in factors])
+        form = form_after(small.config, drops, keeps, order, anatomy, [factor.edit for factor in factors])
         form = write_form(small.config, anatomy, form)
 
         headers = {path: read_header(path) for path in files}
         live, left_out = live_names(dense, _all_names(view, headers), str(source))
-        moves = moved(live, anatomy, drops)
-        _account(moves, dense, small, anatomy, drops, factors)
+        moves = moved(live, anatomy, drops, order)
+        _account(moves, dense, small, anatomy, drops, order, factors)
         headers, moves = narrowed(thinned(headers, live, dense, masks), moves, live, dense, anatomy, keeps)
         _write(folder, *split(headers, moves, live, dense, factors))
         _write_config(small.config, folder)
@@ -114,15 +116,18 @@ def checkpoint_fingerprint(folder: Path) -> str:
         return fingerprint(cast(Any, SimpleNamespace(named_parameters=tensors.items)))
 
 
-def moved(live: Mapping[str, str | None], anatomy: Anatomy, drops: frozenset[Address]) -> dict[str, str | None]:
+def moved(
+    live: Mapping[str, str | None], anatomy: Anatomy, drops: frozenset[Address], orders: Orders
+) -> dict[str, str | None]:
     """Stored name -> stored name in the smaller model, None where the tensor goes. ``live`` maps stored to live names.
 
-    A stored name keeps its form; its first part that is the old number of its block becomes the new one. What the model
+    A stored name keeps its form; its first part that is the old number of its block becomes the new one (of a block
+    that runs more than once, the first one). What the model
     ignores on purpose (multi-token prediction blocks, stale buffers) stays behind, as when a loaded model is saved.
     """
     cut = tuple(f"{cut.path}." for a in drops if a.sublayer is not None for cut in anatomy.sublayer(a).cuts)
     places = [
-        (f"{stack.path}.", {old: new for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))})
+        (f"{stack.path}.", {old: orders[stack.name].index(old) for old in orders[stack.name]})
         for stack in anatomy.stacks
     ]
 
@@ -162,13 +167,16 @@ def _account(
     small: Any,
     anatomy: Anatomy,
     drops: frozenset[Address],
+    orders: Orders,
     factors: tuple[Factor, ...],
 ) -> None:
     """Every tensor is either kept or belongs to what was dropped: the rule that moves stored tensors must turn the
     dense model's names into exactly those of the applied one, and no two tensors may end under one name."""
     own = {name: name for name in dense.state_dict()}
-    kept = set(split_names(moved(own, anatomy, drops), own, [factor.path for factor in factors]).values()) - {None}
-    wrong = kept ^ small.state_dict().keys()
+    paths = [factor.path for factor in factors]
+    kept = set(split_names(moved(own, anatomy, drops, orders), own, paths).values()) - {None}
+    again = {f"{anatomy.stack(a.stack).path}.{a.block}." for a in shared_after(orders)}
+    wrong: set[Any] = kept ^ {name for name in small.state_dict() if not name.startswith(tuple(again))}
     wrong |= {name for name, times in Counter(moves.values()).items() if times > 1 and name is not None}
     if wrong:
         raise InputError(f"this {anatomy.family} checkpoint cannot be cut on disk: no account of tensor {min(wrong)}")

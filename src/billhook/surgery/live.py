@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from billhook.anatomy import Anatomy, Stack
-from billhook.anatomy.config import owners, resolve, shortened
+from billhook.anatomy import Anatomy
 from billhook.anatomy.slots import assign_slots
 from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.undo import Undo
+from billhook.anatomy.visits import require_sharable, visit
 from billhook.plan.address import Address
 from billhook.plan.check import check, normalise, survivors
 from billhook.plan.plan import Drop, Keep, Plan
-from billhook.plan.schedule import compiled
+from billhook.plan.visits import Orders, orders, unvisited
 from billhook.plan.widths import narrowing
 from billhook.surgery.factorise import Factor, factorise
 from billhook.surgery.masks import Masks, put_masks
@@ -22,12 +22,12 @@ from billhook.surgery.narrow import narrow, state
 
 
 def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Address]:
-    """The units that a plan drops, checked against the model and in shortest form; a schedule that only leaves out for
-    good is compiled into them."""
+    """The units that a plan drops, checked against the model and in shortest form; what a constant schedule leaves out
+    included, so that these are the units whose weights go."""
     if not isinstance(plan, Plan):
         plan = Plan.of(plan)
     if plan.schedule is not None:
-        more = compiled(plan.schedule, anatomy.outline)
+        more = unvisited(orders(plan, anatomy.outline), anatomy.outline) | plan.schedule.skips()
         others = (edit for edit in plan.edits if not isinstance(edit, Drop))
         plan = plan.model_copy(update={"edits": (*Plan.of(plan.drops | more).edits, *others), "schedule": None})
     check(plan, anatomy.outline)
@@ -39,6 +39,11 @@ def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ..
     return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
 
 
+def orders_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> Orders:
+    """Which blocks of each stack run, in order, by a (checked) plan."""
+    return orders(plan if isinstance(plan, Plan) else Plan.of(plan), anatomy.outline)
+
+
 def cut(
     model: nn.Module,
     anatomy: Anatomy,
@@ -46,20 +51,25 @@ def cut(
     keeps: tuple[Keep, ...],
     masks: Masks,
     undo: Undo,
+    orders: Orders,
     factors: tuple[Factor, ...] = (),
 ) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
-    but for the stubs, for widths that differ from block to block and for linears in two parts. Masks come first: they
-    are of whole weights."""
+    but for the stubs, for widths that differ from block to block, for linears in two parts, and for blocks that share
+    their weights. Masks come first: they are of whole weights."""
+    for stack in anatomy.stacks:
+        require_sharable(model, stack, orders[stack.name])
     put_masks(model, masks, undo.set)
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
     factorise(model, factors, undo.swap)
-    drop(model, anatomy, drops, undo)
+    drop(model, anatomy, drops, undo, orders)
 
 
-def drop(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], undo: Undo) -> None:
-    """Drop units in place: stubs for sublayers, shorter lists for blocks, then configs and cache slots that fit.
+def drop(
+    model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], undo: Undo, orders: Orders | None = None
+) -> None:
+    """Drop units in place: stubs for sublayers, other lists for blocks, then configs and cache slots that fit.
 
     No weight is copied or changed.
     """
@@ -67,17 +77,9 @@ def drop(model: nn.Module, anatomy: Anatomy, drops: frozenset[Address], undo: Un
         for cut in anatomy.sublayer(address).cuts:
             undo.swap(model, cut.path, STUBS[cut.stub]())
     for stack in anatomy.stacks:
-        if any(a.stack == stack.name for a in drops):
-            _shorten(model, stack, survivors(drops, anatomy.outline, stack.name), undo)
-            assign_slots(model, stack, drops, undo.set)
-
-
-def _shorten(model: nn.Module, stack: Stack, kept: list[int], undo: Undo) -> None:
-    if len(kept) == len(stack.blocks):
-        return
-    blocks = [model.get_submodule(stack.blocks[i].path) for i in kept]
-    undo.swap(model, stack.path, nn.ModuleList(blocks))
-    for path, keys in owners(stack).items():
-        config = resolve(model, path)
-        for key, value in shortened(config, keys, kept, len(stack.blocks)).items():
-            undo.set(config, key, value)
+        order = survivors(drops, anatomy.outline, stack.name) if orders is None else orders[stack.name]
+        moved = order != list(range(len(stack.blocks)))
+        if moved:
+            visit(model, stack, order, undo)
+        if moved or any(a.stack == stack.name for a in drops):
+            assign_slots(model, stack, drops, undo.set, order)

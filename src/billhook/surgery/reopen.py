@@ -27,6 +27,7 @@ from billhook.surgery.factorise import empty
 from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import drop
 from billhook.surgery.narrow import narrow
+from billhook.surgery.sharing import share
 from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY, declares_cuts
 
 STOCK = "billhook_stock"  # in a config.json under a foreign model_type: the values that transformers knows
@@ -80,8 +81,8 @@ def on_meta(stock: type, config: Any) -> Any:
 
 
 def as_cut(stock: type) -> type:
-    """A class whose instances are those of ``stock``, without the sublayers that their config skips and with the
-    widths and ranks that it lists.
+    """A class whose instances are those of ``stock``, without the sublayers that their config skips, with the widths
+    and ranks that it lists, and with the blocks that it says share weights.
 
     Instances become plain ``stock`` ones as soon as they are made, so that transformers treats them as its own.
     """
@@ -95,6 +96,7 @@ def as_cut(stock: type) -> type:
             add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
             empty(self, _linears(form, anatomy))
             drop(self, anatomy, form.skips, Undo())
+            share(self, anatomy, form.shared)
         self.__class__ = stock
 
     return type(stock.__name__, (stock,), {"__init__": __init__, "__module__": stock.__module__})

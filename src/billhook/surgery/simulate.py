@@ -12,7 +12,7 @@ from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
-from billhook.surgery.live import cut, drops_of, keeps_of
+from billhook.surgery.live import cut, drops_of, keeps_of, orders_of
 from billhook.surgery.masks import masks_of
 
 
@@ -28,7 +28,7 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     undo = Undo()
     undo.guard_hooks(model)
     try:
-        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo, factors)
+        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo, orders_of(plan, anatomy), factors)
         yield model
     finally:
         undo.restore()

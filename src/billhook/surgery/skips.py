@@ -13,9 +13,10 @@ from typing import Any
 
 from billhook.anatomy import Anatomy, Stack
 from billhook.anatomy.config import resolve
+from billhook.anatomy.vocabulary import SHARED_BLOCKS
 from billhook.plan.address import SUBLAYERS, Address
-from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
+from billhook.plan.visits import Orders
 
 PER_LAYER, PER_STACK, PER_STACK_WIDTHS = "per_layer_config", "skip_sublayers", "inner_units"
 PER_STACK_RANKS, PER_STACK_BIASES = "linear_ranks", "added_biases"
@@ -23,14 +24,15 @@ READ_GLOBALLY = "allow_global_per_layer_attribute_access"  # transformers': plai
 
 
 def declares_cuts(content: Any) -> bool:
-    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped or narrower than others,
-    or that a linear is in two parts or has a bias of its own."""
+    """Whether the content of a ``config.json`` says anywhere that a sublayer is skipped or narrower than others, that a
+    linear is in two parts or has a bias of its own, or that blocks share weights."""
     if not isinstance(content, dict):
         return False
     layers = content.get(PER_LAYER)
     if isinstance(layers, dict) and any(isinstance(layer, dict) and layer.get("skip") for layer in layers.values()):
         return True
-    if any(content.get(key) for key in (PER_STACK, PER_STACK_WIDTHS, PER_STACK_RANKS, PER_STACK_BIASES, READ_GLOBALLY)):
+    keys = (PER_STACK, PER_STACK_WIDTHS, PER_STACK_RANKS, PER_STACK_BIASES, READ_GLOBALLY, SHARED_BLOCKS)
+    if any(content.get(key) for key in keys):
         return True
     return any(declares_cuts(value) for value in content.values())
 
@@ -71,18 +73,19 @@ def read_skips(config: Any, anatomy: Anatomy) -> frozenset[Address]:
     return frozenset(found)
 
 
-def skips_after(before: frozenset[Address], drops: frozenset[Address], anatomy: Anatomy) -> frozenset[Address]:
-    """What is skipped once ``drops`` are gone too, in the block numbers of the smaller model.
+def skips_after(before: frozenset[Address], drops: frozenset[Address], orders: Orders) -> frozenset[Address]:
+    """What is skipped once ``drops`` are gone too, in the block numbers of the smaller model, whose stacks run the
+    blocks of ``orders``.
 
-    ``before`` (already skipped) and ``drops`` are in the numbers of the model that ``anatomy`` describes.
+    ``before`` (already skipped), ``drops`` and ``orders`` are in the numbers of the model as it is.
     """
-    renumbered = {
-        Address(stack.name, old): Address(stack.name, new)
-        for stack in anatomy.stacks
-        for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))
-    }
-    gone = [a for a in before | drops if a.sublayer is not None and a.parent in renumbered]
-    return frozenset(Address(a.stack, renumbered[a.parent].block, a.sublayer) for a in gone)
+    gone = {a for a in before | drops if a.sublayer is not None}
+    return frozenset(Address(a.stack, new, a.sublayer) for a in gone for new in places_of(a, orders))
+
+
+def places_of(address: Address, orders: Orders) -> list[int]:
+    """The places at which the block of an address runs."""
+    return [new for new, old in enumerate(orders[address.stack]) if old == address.block]
 
 
 def write_skips(config: Any, anatomy: Anatomy, skips: frozenset[Address]) -> None:

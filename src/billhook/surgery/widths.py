@@ -12,11 +12,11 @@ from typing import Any
 
 from billhook.anatomy import Anatomy, Inner, Stack
 from billhook.plan.address import Address
-from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
+from billhook.plan.visits import Orders
 from billhook.plan.widths import Counts, counts
-from billhook.surgery.skips import PER_LAYER, PER_STACK_WIDTHS, READ_GLOBALLY, by_config, part_of
+from billhook.surgery.skips import PER_LAYER, PER_STACK_WIDTHS, READ_GLOBALLY, by_config, part_of, places_of
 
 
 def read_widths(config: Any, anatomy: Anatomy) -> Counts:
@@ -65,17 +65,13 @@ def _layers(part: Any) -> dict[int, dict[str, Any]]:
     return {int(i): values for i, values in (part.to_dict().get(PER_LAYER) or {}).items()}
 
 
-def widths_after(before: Counts, drops: frozenset[Address], keeps: Iterable[Keep], anatomy: Anatomy) -> Counts:
+def widths_after(before: Counts, drops: frozenset[Address], keeps: Iterable[Keep], orders: Orders) -> Counts:
     """What is narrower once a plan is carried out, in the block numbers of the smaller model."""
-    renumbered = {
-        Address(stack.name, old): new
-        for stack in anatomy.stacks
-        for new, old in enumerate(survivors(drops, anatomy.outline, stack.name))
-    }
     return {
-        (Address(a.stack, renumbered[a.parent], a.sublayer), kind): number
+        (Address(a.stack, new, a.sublayer), kind): number
         for (a, kind), number in (before | counts(keeps)).items()
-        if a not in drops and a.parent in renumbered
+        if a not in drops
+        for new in places_of(a, orders)
     }
 
 

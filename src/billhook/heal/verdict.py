@@ -1,0 +1,42 @@
+"""Whether new weights are kept: only if the whole model is nearer to the dense one on text that no fit saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from billhook.anatomy.types import Anatomy
+from billhook.heal.divergence import divergence
+from billhook.heal.healing import Healing, healed
+from billhook.heal.stepping import Stepper
+from billhook.plan.plan import Plan
+from billhook.surgery.simulate import simulate
+
+
+def judged(
+    model: nn.Module,
+    anatomy: Anatomy,
+    stepper: Stepper,
+    held: list[Tensor],
+    plan: Plan,
+    healing: Healing,
+) -> Healing:
+    """The same healing with its distance from the dense model, and that of the cut alone, on the rows that were
+    ``held`` back (bool a batch) of a stepper that has walked the stack; without its tensors where it is no nearer.
+
+    Cost: three runs of the batches that hold such rows."""
+    if not healing.tensors:
+        return healing
+    changes = [simulate(model, anatomy, plan), _both(model, anatomy, plan, healing)]
+    before, now = divergence(stepper, anatomy, held, changes)
+    found = replace(healing, cut=before, healed=now)
+    return replace(found, tensors={}) if found.refused else found
+
+
+@contextmanager
+def _both(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
+    with healed(model, healing), simulate(model, anatomy, plan):
+        yield

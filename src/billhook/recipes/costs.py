@@ -1,0 +1,28 @@
+"""What a plan makes of the costs of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from billhook.measure.cost import quantities
+from billhook.plan.address import Address
+from billhook.plan.check import normalise
+from billhook.plan.outline import Outline
+from billhook.plan.plan import Plan
+from billhook.plan.record import Quantity
+from billhook.plan.visits import orders, unvisited
+
+
+def costs_of(plan: Plan, outline: Outline, zeros: Mapping[Address, int] | None = None) -> dict[str, Quantity]:
+    """Every kind of cost before and after. A block that runs again for another one costs no parameters, and all else
+    that a block costs. ``zeros``: how many weights of each sublayer are zero, if not as many as the plan says."""
+    if zeros is None:
+        zeros = {edit.unit: sum(edit.zeros.values()) for edit in plan.sparsities}
+    if plan.schedule is None:
+        return quantities(outline, normalise(plan.drops, outline), plan.keeps, zeros, plan.factors)
+    found = orders(plan, outline)
+    drops = normalise(plan.drops | plan.schedule.skips() | unvisited(found, outline), outline)
+    again = [
+        Address(name, block) for name, order in found.items() for i, block in enumerate(order) if block in order[:i]
+    ]
+    return quantities(outline, drops, plan.keeps, zeros, plan.factors, again)
