@@ -14,6 +14,7 @@ from billhook.plan.errors import InputError
 from billhook.runtime.chain import Chain
 from billhook.runtime.even_skip import EvenSkip
 from billhook.runtime.ffn_skip import FfnSkip
+from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.policy import Policy
@@ -25,7 +26,7 @@ from billhook.runtime.voids import Voids
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, Scheduled, SelfSpeculation,
+        StaticSkip, EvenSkip, Chain, FfnSkip, Voids, SimilarityExit, LoraDrop, FirstRouter, Scheduled, SelfSpeculation,
     )
 }  # fmt: skip
 
