@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from billhook.recipes.workplace import claimed, keep
 from billhook.report.policy_comparison import write_policy_comparison
 from billhook.runtime.catalogue import policy_of
 from billhook.runtime.policy import Policy
-from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.static_skip import StaticSkip
 
 Progress = Callable[[str, int, int], None]
@@ -56,6 +55,7 @@ class _Part:
     asked: str
     baseline: bool
     setting: Chosen
+    given: Mapping[str, object] = field(default_factory=dict)
 
 
 def compare_policies(
@@ -77,7 +77,8 @@ def compare_policies(
     leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
     ``budgets`` is the work of a generated token, as in "flops=0.9,0.8". A policy with a dial has it turned to each of
-    them, on a piece of the calibration text, which also fits what wants to be fitted; one without runs as it is given.
+    them, on a piece of the calibration text, which also fits what wants to be fitted; one without, or one that says
+    itself where its dial stands, as a file of ``tune-policy`` does, runs as it is given.
     Baselines: the plain model, blocks skipped evenly, and at random (drawn several times). Every setting is judged on
     text that nothing was fitted on: perplexity and divergence while text is generated, exact answers to questions
     written token by token, and one call of ``generate``, timed in turns with the plain model. ``told`` hears of each
@@ -152,10 +153,13 @@ class _Bench:
 
     def turned(self, text: str, policy: Policy, budget: str) -> Policy:
         """A policy fitted once, its dial turned to the budget."""
-        share = Budget.parse(budget).limits[0].amount
+        return turned_to(self.fitted(text, policy), Budget.parse(budget).limits[0].amount, self._cost)
+
+    def fitted(self, text: str, policy: Policy) -> Policy:
+        """A policy as it is given, with what it wants to know from text."""
         if text not in self._fitted:
             self._fitted[text] = walk.fit_on_text(policy, self.model, self._source, self._seed)
-        return turned_to(self._fitted[text], share, self._cost)
+        return self._fitted[text]
 
     def _cost(self, setting: Policy) -> float:
         key = setting.name, setting.model_dump_json()
@@ -181,7 +185,9 @@ class _Bench:
         try:
             with clock.step("entry"):
                 policy = part.setting()
-                timing, drafting = generation_speed(model, anatomy, policy, self.texts[0][1], progress=self.progress)
+                timing, drafting = generation_speed(
+                    model, anatomy, policy, self.texts[0][1], rounds=ROUNDS, progress=self.progress
+                )
                 found = {"parameters": policy.model_dump(mode="json"), "kv": policy.kv, "timing": timing}
                 if drafting is not None:
                     found |= {"drafting": drafting}
@@ -198,13 +204,13 @@ class _Bench:
     def key(self, part: _Part) -> str:
         """Names everything that an entry depends on."""
         parts: dict[str, object] = {
-            "part": [part.name, part.policy, part.asked],
+            "part": [part.name, part.policy, part.asked, dict(part.given)],
             "seed": self._seed,
             "model": fingerprint(self.model.model),
             "environment": environment(self.model),
             "texts": [text.fingerprint for text in (self.seen, *(text for _, text in self.texts))],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, seed: int) -> list[_Part]:
@@ -220,8 +226,9 @@ def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, see
         if text == "even-skip":
             continue  # stands among the baselines
         influence = isinstance(policy, StaticSkip) and not policy.units
-        if policy.dial is None and not influence:
-            parts.append(_Part(text, policy.name, "", False, partial(_as_given, policy)))
+        as_given = policy.dial is None or policy.dial[0] in policy.model_fields_set
+        if as_given and not influence:
+            parts.append(_Part(text, policy.name, "", False, partial(bench.fitted, text, policy), policy.model_dump()))
             continue
         for budget in budgets:
             setting = (
@@ -229,14 +236,8 @@ def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, see
                 if influence
                 else partial(bench.turned, text, policy, budget)
             )
-            parts.append(_Part(text, policy.name, budget, False, setting))
+            parts.append(_Part(text, policy.name, budget, False, setting, policy.model_dump()))
     return parts
-
-
-def _as_given(policy: Policy) -> Policy:
-    if policy.wants_text and not isinstance(policy, SelfSpeculation):
-        raise InputError(f"policy {policy.name} has to be fitted and has no dial: give its file")
-    return policy
 
 
 def _work(text: str) -> list[str]:
