@@ -46,6 +46,7 @@ class HealName(StrEnum):
     LISA = "lisa"
     IST = "ist"
     FPF = "fpf"
+    SKIPS = "skips"
 
 
 Model = Annotated[
@@ -89,7 +90,7 @@ Heal = Annotated[
         show_default=False,
         help="[bold]closed-form[/]: what is left is refitted by least squares; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
-        "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
+        "[bold]ist[/], [bold]fpf[/], [bold]skips[/]. Else the recipe says.",
     ),
 ]
 Select = Annotated[
