@@ -32,12 +32,12 @@ KILL = """
 import os, signal, sys
 from billhook.recipes import compare as walk
 
-def dying(path, entries, keep=walk._keep, calls=iter(range(2))):
+def dying(path, entries, keep=walk.keep, calls=iter(range(2))):
     keep(path, entries)
     if next(calls, None) is None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-walk._keep = dying
+walk.keep = dying
 walk.compare(sys.argv[1], budgets=sys.argv[3], out=sys.argv[2], recipes=sys.argv[4:])
 """
 

@@ -8,6 +8,8 @@ from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.plan import Plan, Provenance
+from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
+from billhook.plan.policy_record import Drafting, Savings
 from billhook.plan.record import (
     Generation,
     Interval,
@@ -252,4 +254,39 @@ def comparison(blocks: int = 30, hostile: bool = False) -> Comparison:
         budgets=("params=0.9", "params=0.8"), entries=(*entries, refused),
         titles=dict.fromkeys([*methods, "attention-drop"], f"A title{nasty}"), environment={"torch": "2"},
         seconds={"recipes": 700.0},
+    )  # fmt: skip
+
+
+def policy_comparison(blocks: int = 30, hostile: bool = False) -> PolicyComparison:
+    """Three policies and two baselines at two amounts of work, one that leaves the text as it is, one refused."""
+    nasty = "</script><script>owned = 1</script><b>" if hostile else ""
+    policies = {"ffn-skip": (1.04, 1.1), "static-skip": (1.5, 1.25), "voids": (1.9, 0.9), "even-skip": (1.8, 1.2)}
+    entries = [PolicyEntry(name="plain", policy="plain", asked="", baseline=True, probes=(_probe("x", 0.6, 0.6, 0.0),))]
+    for share, power in ((0.9, 1.0), (0.8, 2.0)):
+        for name, (damage, speed) in {**policies, "at random (seed 0)": (40.0, 1.2)}.items():
+            damage, speed = damage**power, speed**power
+            runs = {f"decoder.{i}.{kind}": 0.3 if name == "ffn-skip" else 0.0 for i in range(3, blocks, 7)
+                    for kind in (["mlp"] if name == "ffn-skip" else ["attention", "mlp"])}  # fmt: skip
+            entry = PolicyEntry(
+                name=f"{name}{nasty}" if name == "voids" else name, policy=name.split(" ")[0], asked=f"flops={share}",
+                baseline=name in ("even-skip", "at random (seed 0)"), kv=f"a rule{nasty}",
+                parameters={"threshold": 0.95, "prompt": [1.0, 0.2], "text": nasty},
+                savings=Savings(blocks=blocks * share, blocks_plain=blocks, flops=share, kv_bytes=1.0, sublayers=runs),
+                evidence=(
+                    _evidence(f"builtin{nasty}", "calibration", 14.9, 14.9 * damage, damage - 1, 0.9),
+                    _evidence("docstrings", "other", 17.0, 17.0 * damage, damage - 1, 0.8),
+                ),
+                probes=(_probe(f"addition{nasty}", 0.75, 0.4, 0.1), _probe("recall", 0.45, 0.3, 0.1)),
+                timing=_timing(f"generate{nasty}", 1, 64, 64, 30.0, speed, 1.0), seconds=20.0,
+            )  # fmt: skip
+            entries.append(entry)
+    drafting = Drafting(drafted=200, accepted=150, acceptance=0.75, tokens_per_verify=3.1, same_text=1.0)
+    speculating = PolicyEntry(
+        name="self-speculation", policy="self-speculation", asked="", drafting=drafting,
+        timing=_timing("generate", 1, 64, 64, 30.0, 0.94, 1.0),
+    )  # fmt: skip
+    refused = PolicyEntry(name="lora-drop", policy="lora-drop", asked="flops=0.8", refused=f"never so cheap{nasty}")
+    return PolicyComparison(
+        model=f"a model{nasty}", outline=outline(blocks), calibration="builtin", budgets=("flops=0.9", "flops=0.8"),
+        given=(), entries=(*entries, speculating, refused), environment={"torch": "2"}, seconds={"policies": 700.0},
     )  # fmt: skip

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from example import comparison, example_run, hostile_run, inspection, two_stacks
+from example import comparison, example_run, hostile_run, inspection, policy_comparison, two_stacks
 
 from billhook.plan.record import Run
 from billhook.report.comparison import comparison_page
 from billhook.report.page import page
+from billhook.report.policy_comparison import policy_comparison_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -107,6 +108,15 @@ def test_a_comparison_draws_everything(browser: Browser, width: int, hostile: bo
     assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.driver.execute_script("return window.owned") is None
     assert browser.driver.execute_script("return document.querySelectorAll('.grid .cell.cut').length") > 100
+
+
+@pytest.mark.parametrize(("width", "hostile"), [(1280, False), (390, True)])
+def test_a_comparison_of_policies_draws_everything(browser: Browser, width: int, hostile: bool) -> None:
+    compared = policy_comparison_page(policy_comparison(hostile=hostile))
+    assert browser.open(compared, width) == Seen(console=[], requests=[], drawn=[2, 0, 0])
+    assert browser.driver.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.driver.execute_script("return window.owned") is None
+    assert browser.driver.execute_script("return document.querySelectorAll('.grid .cell.less').length") == 8
 
 
 def test_hostile_text_is_shown_not_run(browser: Browser) -> None:

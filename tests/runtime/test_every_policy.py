@@ -11,16 +11,26 @@ from families import FAMILIES
 from running import GENERATING, NEW, equal, generate, ready, state
 from transformers import GenerationConfig, TextStreamer
 
+from billhook.anatomy import Anatomy
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
 from billhook.runtime.catalogue import POLICIES, policy_of
+from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.policy import Policy
 from billhook.runtime.voids import Voids
 
 
-def quiet(blocks: int) -> list[Policy]:
+def router(anatomy: Anatomy, *, threshold: float) -> Policy:
+    """Routers that are drawn: about half of the rows leave out a block."""
+    stack = anatomy.outline.stack("decoder")
+    weight = torch.randn(len(stack.blocks), stack.hidden_size, generator=torch.Generator().manual_seed(4))
+    return FirstRouter(threshold=threshold).with_tensors({"w": weight, "b": torch.zeros(len(weight))})
+
+
+def quiet(anatomy: Anatomy) -> list[Policy]:
     """Of every policy a setting that leaves out nothing, its machinery running where it has any."""
+    blocks = len(anatomy.stack("decoder").blocks)
     texts = ("static-skip", "even-skip:speedup=1", "chain", "ffn-skip:threshold=1,warmup=0", "lora-drop:period=1")
     policies = [policy_of(text) for text in (*texts, "similarity-exit:decoder=1,encoder=1")]
     turns = Schedule(tables=((), ()))
@@ -28,11 +38,13 @@ def quiet(blocks: int) -> list[Policy]:
         *policies,
         Voids(threshold=0, prompt=(0.0,) * blocks, generation=(0.0,) * blocks),
         Scheduled(schedule=turns),
+        router(anatomy, threshold=0),
     ]
 
 
-def loud(blocks: int) -> list[Policy]:
+def loud(anatomy: Anatomy) -> list[Policy]:
     """Of every policy that decides while the model runs a setting that leaves out a lot."""
+    blocks = len(anatomy.stack("decoder").blocks)
     void = [0.5 if i == 2 else 1.0 for i in range(blocks)]
     table = (Site(unit="decoder.2.attention", verb="skip"), Site(unit="decoder.1.mlp", verb="skip"))
     return [
@@ -41,6 +53,7 @@ def loud(blocks: int) -> list[Policy]:
         policy_of("lora-drop:period=2,blocks=1-2"),
         Voids(threshold=0.9, prompt=tuple(void), generation=(1.0, 0.5, 1.0, *[1.0] * (blocks - 3))),
         Scheduled(schedule=Schedule(tables=(table, ()))),
+        router(anatomy, threshold=0.5),
     ]
 
 
@@ -48,7 +61,7 @@ def loud(blocks: int) -> list[Policy]:
 def test_what_leaves_out_nothing_changes_nothing(name: str) -> None:
     model, anatomy, prompt = ready(name)
     before, plain = state(model), generate(model, prompt)
-    policies = quiet(len(anatomy.stack("decoder").blocks))
+    policies = quiet(anatomy)
     # self-speculation always leaves the text as it is: test_speculate
     assert {policy.name for policy in policies} | {"expert-skip"} == set(POLICIES) - {"self-speculation"}
     if any(inner.kind == "expert" for units in anatomy.inner.values() for inner in units):
@@ -69,11 +82,12 @@ def test_a_row_does_not_see_its_neighbours(name: str) -> None:
     # BART counts positions from the padding, and an image has its place in the text
     alone = {k: v[1:] if not family.pads or v.ndim != 2 else v[1:, 2:] for k, v in prompt.items()}
     exact = not name.startswith("bart")
-    for policy in loud(len(anatomy.stack("decoder").blocks)):
+    may_agree = ("ffn-skip", "similarity-exit", "first-router")
+    for policy in loud(anatomy):
         with policy.attach(model, anatomy) as attached:
             ids, logits = generate(model, prompt)
             own_ids, own = generate(model, alone)
-        assert sum(attached.counts.skipped.values()) > 0 or policy.name in ("ffn-skip", "similarity-exit")
+        assert sum(attached.counts.skipped.values()) > 0 or policy.name in may_agree
         if exact:
             assert torch.equal(ids[1, -NEW:], own_ids[0, -NEW:]), policy
             torch.testing.assert_close(logits[:, 1], own[:, 0], atol=2e-3, rtol=2e-3)
@@ -88,7 +102,8 @@ def test_the_users_own_generate_just_works(how: dict[str, Any], tiny_tokenizer: 
     if "streamer" in how:
         prompt = {k: v[:1] for k, v in prompt.items()}
         how = {"streamer": TextStreamer(tiny_tokenizer)}
-    for policy in [p for p in loud(5) if p.name not in ("lora-drop", "scheduled")]:
+    remember = ("lora-drop", "scheduled", "first-router") if "num_beams" in how else ("lora-drop", "scheduled")
+    for policy in [p for p in loud(anatomy) if p.name not in remember]:
         with policy.attach(model, anatomy):
             torch.manual_seed(3)
             ids, _ = generate(model, prompt, **how)
@@ -97,7 +112,7 @@ def test_the_users_own_generate_just_works(how: dict[str, Any], tiny_tokenizer: 
 
 def test_a_static_cache_and_a_dynamic_one_agree() -> None:
     model, anatomy, prompt = ready("llama")
-    for policy in loud(5):
+    for policy in loud(anatomy):
         with policy.attach(model, anatomy):
             assert torch.equal(generate(model, prompt)[0], generate(model, prompt, cache_implementation="static")[0]), (
                 policy
@@ -107,7 +122,7 @@ def test_a_static_cache_and_a_dynamic_one_agree() -> None:
 def test_an_exception_passes_and_the_model_is_restored() -> None:
     model, anatomy, prompt = ready("qwen3")
     before, plain = state(model), generate(model, prompt)
-    for policy in [*loud(5), policy_of("chain:blocks=0+0+3-4")]:
+    for policy in [*loud(anatomy), policy_of("chain:blocks=0+0+3-4")]:
         with pytest.raises(KeyboardInterrupt), policy.attach(model, anatomy):
             generate(model, prompt)
             handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(_interrupt)
@@ -155,7 +170,7 @@ def test_a_forward_that_a_library_put_there_comes_back() -> None:
         return original(x)
 
     vars(mlp)["forward"] = own
-    with loud(5)[4].attach(model, anatomy):
+    with loud(anatomy)[4].attach(model, anatomy):
         generate(model, prompt)
     assert calls
     assert vars(mlp)["forward"] is own

@@ -56,7 +56,7 @@ class _Commands(TyperGroup):
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"error: {place}{error.strerror}", USAGE_ERROR)
         except KeyboardInterrupt:
-            resumes = ctx.invoked_subcommand in ("compress", "compare", "heal")
+            resumes = ctx.invoked_subcommand in ("compress", "compare", "heal", "policies")
             _fail(f"interrupted{'; run the same command again to resume' if resumes else ''}", INTERRUPTED)
 
 

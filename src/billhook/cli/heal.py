@@ -25,13 +25,14 @@ class Method(StrEnum):
     LISA = "lisa"
     IST = "ist"
     FPF = "fpf"
+    SKIPS = "skips"
 
 
 _METHOD = (
     "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
     "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
-    "a time."
+    "a time; [bold]skips[/]: adapters, with blocks missing at random, so that skipping hurts less."
 )
 _AGAINST = "The dense model, where it is not where DIR's record says."
 _CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."

@@ -49,6 +49,7 @@ class HealName(StrEnum):
     LISA = "lisa"
     IST = "ist"
     FPF = "fpf"
+    SKIPS = "skips"
 
 
 Model = Annotated[
@@ -93,7 +94,7 @@ Heal = Annotated[
         help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/], "
         "[bold]data-free[/] or [bold]scales[/]; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
-        "[bold]ist[/], [bold]fpf[/]. Else the recipe says.",
+        "[bold]ist[/], [bold]fpf[/], [bold]skips[/]. Else the recipe says.",
     ),
 ]
 Select = Annotated[

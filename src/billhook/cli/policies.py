@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views
+from billhook.cli.progress import bars
 
 policies = typer.Typer(name="policies", invoke_without_command=True, rich_markup_mode="rich")
 
@@ -57,6 +59,63 @@ def explain(ctx: typer.Context, name: Name, as_json: options.Json = False) -> No
     for parameter, field in policy.model_fields.items():
         table.add_row(parameter, Text(repr(field.default)))
     print_views(Text((inspect.getdoc(policy) or "").replace("``", "")), table)
+
+
+_WORK = "The work of a generated token, as shares of the plain model's: flops=0.9,0.8,0.7."
+_TAKING_PART = (
+    "A policy to take part: NAME, NAME:parameter=value,... or a .json file; give it again for more. Those that come "
+    "along, if not given."
+)
+
+
+@policies.command(no_args_is_help=True)
+def compare(
+    model: options.Model,
+    out: options.Out,
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME|FILE", show_default=False, help=_TAKING_PART)
+    ] = None,
+    budget: Annotated[str, typer.Option(metavar="flops=NUMBER,...", help=_WORK)] = "flops=0.9,0.8,0.7",
+    calibration: options.Calibration = "builtin",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = options.DtypeName.AUTO,
+    device: options.Device = "cpu",
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
+    """Run MODEL under every policy at each amount of work, and say which costs least for the time that it saves.
+
+    DIR gets comparison.html and comparison.json. The plain model and blocks skipped evenly and at random always take
+    part. Dials are turned on your text, everything is judged on other text, by perplexity and by exact answers.
+    An interrupted run continues where it was when the same command is given again.
+
+    [dim]Example:[/] billhook policies compare demo --budget flops=0.9,0.8 --out out/policies
+    """
+    from billhook.cli.policy_comparison import LiveTable, advice, table
+
+    with bars() as progress:
+        from billhook.recipes.compare_policies import compare_policies
+
+        result = compare_policies(
+            model,
+            out=out,
+            budgets=budget,
+            policies=policy or (),
+            calibration=calibration,
+            seed=seed,
+            dtype=dtype.chosen,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            told=LiveTable(),
+        )
+    if as_json:
+        paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
+        print_json({**json.loads(result.model_dump_json()), "paths": paths})
+        return
+    print_views(table(result), advice(result, out))
 
 
 def _facts(name: str) -> dict[str, object]:

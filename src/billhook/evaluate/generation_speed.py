@@ -1,4 +1,4 @@
-"""``generate`` under self-speculation against plain ``generate``, timed in turns."""
+"""``generate`` under a policy against plain ``generate``, timed in turns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from billhook.measure.patch import observing
 from billhook.plan.errors import InputError
 from billhook.plan.policy_record import Drafting
 from billhook.plan.record import Timing, Workload
+from billhook.runtime.attached import Attached
 from billhook.runtime.draft_report import drafting
+from billhook.runtime.policy import Policy
 from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.speculate import Speculating
 
@@ -34,41 +36,57 @@ ROUNDS = 7
 def generation_speed(
     model: PreTrainedModel,
     anatomy: Anatomy,
-    policy: SelfSpeculation,
+    policy: Policy,
     text: Windows,
     *,
     workload: Workload = GENERATE,
     rounds: int = ROUNDS,
     progress: Progress | None = None,
-) -> tuple[Timing, Drafting]:
+) -> tuple[Timing, Drafting | None]:
     """Time whole calls of ``generate``, greedy and of a fixed length, each on the beginning of another window.
 
     Seconds include reading the prompt and, where skips are searched for, the search, which goes on from one text to the
-    next as it does for a user. Speed-up is the median over rounds of plain / speculating seconds on the same prompt,
-    with quartiles; "compressed" in the record is the policy. Drafts are counted over the timed rounds, and texts are
-    compared over these and the warm-up. Cost: 2 (rounds + 1) generations. InputError as ``speculate`` raises it.
+    next as it does for a user: self-speculation stays on the model, while any other policy is put on and taken off in
+    turns, which is not timed. Speed-up is the median over rounds of plain / policy seconds on the same prompt, with
+    quartiles; "compressed" in the record is the policy. Drafts, of self-speculation, are counted over the timed rounds,
+    and texts are compared over these and the warm-up. Cost: 2 (rounds + 1) generations. InputError as ``attach`` raises
+    it.
     """
     workload = _fitting(workload, model, text)
     prompts = [row[None, : workload.prompt_tokens].to(model.device) for row in text.ids[: rounds + 1]]
     texts: dict[str, list[Tensor]] = {"plain": [], "policy": []}
 
-    def run(name: str, generate: Callable[..., Any]) -> Callable[[], Timed]:
+    def run(name: str, generate: Callable[..., Any]) -> Timed:
         def timed() -> None:
             ids = prompts[len(texts[name]) % len(prompts)]
             length = {"max_new_tokens": workload.new_tokens, "min_new_tokens": workload.new_tokens}
             mask = torch.ones_like(ids)
             texts[name].append(generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **length, **GREEDY))
 
-        return lambda: timed
+        return timed
+
+    stays = isinstance(policy, SelfSpeculation)
+    plainly = model.generate  # of the class, which self-speculation leaves alone
+    on = [policy.attach(model, anatomy)] if stays else []
+
+    def plain() -> Timed:
+        if not stays:
+            _take_off(on)
+        return run("plain", plainly)
+
+    def under() -> Timed:
+        if not on:
+            on.append(policy.attach(model, anatomy))
+        return run("policy", model.generate)
 
     done = iter(range(1, rounds + 2))
     tick = (lambda: progress(f"bench: {workload.name}", next(done), rounds + 1)) if progress is not None else None
-    plainly = model.generate  # of the class, which the policy leaves alone
-    with observing(model), policy.attach(model, anatomy) as attached:
-        assert isinstance(attached, Speculating)
-        times = interleaved(
-            {"plain": run("plain", plainly), "policy": run("policy", model.generate)}, rounds, tick=tick
-        )
+    try:
+        with observing(model):
+            times = interleaved({"plain": plain, "policy": under}, rounds, tick=tick)
+        reports = on[0].reports[1:] if on and isinstance(on[0], Speculating) else None
+    finally:
+        _take_off(on)
     same = [torch.equal(a, b) for a, b in zip(texts["plain"], texts["policy"], strict=True)]
     timing = Timing(
         workload=workload,
@@ -78,7 +96,12 @@ def generation_speed(
         compressed_tokens_per_second=workload.new_tokens / statistics.median(times["policy"]),
         speedup=quartiles([a / b for a, b in zip(times["plain"], times["policy"], strict=True)]),
     )
-    return timing, drafting(attached.reports[1:], same_text=sum(same) / len(same))
+    return timing, None if reports is None else drafting(reports, same_text=sum(same) / len(same))
+
+
+def _take_off(on: list[Attached]) -> None:
+    while on:
+        on.pop().detach()
 
 
 def _fitting(workload: Workload, model: PreTrainedModel, text: Windows) -> Workload:

@@ -139,8 +139,7 @@ def savings(counts: Counts, model: PreTrainedModel, anatomy: Anatomy, tokens: in
         flops += (ran - 1) * whole["flops"]
         if projected:
             flops += projected * (whole["flops"] - 2 * idle_params(model, anatomy.sublayer(unit)) * tokens)
-        if counts.visits:
-            kv += (ran - 1) * whole["kv_bytes"]
+        kv += (ran - 1 + projected) * whole["kv_bytes"]  # neither computed nor projected: no entry
         if ran != 1:
             runs[str(unit)] = ran
     blocks = len(outline.stack("decoder").blocks)

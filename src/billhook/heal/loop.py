@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from billhook.heal.damage import sample
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.drawing import lap, lap_length
+from billhook.heal.random_skips import stepped_around
 from billhook.heal.state import keep, kept
 from billhook.heal.student import Student
 from billhook.heal.subject import Subject
@@ -42,7 +44,8 @@ class Loop:
         progress: Progress | None,
         weights: Tensor | None = None,
     ) -> None:
-        layered = DistributedDataParallelKwargs(find_unused_parameters=training.trains in ("lisa", "ist", "fpf"))
+        some = training.trains in ("lisa", "ist", "fpf") or training.skips > 0
+        layered = DistributedDataParallelKwargs(find_unused_parameters=some)
         on_cpu = ids.device.type == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
         self._student, self._training, self._state, self._progress = student, training, state, progress
@@ -75,7 +78,8 @@ class Loop:
                 subject.layers.choose(step // self._training.period, sample(self.fit, self._rows(step)))
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(step)
-            loss = wrapped(self.fit[self._mine(self._rows(step))])
+            with self._some_missing(f"step {step}"):
+                loss = wrapped(self.fit[self._mine(self._rows(step))])
             stepping.zero_grad()
             self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], LONGEST)
@@ -133,9 +137,13 @@ class Loop:
         total = torch.zeros((), dtype=torch.float64, device=self._held.device)
         with subject.holder.saved():
             for row in self._mine(list(range(len(self._held)))):
-                total += self._student.parts(self._held[row : row + 1])[0].double()
+                with self._some_missing(f"held {row}"):
+                    total += self._student.parts(self._held[row : row + 1])[0].double()
         summed: Tensor = self.accelerator.reduce(total, reduction="sum")
         return summed.item() / len(self._held)
+
+    def _some_missing(self, when: str) -> AbstractContextManager[None]:
+        return stepped_around(self._student.blocks, self._training.skips, f"{self._training.seed} {when}")
 
     def _mean(self, loss: Tensor) -> float:
         value: Tensor = self.accelerator.reduce(loss.double(), reduction="mean")

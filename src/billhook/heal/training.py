@@ -21,6 +21,8 @@ class Training:
     A step takes ``rows`` windows; AdamW with ``rate`` as its highest rate, reached after ``warmup`` of all steps and
     falling to a tenth along a cosine. The held-back windows are looked at ``checks`` times; after ``patience`` looks
     without a better one it ends. ``rank`` is the mean rank of the adapters, ``blocks`` how many are trained at once.
+    ``skips``: the share of the blocks stepped around in each step, others every time; held-back windows are looked at
+    with blocks missing too.
     """
 
     trains: Trains
@@ -34,6 +36,7 @@ class Training:
     rank: int = 32
     blocks: int = 4
     period: int = 10
+    skips: float = 0.0
     seed: int = 0
 
     @property
@@ -41,7 +44,8 @@ class Training:
         """In a sentence."""
         towards = "the dense model's next tokens" if self.goal == "dense" else "the next token of the text"
         stream = {"none": "", "all": " and its stream", "tail": " and its last stream"}[self.features]
-        return f"Refitted in closed form, then trained towards {towards}{stream}: {_WHAT[self.trains]}."
+        missing = f", with {self.skips:.0%} of the blocks missing, others every time" if self.skips else ""
+        return f"Refitted in closed form, then trained towards {towards}{stream}: {_WHAT[self.trains]}{missing}."
 
 
 _WHAT = {
@@ -59,4 +63,5 @@ METHODS = {
     "lisa": Training("lisa", "dense", rate=1e-4),
     "ist": Training("ist", "dense", rate=1e-4),
     "fpf": Training("fpf", "dense", rate=1e-4),
+    "skips": Training("lora", "dense", skips=0.2),
 }

@@ -35,7 +35,7 @@ from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
 from billhook.recipes.schema import Baseline, Recipe
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, COMPARED_LENGTH, COMPARED_TOKENS
-from billhook.recipes.workplace import claimed
+from billhook.recipes.workplace import claimed, keep
 from billhook.report.comparison import write_comparison
 from billhook.surgery import apply
 
@@ -137,7 +137,7 @@ def compare(
             else:
                 with clock.step("recipes"):
                     new = _judged(recipe, asked, drawn, model, windows, seen, longer, judge, probe, place, progress)
-                _keep(kept, new)
+                keep(kept, new)
             for entry in new:
                 if told is not None:
                     told(entry)
@@ -308,11 +308,3 @@ def _key(
         "healed on": longer.fingerprint if longer is not None else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _keep(path: Path, entries: Sequence[Entry]) -> None:
-    """Written beside its place and renamed: a half-written file is never read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".part")
-    fresh.write_text(json.dumps([entry.model_dump(mode="json") for entry in entries]), encoding="utf-8")
-    fresh.replace(path)

@@ -43,10 +43,10 @@ def bench_policy(
     """What a policy saves and what it costs, on held-back text of the source and on text of another kind. Of
     self-speculation, which changes no text, how fast it generates and how much of its drafts is accepted."""
     chosen = policy_of(policy)
-    model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    fitted = _fitted(chosen, model, text, seed)
+    model = open_causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    fitted = fit_on_text(chosen, model, text, seed)
     fitted.attach(model.model, model.anatomy).detach()  # what is impossible shows before anything expensive
-    texts = _held_back(model, text, seed)
+    texts = held_back(model, text, seed)
     if isinstance(fitted, SelfSpeculation):
         timing, drafting = generation_speed(model.model, model.anatomy, fitted, texts[0][1], progress=progress)
         return _report(source, fitted, model).model_copy(update={"timings": (timing,), "drafting": drafting})
@@ -85,9 +85,9 @@ def tune_policy(
         raise InputError(f"there is no folder {out.parent} to write {out.name} into")
     if chosen.dial is None:
         raise InputError(f"policy {chosen.name} has no threshold to tune")
-    model = _causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    seen = _text(model, text, seed, JUDGED_TOKENS)
-    fitted = _fitted(chosen, model, text, seed)
+    model = open_causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    seen = text_of(model, text, seed, JUDGED_TOKENS)
+    fitted = fit_on_text(chosen, model, text, seed)
     judge = Judge(model.model, model.anatomy, seen, progress=progress)
 
     def judged_by_flops(setting: Policy) -> tuple[TextEvidence, float]:
@@ -95,7 +95,7 @@ def tune_policy(
         return evidence, saved.flops
 
     best, tried = tune(fitted, judged_by_flops, goal)
-    report = _report(source, best, model, _judged(best, model, _held_back(model, text, seed), progress))
+    report = _report(source, best, model, _judged(best, model, held_back(model, text, seed), progress))
     write_policy(best, out, {"target": str(goal), "model": os.fspath(source), "text": seen.name,
                              "fingerprint": seen.fingerprint, "tried": [vars(t) for t in tried]})  # fmt: skip
     return report, tried
@@ -125,26 +125,26 @@ def _report(
     )
 
 
-def _causal(source: str | os.PathLike[str], **settings: Any) -> Opened:
+def open_causal(source: str | os.PathLike[str], **settings: Any) -> Opened:
     model = opened(source, **settings)
     require_causal(model.model, "a policy's bench")
     return model
 
 
-def _fitted(policy: Policy, model: Opened, text: str, seed: int) -> Policy:
+def fit_on_text(policy: Policy, model: Opened, text: str, seed: int) -> Policy:
     """The policy with what it wants to know from text, which is never the text that it is judged on in the end."""
     if not policy.wants_text:
         return policy
-    return policy.fitted(model.model, model.anatomy, _text(model, text, seed, FITTED_TOKENS))
+    return policy.fitted(model.model, model.anatomy, text_of(model, text, seed, policy.appetite * FITTED_TOKENS))
 
 
-def _text(model: Opened, text: str, seed: int, tokens: int) -> Windows:
+def text_of(model: Opened, text: str, seed: int, tokens: int) -> Windows:
     length = model.length(LENGTH)
     return calibration(
         text, model.tokenizer, tokens=tokens, length=length, seed=seed, model=model.model, fewest=2 * length
     )
 
 
-def _held_back(model: Opened, text: str, seed: int) -> list[tuple[Domain, Windows]]:
+def held_back(model: Opened, text: str, seed: int) -> list[tuple[Domain, Windows]]:
     length = model.length(LENGTH)
     return evaluation(text, model.tokenizer, tokens=JUDGED_TOKENS, length=length, model=model.model, seed=seed)

@@ -22,8 +22,10 @@ class _Words(BaseModel):
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
-Heal = Literal["none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf"]
-TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf")
+Heal = Literal[
+    "none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf", "skips"
+]
+TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips")
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 
 from billhook.plan.errors import InputError
 
@@ -43,3 +45,11 @@ def claimed(out: str | os.PathLike[str]) -> Iterator[Path]:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def keep(path: Path, rows: Sequence[BaseModel]) -> None:
+    """Written beside its place and renamed: a half-written file is never read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".part")
+    fresh.write_text(json.dumps([row.model_dump(mode="json") for row in rows]), encoding="utf-8")
+    fresh.replace(path)

@@ -15,6 +15,7 @@ from billhook.runtime.chain import Chain
 from billhook.runtime.even_skip import EvenSkip
 from billhook.runtime.expert_skip import ExpertSkip
 from billhook.runtime.ffn_skip import FfnSkip
+from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.policy import Policy
@@ -26,7 +27,8 @@ from billhook.runtime.voids import Voids
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, Scheduled, SelfSpeculation,
+        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, FirstRouter, Scheduled,
+        SelfSpeculation,
     )
 }  # fmt: skip
 

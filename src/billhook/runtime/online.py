@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from billhook.anatomy import Anatomy, Block, Stack
 from billhook.anatomy.undo import Undo
@@ -31,6 +31,7 @@ class Pass:
     tokens: int
     rows: int
     real: Tensor | None
+    cache: Cache | None = None
 
     @property
     def prompt(self) -> bool:
@@ -42,12 +43,14 @@ class Skip:
     """What a block leaves out in a pass.
 
     ``kinds``: the sublayers. All of them means that the block hands the stream on as it is, norms on it included, or
-    ``instead`` of it. ``where``: for which tokens, bool [batch, tokens], None for all.
+    ``instead`` of it. ``where``: for which tokens, bool [batch, tokens], None for all. ``entries``: an attention left
+    out for all of them still makes their keys and values; without, the trigger answers for nobody asking for them.
     """
 
     kinds: frozenset[str]
     where: Tensor | None = None
     instead: Tensor | None = None
+    entries: bool = True
 
 
 class Trigger(Protocol):
@@ -71,8 +74,8 @@ class Online:
 
     Keys and values: where an attention with a cache is left out, its keys and values are still made, from the stream as
     it stands there (the rule "projected from the stream"), so every position has an entry in every layer's cache and
-    later tokens may attend to it whatever was decided. A cross-attention left out makes none: it reads the encoder's,
-    all of them at once, the first time it runs.
+    later tokens may attend to it whatever was decided; unless a trigger answers for it that none will (``entries``). A
+    cross-attention left out makes none: it reads the encoder's, all of them at once, the first time it runs.
 
     What every real token of a pass leaves out is not computed; where tokens disagree it is computed for all and the
     others' part is thrown away. So a row's result never depends on its neighbours, and the counts say what was saved.
@@ -103,13 +106,13 @@ class Online:
             for block in stack.blocks:
                 watched = Watched(self.model, block, undo) if self.watch_mlps else None
                 module = self.model.get_submodule(block.path)
-                place(module, self._block(module.forward, block, self._gates(block), watched), undo)
+                place(module, self._block(module.forward, block, watched), undo)
 
-    def _gates(self, block: Block) -> list[Gate]:
-        """Of every sublayer; an attention with a cache keeps its keys and values."""
+    def _gates(self, block: Block, *, entries: bool) -> list[Gate]:
+        """Of every sublayer; an attention with a cache keeps its keys and values, if it is to make ``entries``."""
         sizes = self.anatomy.outline.stack(block.address.stack).blocks[block.address.block].sublayers
         return [
-            Gate(self.model, sub, keep_kv=sub.kind == "attention" and sizes[sub.kind].cache_width > 0)
+            Gate(self.model, sub, keep_kv=entries and sub.kind == "attention" and sizes[sub.kind].cache_width > 0)
             for sub in block.sublayers
         ]
 
@@ -127,24 +130,26 @@ class Online:
 
         return forward
 
-    def _begin(self, stream: Tensor) -> Pass:
+    def _begin(self, stream: Tensor, cache: Cache | None) -> Pass:
         """The pass whose first block gets this stream: only there it is certain how many tokens are read."""
         name, past, mask = self._coming
         rows, tokens = stream.shape[:2]
         real = mask[:, -tokens:].bool() if mask is not None and mask.shape[0] == rows else None
-        now = self._now = Pass(name, past, tokens, rows, real)
+        now = self._now = Pass(name, past, tokens, rows, real, cache)
         self.trigger.begin(now)
         return now
 
-    def _block(self, original: Forward, block: Block, gates: list[Gate], watched: Watched | None) -> Forward:
+    def _block(self, original: Forward, block: Block, watched: Watched | None) -> Forward:
+        writing, silent = (self._gates(block, entries=entries) for entries in (True, False))
         kinds = frozenset(sub.kind for sub in block.sublayers)
         masks = {sub.kind: Masked(self.model, sub) for sub in block.sublayers}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = stream_in(*args, **kwargs)
-            now = self._now or self._begin(stream)
+            now = self._now or self._begin(stream, _cache_in(args, kwargs))
             skip = _settled(self.trigger.decide(block, stream, now), now)
             whole = skip is not None and skip.kinds >= kinds
+            gates = writing if skip is None or skip.entries else silent
             shut: list[Gate | Masked] = []
             if skip is not None and skip.where is None:
                 shut = [gate for gate in gates if gate.sublayer.kind in skip.kinds]
@@ -180,6 +185,10 @@ class Online:
             self.counts.skipped[unit] += tokens
             if gate.keep_kv:
                 self.counts.projected[unit] += tokens
+
+
+def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def _settled(skip: Skip | None, now: Pass) -> Skip | None:

@@ -24,7 +24,7 @@ class Policy(BaseModel, ABC):
     ``name`` is its name on the command line and in files; ``kv`` its rule for keys and values of what is left out;
     ``paper`` its source. ``dial`` is the parameter that ``tune-policy`` turns, with the value at which nothing is left
     out and the one at which all is that may be; None where there is none. ``wants_text``: ``fitted`` must look at text
-    first.
+    first, at ``appetite`` times as much as is usual.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -34,6 +34,7 @@ class Policy(BaseModel, ABC):
     kv: ClassVar[str]
     dial: ClassVar[Dial | None] = None
     wants_text: ClassVar[bool] = False
+    appetite: ClassVar[int] = 1
 
     def attach(self, model: PreTrainedModel, anatomy: Anatomy | None = None) -> Attached:
         """Put the policy on the model: whatever calls the model or its ``generate`` from now on runs under it.
