@@ -23,7 +23,7 @@ def turned_to(policy: Policy, share: float, flops_of: Callable[[Policy], float])
     found: dict[float, tuple[float, Policy]] = {}
 
     def enough(value: float) -> bool:
-        setting = policy.turned(value)
+        setting = policy.turned(*[value] * len(policy.dials))
         try:
             flops = flops_of(setting)
         except InputError:
