@@ -38,6 +38,7 @@ PRIVATE = {
     ("_out_indices", "anatomy/config.py"),
     ("_model_mapping", "export/remote.py"),
     ("_BaseAutoModelClass", "export/remote.py"),
+    ("_apply_gate", "anatomy/mixtures.py"),
 }
 
 

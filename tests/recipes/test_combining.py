@@ -11,18 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from billhook.data import Windows
 from billhook.models import load
-from billhook.plan.comparison import Entry
+from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.record import Run
+from billhook.plan.record import Run, SearchRecord
 from billhook.plan.target import Target
 from billhook.recipes import compare as side_by_side
 from billhook.recipes import compress as walk
 from billhook.recipes.catalogue import load as recipe
+from billhook.recipes.find import Choice
 from billhook.recipes.inspect import divided
 from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
 from billhook.recipes.words import explained
 from billhook.report.loading import commands
+from billhook.search import Found
 
 NAMES = {"fusegpt": "fuse", "checkfree": "average", "branch-gains": "gains"}
 
@@ -76,8 +78,10 @@ def test_compressed_with_an_act(
 def test_a_comparison_judges_what_the_act_makes(act: str, tiny_lm: Path) -> None:
     model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
     text = Windows.of(torch.arange(40).reshape(2, 20), "test")
-    entry = Entry(recipe="x", seed=0, baseline=False, asked="blocks=0.8", target=Target.UNIFORM, drops=("decoder.2",))
-    made = side_by_side._acted(recipe("checkfree").model_copy(update={"act": act}), model, entry, text, None)
+    record = SearchRecord(recipe="x", objective="none", steps=(), work=0, evaluations=0)
+    choice = Choice(Found(frozenset({Address("decoder", 2)}), (), 0, 0), record, {})
+    way = recipe("checkfree").model_copy(update={"act": act})
+    made = side_by_side._acted(way, model, choice, Target.UNIFORM, text, None)
     mixed = [p for p in made.parameters() if all(p is not q for q in model.model.parameters())]
     assert bool(mixed) == (act == "average")
     assert len(made.model.layers) == 4

@@ -115,7 +115,7 @@ def test_a_figure_is_what_the_judge_says_of_that_setting(whole: tuple[PolicyComp
     found, _ = whole
     entry = next(e for e in found.entries if e.policy == "ffn-skip")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm), AutoTokenizer.from_pretrained(tiny_lm)
-    (domain, text), _ = evaluation("builtin", tokenizer, tokens=36, length=12, calibrated_on=None, model=model, seed=0)
+    (domain, text), _ = evaluation("builtin", tokenizer, tokens=36, length=12, model=model, seed=0)
     judged, saved = Judge(model, discover(model), text, domain=domain)(policy_of("ffn-skip").of(entry.parameters))
     assert (judged, saved) == (entry.evidence[0], entry.savings)
 
@@ -215,6 +215,6 @@ def test_the_dial_is_turned_no_further_than_it_must() -> None:
 def test_text_is_not_judged_that_dials_were_turned_on(tiny_lm: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     seen: Windows = calibration("builtin", tokenizer, tokens=24, length=12, seed=0)
-    for _, text in evaluation("builtin", tokenizer, tokens=36, length=12, calibrated_on=None, seed=0):
+    for _, text in evaluation("builtin", tokenizer, tokens=36, length=12, seed=0):
         rows = {tuple(row) for row in text.ids.tolist()}
         assert rows.isdisjoint(tuple(row) for row in seen.ids.tolist())

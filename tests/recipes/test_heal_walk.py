@@ -128,7 +128,7 @@ def test_the_whole_walk(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, m
 
     name = "model.layers.0.mlp.down_proj.weight"
     worse = Healing({name: 3 * load_file(tiny_lm / WEIGHTS)[name]}, (), {}, 0, 0)
-    monkeypatch.setattr(walk, "closed_form", lambda *_: worse)
+    monkeypatch.setitem(walk.METHODS, "closed-form", lambda *_: worse)  # type: ignore[arg-type]
     monkeypatch.setattr(walk, "proven", lambda run, *_: run)
     again = heal(out, out=tmp_path / "again", method="closed-form", calibration=str(words))
     assert again.healing == run.healing, "what is worse is not taken, and the record says what was kept"

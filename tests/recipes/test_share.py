@@ -176,5 +176,5 @@ def _third_least(*rest: Any) -> tuple[dict[Address, float], int]:
     return {Address("decoder", i): float(i != 3) for i in range(5)}, 0
 
 
-def _one_text(model: Any, *rest: Any) -> list[Any]:
+def _one_text(model: Any, *rest: Any, **sizes: int) -> list[Any]:
     return [("calibration", Windows.of(torch.randint(3, 200, (2, 32)), "noise"))]

@@ -162,7 +162,9 @@ def test_parameters_and_bytes_fall_and_nothing_else() -> None:
     plan = plan.model_copy(update={"schedule": Schedule.chain([0, 1, 2, 2])})
     order = orders(plan, anatomy.outline)["decoder"]
     assert order == [0, 1, 2, 2]
-    costs = quantities(anatomy.outline, [Address("decoder", 3), Address("decoder", 4)], (), [Address("decoder", 2)])
+    costs = quantities(
+        anatomy.outline, [Address("decoder", 3), Address("decoder", 4)], (), again=[Address("decoder", 2)]
+    )
     model_costs = CostModel(anatomy.outline)
     one, two = (model_costs.of([Address("decoder", i) for i in gone]) for gone in ((4,), (3, 4)))
     for kind, cost in costs.items():

@@ -14,7 +14,7 @@ from families import build, params
 from live import inputs_of, logits, snapshot
 from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
-from sparse import sparse
+from sparsified import sparse
 from test_width_saved import mixed, same, saved, stock_load
 from transformers import PreTrainedModel
 

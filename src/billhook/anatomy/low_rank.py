@@ -55,7 +55,7 @@ def linears(model: nn.Module, sublayer: Sublayer, block: str, uses: Counter[int]
 
 def uses(model: nn.Module) -> Counter[int]:
     """How many modules hold each parameter, by its id."""
-    return Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return Counter(id(own) for module in model.modules() for _, own in module.named_parameters(recurse=False))
 
 
 def matrix(linear: Any) -> Tensor:

@@ -78,9 +78,11 @@ class FirstRouter(Policy):
         return self._with(Routers(weight, bias))
 
     def _with(self, routers: Routers | None) -> Self:
-        new = self.model_copy()
-        new._routers = routers
-        return new
+        return self.model_copy()._holding(routers)
+
+    def _holding(self, routers: Routers | None) -> Self:
+        self._routers = routers
+        return self
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
         counts = Counts()
