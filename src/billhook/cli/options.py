@@ -72,7 +72,8 @@ Target = Annotated[
     typer.Option(
         metavar="NAME",
         show_default=False,
-        help="Who must be able to load the result. [bold]uniform[/]: whatever loads MODEL (only whole blocks go); "
+        help="Who must be able to load the result. [bold]uniform[/]: whatever loads MODEL (whole blocks go, or as much "
+        "of every block); "
         "[bold]remote[/]: transformers with trust_remote_code; [bold]deci[/]: vLLM and llama.cpp; "
         "[bold]any[/]: Billhook.",
     ),

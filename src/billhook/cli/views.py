@@ -18,7 +18,7 @@ _FILES = {
     "report.html": "the pictures; open it in a browser",
     "README.md": "the model card",
     "billhook.json": "the plan, and all that was measured",
-    "billhook.arrays": "the masks of the plan",
+    "billhook.arrays": "the masks or bases of the plan",
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.data.decoding import forward
 from billhook.evaluate.exact import BATCH, Expected
 from billhook.evaluate.probes import Answers, Probes
 from billhook.measure.patch import observing
@@ -50,16 +51,15 @@ def _right(model: PreTrainedModel, asked: Sequence[Expected]) -> list[bool]:
     rows = [[*one.ids, *[one.ids[-1]] * (end - len(one.ids))] for one in asked]
     ids = torch.tensor(rows, device=model.device)
     read = max(1, begin - ONE_BY_ONE)
-    output = model(input_ids=ids[:, :read], use_cache=True)
+    logits, cache = forward(model, ids[:, :read])
     same: list[Tensor] = []
     for place in range(read, end):
         if place >= begin:
-            logits = output.logits[:, -1]
-            if bool(logits.isnan().any()):
+            last = logits[:, -1]
+            if bool(last.isnan().any()):
                 raise InputError(f"a logit of {type(model).__name__} is nan under the policy")
-            same.append(logits.argmax(-1).to(ids.device) == ids[:, place])
+            same.append(last.argmax(-1).to(ids.device) == ids[:, place])
         if place < end - 1:
-            cache = output.past_key_values
-            output = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            logits, cache = forward(model, ids[:, place : place + 1], cache)
     table = torch.stack(same, dim=1)
     return [bool(row[: one.answer].all()) for row, one in zip(table, asked, strict=True)]

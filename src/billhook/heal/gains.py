@@ -54,6 +54,8 @@ def branch_gains(
     Raises InputError for fewer than two windows, where the loss is not finite, and as ``require_gains`` does.
     """
     require_no_masks(plan, "a gain")
+    if isinstance(plan, Plan) and (plan.keeps or plan.factors):
+        raise InputError("gains are of sublayers as they were; the plan makes some narrower or takes linears apart")
     require_own_weights(plan)
     plan = plan if isinstance(plan, Plan) else Plan.of(plan)
     healing, _ = gains_of(model, anatomy, plan, source, progress=progress)

@@ -169,7 +169,8 @@ def quantities(
     drops, keeps, factors = frozenset(drops), tuple(keeps), tuple(factors)
     after = left = model.of(drops, keeps, zeros, factors)
     for block in again:
-        without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, factors)
+        own = tuple(factor for factor in factors if factor.unit.parent != block)
+        without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, own)
         after = {k: cost + (left[k] - without[k] if k in _RUN else 0.0) for k, cost in after.items()}
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 

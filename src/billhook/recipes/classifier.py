@@ -31,6 +31,7 @@ from billhook.search.width import allocate, pose_width
 from billhook.surgery import simulate
 
 AT_ONCE = 128
+MEASURED = ("weights", "channels", "slopes")  # of what scores look at, what images give
 
 
 def narrow_classifier(
@@ -69,6 +70,12 @@ def narrow_classifier(
         raise InputError(f"recipe {chosen.name} has no score to rank units by, which a tolerance needs: give a budget")
     if isinstance(choice, Widths) and choice.allocation == "shared":
         raise InputError(f"recipe {chosen.name} shares by how blocks of a language model turn the stream")
+    if isinstance(choice, Widths) and (choice.screen is not None or choice.blocks is not None):
+        raise InputError(
+            f"recipe {chosen.name} looks at the next tokens of a language model, or drops whole blocks first"
+        )
+    if chosen.score is not None and named(chosen.score.word).needs not in MEASURED:
+        raise InputError(f"recipe {chosen.name} has score {chosen.score.word}, which is measured on a language model")
     anatomy = discover(model)
     aim = Target(target)
     limits = Budget.parse(budget or "params=0.999")  # with a tolerance only what may go matters

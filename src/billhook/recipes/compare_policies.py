@@ -228,7 +228,7 @@ def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, see
         influence = isinstance(policy, StaticSkip) and not policy.units
         as_given = policy.dial is None or policy.dial[0] in policy.model_fields_set
         if as_given and not influence:
-            parts.append(_Part(text, policy.name, "", False, partial(bench.fitted, text, policy), policy.model_dump()))
+            parts.append(_Part(text, policy.name, "", False, partial(bench.fitted, text, policy), _told(policy)))
             continue
         for budget in budgets:
             setting = (
@@ -236,8 +236,14 @@ def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, see
                 if influence
                 else partial(bench.turned, text, policy, budget)
             )
-            parts.append(_Part(text, policy.name, budget, False, setting, policy.model_dump()))
+            parts.append(_Part(text, policy.name, budget, False, setting, _told(policy)))
     return parts
+
+
+def _told(policy: Policy) -> dict[str, object]:
+    """What was given: parameters, and what tensors came with them, by a digest of each."""
+    digests = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in policy.tensors().items()}
+    return {**policy.model_dump(), **digests}
 
 
 def _work(text: str) -> list[str]:

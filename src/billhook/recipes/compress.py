@@ -95,7 +95,7 @@ def compress(
         require_gains(model.anatomy)
     require_sharing(chosen, model, limits)
     require_weights(chosen, model)
-    if way in ("bias", "data-free") and not chosen.wide:
+    if way in ("bias", "data-free", "scales") and not chosen.wide:
         raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
     if way == "bias" and aim in (Target.UNIFORM, Target.DECI):
         raise InputError(f"--heal bias gives linears a bias of their own, which target {aim} cannot carry")

@@ -99,6 +99,8 @@ def compared(source: str | os.PathLike[str], model: Opened, dense: Opened) -> Ru
     """The record of two models before anything is measured: what they cost, and what made one from the other."""
     record = recorded(source)
     before, after = (CostModel(side.anatomy.outline).dense for side in (dense, model))
+    gone = sum(sum(edit.zeros.values()) for edit in record.plan.sparsities) if record else 0
+    after = {**after, "params": after["params"] - gone}
     return Run(
         model=os.fspath(source),
         outline=dense.anatomy.outline,

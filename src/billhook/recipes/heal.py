@@ -41,6 +41,7 @@ from billhook.models import building, check_out, dtype_of, fingerprint, stored_a
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, Run
+from billhook.plan.target import Target
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
@@ -177,8 +178,10 @@ def heal(
 
 def require_units(method: str, plan: Plan) -> None:
     """InputError where there is nothing that a way to heal could take hold of."""
-    if method == "scales" and not plan.keeps:
+    if method in ("scales", "bias", "data-free") and not plan.keeps:
         raise InputError(NOTHING)
+    if method == "bias" and plan.target in (Target.UNIFORM, Target.DECI):
+        raise InputError(f"bias gives linears a bias of their own, which target {plan.target} cannot carry")
 
 
 def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:

@@ -54,6 +54,8 @@ def passes(recipe: Recipe) -> str:
         return "2 a step/window"
     if isinstance(recipe.choice, Bandit):
         return f"{recipe.choice.draws + 2} a round/window"
+    if isinstance(recipe.choice, Widths) and recipe.choice.screen is not None:
+        return f"{2 * recipe.choice.screen:.2g} a sublayer"
     if isinstance(recipe.choice, Masks):
         return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
     if isinstance(recipe.choice, Span | Ranks):

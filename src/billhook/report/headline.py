@@ -78,7 +78,7 @@ def verdict(run: Run) -> str:
 
 def _only_sparse(run: Run) -> bool:
     """Whether nothing was taken out: single weights are zero."""
-    return bool(run.plan.sparsities) and not (run.plan.drops or run.plan.keeps)
+    return bool(run.plan.sparsities) and not (run.plan.drops or run.plan.keeps or run.plan.factors or run.plan.schedule)
 
 
 def furthest(evidence: tuple[TextEvidence, ...]) -> TextEvidence | None:

@@ -46,8 +46,13 @@ def _overall(comparison: PolicyComparison, budgets: list[str], free: list[Policy
     if quick is not None:
         more = f"; where the text may change, {best} costs least of those that save time everywhere" if best else ""
         return f"Use {quick.name}: {number(quick.speedup)} times as fast, and the text stays as it is{more}."
+    given = [e for e in comparison.entries if not e.asked and not e.baseline and not e.refused and e not in free]
+    if best is None and (helpful := min((e for e in given if _faster(e)), key=lambda e: e.damage, default=None)):
+        gain, harm = number(helpful.speedup), number(helpful.damage)
+        return f"{helpful.name}, as given, is {gain} times as fast at {harm} times the perplexity of the plain model."
     if best is None:
-        return "Run the plain model: no policy was faster at every amount of work on this machine."
+        asked = " at every amount of work" if budgets else ""
+        return f"Run the plain model: no policy was faster{asked} on this machine."
     return f"Use {best}: of those that save time at every amount of work its perplexity is the lowest on average."
 
 

@@ -62,11 +62,12 @@ class ExpertSkip(Policy):
         of the plain model."""
         if self.importance:
             return self
-        rises = [0.0] * len(_mixtures(anatomy))
+        mixtures = _some(anatomy)
+        rises = [0.0] * len(mixtures)
         rows = max(1, TOKENS_AT_ONCE // windows.ids.shape[1])
         for ids in torch.split(windows.ids.to(model.device), rows):
             plain = _predicted(model, ids)
-            for number, mixture in enumerate(_mixtures(anatomy).values()):
+            for number, mixture in enumerate(mixtures.values()):
                 undo = Undo()
                 place(model.get_submodule(mixture.experts), _nothing, undo)
                 try:
@@ -80,11 +81,7 @@ class ExpertSkip(Policy):
         )
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
-        mixtures = _mixtures(anatomy)
-        if not mixtures:
-            raise InputError(
-                f"policy expert-skip: this {anatomy.family} model has no mixture of experts that is understood"
-            )
+        mixtures = _some(anatomy)
         if len(self.importance) not in (0, len(mixtures)):
             raise InputError(
                 f"policy expert-skip: importance has {len(self.importance)} numbers, the model has "
@@ -156,6 +153,16 @@ def _mixtures(anatomy: Anatomy) -> dict[Address, Mixture]:
     """Those of the decoder, in order."""
     found = {a: mixture_of(u) for a, units in anatomy.inner.items() for u in units if u.kind == "expert"}
     return {a: found[a] for a in sorted(found) if a.stack == "decoder"}
+
+
+def _some(anatomy: Anatomy) -> dict[Address, Mixture]:
+    """The mixtures; InputError where there is none."""
+    found = _mixtures(anatomy)
+    if not found:
+        raise InputError(
+            f"policy expert-skip: this {anatomy.family} model has no mixture of experts that is understood"
+        )
+    return found
 
 
 def _nothing(hidden: Tensor, picked: Tensor, weights: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from billhook.anatomy import Anatomy
 from billhook.plan.address import Address
+from billhook.plan.errors import InputError
 from billhook.plan.plan import Factorise, Keep
 from billhook.plan.ranks import Ranks
 from billhook.plan.visits import Orders
@@ -48,11 +49,13 @@ def form_after(
     keeps: Iterable[Keep],
     orders: Orders,
     anatomy: Anatomy,
-    factors: Iterable[Factorise] = (),
+    factors: Sequence[Factorise] = (),
 ) -> Form:
     """What is missing, narrower, in two parts or shared once a plan is carried out, in the block numbers of the smaller
     model. ``config`` is that of the model before, ``anatomy`` describes it."""
     before = read_form(config, anatomy)
+    if shared_after(orders) and (before.ranks or before.biases or factors):
+        raise InputError("blocks cannot share weights where linears are in two parts or have biases of their own")
     skips, widths = skips_after(before.skips, drops, orders), widths_after(before.widths, drops, keeps, orders)
     ranks = ranks_after(before.ranks, drops, factors, anatomy)
     return Form(skips, widths, ranks, biases_after(before.biases, drops, anatomy), shared_after(orders))
