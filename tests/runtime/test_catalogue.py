@@ -52,6 +52,13 @@ def test_a_file_round_trips_with_its_tensors(tmp_path: Path) -> None:
     again = policy_of(str(tmp_path / "p.json"))
     assert again == policy
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in tensors.items())
+    stored = (tmp_path / "p.safetensors").read_bytes()
+    for other in (stored[:-1] + bytes([stored[-1] ^ 1]), None):
+        (tmp_path / "p.safetensors").unlink()
+        if other is not None:
+            (tmp_path / "p.safetensors").write_bytes(other)
+        with pytest.raises(InputError, match=r"p\.safetensors"):
+            read_policy(tmp_path / "p.json")
     write_policy(policy_of("chain"), tmp_path / "p.json", {})
     assert not (tmp_path / "p.safetensors").exists()
 

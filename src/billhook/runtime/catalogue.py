@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from billhook.plan.errors import InputError
 from billhook.runtime.chain import Chain
@@ -65,26 +66,40 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         raise InputError(f"policy file {path} cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("parameters", {}), dict) or "policy" not in content:
         raise InputError(f'policy file {path} is not of the form {{"policy": NAME, "parameters": {{...}}}}')
-    unknown = sorted(set(content) - {"policy", "parameters", "tuned"})
+    unknown = sorted(set(content) - {"policy", "parameters", "tuned", "tensors"})
     if unknown:
         raise InputError(f"policy file {path} has the unknown field {unknown[0]}")
     policy = named(str(content["policy"])).of(content.get("parameters", {}))
-    if beside(path).is_file():
-        try:
-            return policy.with_tensors(load_file(beside(path)))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{beside(path)} cannot be read: {error}") from error
-    return policy
+    if "tensors" not in content:
+        return policy
+    try:
+        stored = beside(path).read_bytes()
+        if hashlib.sha256(stored).hexdigest() != content["tensors"]:
+            raise InputError(f"{beside(path)} is not the file that belongs to {path.name}; tune the policy again")
+        return policy.with_tensors(load(stored))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{beside(path)} cannot be read: {error}") from error
 
 
 def write_policy(policy: Policy, path: Path, tuned: dict[str, Any]) -> None:
-    """Write a policy and how it was found; tensors, where it has any, into a safetensors file of the same name."""
+    """Write a policy and how it was found; tensors, where it has any, into a safetensors file of the same name, whose
+    digest the policy's file holds: one that was left from before, or is missing, is noticed."""
     content = {"policy": policy.name, "parameters": policy.model_dump(mode="json"), "tuned": tuned}
-    tensors = policy.tensors()
-    beside(path).unlink(missing_ok=True)
+    tensors = {name: tensor.float().contiguous() for name, tensor in policy.tensors().items()}
     if tensors:
-        save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, beside(path))
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        stored = save(tensors)
+        content["tensors"] = hashlib.sha256(stored).hexdigest()
+        _replace(beside(path), stored)
+    _replace(path, (json.dumps(content, indent=2) + "\n").encode())
+    if not tensors:
+        beside(path).unlink(missing_ok=True)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Written beside its place and renamed: never half-written."""
+    fresh = path.with_name(f".{path.name}.part")
+    fresh.write_bytes(content)
+    fresh.replace(path)
 
 
 def beside(path: Path) -> Path:
