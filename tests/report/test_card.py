@@ -7,9 +7,13 @@ import pytest
 import yaml
 from example import example_run, hostile_run, inspection, two_stacks
 
+from billhook.plan.address import Address
 from billhook.plan.plan import Plan
+from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 from billhook.report.card import card
+from billhook.report.cuts import dropped
+from billhook.report.loading import is_ordinary
 
 
 def front(text: str) -> dict[str, object]:
@@ -81,3 +85,15 @@ def test_markup_in_the_run_stays_text() -> None:
     assert "<img" not in text.replace("\\<img", "")
     for line in re.findall(r"^\|.*", text, re.MULTILINE):
         assert len(re.findall(r"(?<!\\)\|", line)) in (5, 7)
+
+
+def test_a_schedule_that_leaves_blocks_out_and_one_that_loops() -> None:
+    """What never runs is a removal; a loop is no ordinary checkpoint."""
+    run = example_run()
+    rest = Plan(target=Target.UNIFORM, schedule=Schedule.chain([i for i in range(30) if i != 7]))
+    assert dropped(run.model_copy(update={"plan": rest})) == {Address("decoder", 7)}
+    assert is_ordinary(run.model_copy(update={"plan": rest}))
+    loop = run.model_copy(update={"plan": Plan(target=Target.REMOTE, schedule=Schedule.chain([*range(30), 28, 29]))})
+    assert not dropped(loop) and not is_ordinary(loop)
+    assert "weight-sharing" in front(card(loop))["tags"]  # type: ignore[operator]
+    assert "weight-sharing" not in front(card(run.model_copy(update={"plan": rest})))["tags"]  # type: ignore[operator]

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.report import answers, cuts, headline, loading, numbers, provenance
+from billhook.report.cuts import tied
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -50,7 +51,7 @@ def _front(run: Run) -> dict[str, object]:
     ways += ["width-pruning"] if run.plan.keeps else []
     ways += sorted({f"sparsity-{edit.pattern.replace(':', '-')}" for edit in run.plan.sparsities})
     ways += ["low-rank"] if run.plan.factors else []
-    ways += ["weight-sharing"] if run.plan.schedule is not None else []
+    ways += ["weight-sharing"] if tied(run) else []
     return front | {"tags": ["billhook", "pruned", *ways, f"target-{run.plan.target}"]}
 
 

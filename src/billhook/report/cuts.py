@@ -11,7 +11,8 @@ from billhook.plan.check import normalise
 from billhook.plan.outline import Outline, StackOutline
 from billhook.plan.plan import Factorise, Keep, Plan, Sparsify
 from billhook.plan.record import Run
-from billhook.plan.visits import orders, repeated, shared
+from billhook.plan.target import Target
+from billhook.plan.visits import orders, repeated, shared, unvisited
 from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
 
@@ -49,8 +50,22 @@ class Column:
 
 
 def dropped(run: Run) -> frozenset[Address]:
-    """The removal in its shortest form."""
-    return normalise(run.plan.drops, run.outline)
+    """The removal in its shortest form, what a schedule never visits included."""
+    schedule = run.plan.schedule
+    if schedule is None or not schedule.constant:
+        return normalise(run.plan.drops, run.outline)
+    anywhere = run.plan.model_copy(update={"target": Target.ANY})
+    left_out = unvisited(orders(anywhere, run.outline), run.outline) - shared(run.plan, run.outline).keys()
+    return normalise(run.plan.drops | left_out | schedule.skips(), run.outline)
+
+
+def tied(run: Run) -> bool:
+    """Whether blocks run more than once, with the same weights."""
+    schedule = run.plan.schedule
+    if schedule is None or not schedule.constant:
+        return False
+    anywhere = run.plan.model_copy(update={"target": Target.ANY})
+    return any(repeated(order) for order in orders(anywhere, run.outline).values())
 
 
 def is_cut(unit: Address, drops: frozenset[Address]) -> bool:
