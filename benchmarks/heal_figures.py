@@ -25,7 +25,7 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for
 from billhook.recipes.measures import watch
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, HEALING_TOKENS
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.scores import named
 from billhook.search import one_shot, pose
 
@@ -39,7 +39,7 @@ WORK = Path("out/benchmarks/heal-figures")
 def main(
     source: str = "demo",
     text: str = "wiki_calib.txt.gz",
-    tokens: str = str(HEALING_TOKENS),
+    tokens: str = "24576",
     dtype: str = "bfloat16",
     *recipes: str,
 ) -> int:

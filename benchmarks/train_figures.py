@@ -26,7 +26,6 @@ from billhook.heal import Healing, closed_form, healed
 from billhook.heal.train import train
 from billhook.heal.training import METHODS, Training
 from billhook.plan.plan import Plan
-from billhook.recipes.settings import HEALING_TOKENS
 
 KEPT = Path("out") / "train_figures"
 WINDOW = 512
@@ -78,7 +77,7 @@ def changed(training: Training, changes: tuple[str, ...]) -> Training:
 def refitted(b: Bed, plan: Plan, recipe: str) -> Healing:
     path = KEPT / f"closed-form-{recipe}.safetensors"
     if not path.exists():
-        found = closed_form(b.live, b.anatomy, plan, b.calibrated(HEALING_TOKENS, LENGTH))
+        found = closed_form(b.live, b.anatomy, plan, b.calibrated(24576, LENGTH))
         KEPT.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in found.tensors.items()}, path)
     return Healing(load_file(path), (), {}, 0, 0)
