@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -62,3 +63,21 @@ class Undo:
     def restore(self) -> None:
         while self._steps:
             self._steps.pop()()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode and without gradients for its weights; both are put back."""
+    training = [module for module in model.modules() if module.training]
+    wanting = [weight for weight in model.parameters() if weight.requires_grad]
+    for module in training:
+        module.training = False
+    for weight in wanting:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in wanting:
+            weight.requires_grad_(True)
+        for module in training:
+            module.training = True

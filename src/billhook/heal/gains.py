@@ -45,9 +45,9 @@ def branch_gains(
     else it is left as cut. Some tens of scalars cannot learn a text by heart.
 
     Source: a scale on every residual branch as the control of a deep network's paths, from the residual expansion of
-    "On residual network depth"; that it should be fitted anew after a removal is the reading of this project. (Demo
-    model without blocks 12 to 17, 3,072 tokens, eight windows of WikiText-2: perplexity 93.2 as cut, 72.1 with these
-    gains, 79.3 with those that bring the stream nearest to the dense one block by block; ``benchmarks/gain_figures``.)
+    "On residual network depth"; that it should be fitted anew after a removal is the reading of this project.
+    (Demo model without blocks 12 to 17, 3,072 tokens, eight windows of WikiText-2: perplexity 93.2 as cut, 72.1 with
+    these gains; measured once.)
     Left alone: sublayers behind whose writes stands a norm, which would undo a gain. The result is an ordinary model.
 
     Cost: a forward and a backward pass of the cut model over one window a step, and six passes over those held back.

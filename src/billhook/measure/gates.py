@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Anatomy
+from billhook.anatomy.undo import frozen
 from billhook.data import Windows
 from billhook.measure.patch import Forward, hooked, stream_in, stream_out
 from billhook.measure.stand_ins import Nothing, StandIn
@@ -79,7 +79,7 @@ class Gates:
         given = {unit: torch.tensor(gates.get(unit, 1.0), requires_grad=True, device=ids.device) for unit in self.units}
         hooks = [*self._stand_in.hooks(self.model, self.anatomy, given)]
         hooks += [self._gated(unit, gate) for unit, gate in given.items()]
-        with _frozen(self.model), hooked(hooks):
+        with frozen(self.model), hooked(hooks):
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1]
             return nn.functional.cross_entropy(logits.float(), ids[0, 1:]), given
 
@@ -116,21 +116,3 @@ class Gates:
 
 def _nothing(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros(())
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients for weights; both are put back."""
-    training = [module for module in model.modules() if module.training]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in training:
-        module.training = False
-    for parameter in asking:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in asking:
-            parameter.requires_grad_(True)

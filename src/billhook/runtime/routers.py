@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy
-from billhook.anatomy.undo import Undo
+from billhook.anatomy.undo import Undo, frozen
 from billhook.data import Windows
 from billhook.plan.errors import InputError
 from billhook.runtime.silence import Forward, place, stream_in, stream_out, with_stream
@@ -160,21 +159,3 @@ def _routed(
 def _order(count: int, draw: torch.Generator) -> Iterator[int]:
     while True:
         yield from torch.randperm(count, generator=draw).tolist()
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients for its weights; both are put back."""
-    training = [module for module in model.modules() if module.training]
-    wanting = [weight for weight in model.parameters() if weight.requires_grad]
-    for module in training:
-        module.training = False
-    for weight in wanting:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in wanting:
-            weight.requires_grad_(True)
-        for module in training:
-            module.training = True
