@@ -101,3 +101,7 @@ def test_a_seed_repeats_in_another_process_and_another_seed_differs() -> None:
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(ASKED)
     assert all(questions(1)[name] != ASKED[name] for name in PROBES)
+
+
+def test_fewer_questions_are_the_first_ones_of_more() -> None:
+    assert questions(items=5) == {name: asked[:5] for name, asked in ASKED.items()}

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
 from billhook.data import evaluation
-from billhook.evaluate import evidence, probes
+from billhook.evaluate import evidence
+from billhook.evaluate.probes import answers, paired, posed
 from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
@@ -21,7 +22,7 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
-from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_TOKENS
+from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
@@ -68,7 +69,8 @@ def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison
     texts = evaluation("builtin", tokenizer, tokens=COMPARED_TOKENS, length=min(COMPARED_LENGTH, length))
     smaller = apply(dense, discover(dense), [Address.parse(unit) for unit in entry.drops])
     assert evidence(dense, smaller, texts) == entry.evidence
-    assert probes(dense, smaller, tokenizer) == entry.probes
+    asked = posed(dense, tokenizer, COMPARED_QUESTIONS)
+    assert paired(answers(dense, asked), answers(smaller, asked)) == entry.probes
 
 
 def test_what_was_written_is_what_was_returned(whole: tuple[Comparison, Path]) -> None:

@@ -12,7 +12,7 @@ from billhook.data import check_tokenizer
 from billhook.evaluate.causal import positions, require_causal
 from billhook.evaluate.exact import Expected, exact, expected
 from billhook.evaluate.intervals import mean_interval
-from billhook.evaluate.questions import questions
+from billhook.evaluate.questions import ITEMS, questions
 from billhook.plan.errors import InputError
 from billhook.plan.record import ProbeEvidence
 
@@ -39,15 +39,19 @@ def probes(
     return paired(of_dense, answers(compressed, asked, _from(progress, total // 2, total)))
 
 
-def posed(model: PreTrainedModel, tokenizer: Any) -> Probes:
-    """The questions of every probe in tokens. Raises InputError for a model that is no causal language model, a missing
-    tokenizer or one that does not fit, and where a question has more tokens than the model has positions."""
+def posed(model: PreTrainedModel, tokenizer: Any, items: int = ITEMS) -> Probes:
+    """The questions of every probe in tokens, ``items`` of each. Raises InputError for a model that is no causal
+    language model, a missing tokenizer or one that does not fit, and where a question has more tokens than the model
+    has positions."""
     require_causal(model, "probes")
     if tokenizer is None:
         raise InputError("probes need a tokenizer; the model's folder has none")
     check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
-    asked = {name: [expected(tokenizer, i.prompt, i.answer) for i in items] for name, items in questions().items()}
-    longest, limit = max(len(one.ids) for items in asked.values() for one in items), positions(model)
+    asked = {
+        name: [expected(tokenizer, one.prompt, one.answer) for one in of_probe]
+        for name, of_probe in questions(items=items).items()
+    }
+    longest, limit = max(len(one.ids) for of_probe in asked.values() for one in of_probe), positions(model)
     if limit is not None and longest > limit:
         raise InputError(f"probes take up to {longest} tokens, but {type(model).__name__} has {limit} positions")
     return asked

@@ -90,18 +90,18 @@ PROBES: dict[str, Draw] = {
 }
 
 
-def questions(seed: int = 0) -> dict[str, tuple[Item, ...]]:
-    """For each probe ITEMS different questions, each after SHOTS other questions with their answers, one a line.
+def questions(seed: int = 0, items: int = ITEMS) -> dict[str, tuple[Item, ...]]:
+    """For each probe ``items`` different questions, each after SHOTS other questions with their answers, one a line.
 
-    The same seed gives the same items on every machine.
+    The same seed gives the same items on every machine; fewer are the first ones of more.
     """
-    return {name: _items(name, draw, seed) for name, draw in PROBES.items()}
+    return {name: _items(name, draw, seed, items) for name, draw in PROBES.items()}
 
 
-def _items(name: str, draw: Draw, seed: int) -> tuple[Item, ...]:
+def _items(name: str, draw: Draw, seed: int, items: int) -> tuple[Item, ...]:
     source = Random(f"{name} {seed}")
     found: dict[str, Item] = {}
-    while len(found) < ITEMS:
+    while len(found) < items:
         lines: dict[str, str] = {}
         while len(lines) <= SHOTS:
             lines.update([draw(source)])

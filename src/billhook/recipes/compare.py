@@ -34,7 +34,13 @@ from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
 from billhook.recipes.schema import Baseline, Recipe
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, COMPARED_LENGTH, COMPARED_TOKENS
+from billhook.recipes.settings import (
+    CALIBRATION_LENGTH,
+    CALIBRATION_TOKENS,
+    COMPARED_LENGTH,
+    COMPARED_QUESTIONS,
+    COMPARED_TOKENS,
+)
 from billhook.recipes.workplace import claimed, keep
 from billhook.report.comparison import write_comparison
 from billhook.surgery import apply
@@ -93,7 +99,7 @@ def compare(
         if len(model.anatomy.stacks) > 1:  # some method may cut in several, and healing takes one at a time
             names = " and ".join(stack.name for stack in model.anatomy.stacks)
             raise InputError(f"a comparison heals models of one stack; this one has {names}: use --heal none")
-    asked_of = posed(model.model, model.tokenizer)
+    asked_of = posed(model.model, model.tokenizer, COMPARED_QUESTIONS)
     with claimed(out) as place:
         with clock.step("measure"):
             windows = windows_of(
@@ -305,6 +311,7 @@ def _key(
         "environment": environment(model),
         "calibration": windows.fingerprint,
         "texts": [text.fingerprint for _, text in texts],
+        "questions": COMPARED_QUESTIONS,
         "healed on": longer.fingerprint if longer is not None else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, Block
@@ -47,17 +48,17 @@ class FfnSkip(Policy):
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
         counts = Counts()
-        trigger = _Saturation(self, len(anatomy.stack("decoder").blocks))
-        online = Online(model, anatomy, trigger, ["decoder"], counts, watch_mlps=True)
+        middle = range(self.first, len(anatomy.stack("decoder").blocks) - self.last)
+        online = Online(model, anatomy, _Saturation(self, middle), ["decoder"], counts, watched=middle)
         return Attached(model, self, counts, online.fit)
 
 
 class _Saturation:
     """Decisions are plain numbers, one a row: a tensor would cost as much as a good part of a small MLP."""
 
-    def __init__(self, policy: FfnSkip, blocks: int) -> None:
+    def __init__(self, policy: FfnSkip, middle: range) -> None:
         self._policy = policy
-        self._middle = range(policy.first, blocks - policy.last)
+        self._middle = middle
         self._began = 0  # tokens in the cache when the first one was generated
         self._looking = False
         self._left: list[int] = []  # MLPs still to be left out, of each row
@@ -82,9 +83,11 @@ class _Saturation:
         pass
 
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
-        if not self._looking or block.address.block not in self._middle:
+        if not self._looking:
             return
-        cosines = nn.functional.cosine_similarity(before[:, 0].float(), after[:, 0].float(), dim=-1).tolist()
-        for row, cosine in enumerate(cosines):
-            if cosine > self._policy.threshold and not self._skipped[row]:
+        both = torch.stack((before[:, 0], after[:, 0]), dim=1).float()
+        products = torch.bmm(both, both.mT).tolist()  # [rows, 2, 2]: one call where a cosine is a dozen
+        for row, ((b, shared), (_, a)) in enumerate(products):
+            turned = shared <= self._policy.threshold * math.sqrt(a * b)
+            if not turned and not self._skipped[row]:
                 self._left[row] = self._policy.span

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from transformers import Cache, PreTrainedModel
 
 from billhook.anatomy import Anatomy, Block, Stack
 from billhook.anatomy.undo import Undo
+from billhook.plan.address import Address
 from billhook.runtime.counts import Counts
 from billhook.runtime.silence import Forward, Gate, Masked, place, stream_in, stream_out, with_stream
 from billhook.runtime.watched import Watched
@@ -79,6 +80,9 @@ class Online:
 
     What every real token of a pass leaves out is not computed; where tokens disagree it is computed for all and the
     others' part is thrown away. So a row's result never depends on its neighbours, and the counts say what was saved.
+
+    ``watched`` names the blocks whose MLPs the trigger sees. Those alone, and the first block of a stack, where a pass
+    begins, are then asked about: what stands between a small model and its next block costs time.
     """
 
     def __init__(
@@ -89,12 +93,12 @@ class Online:
         stacks: Iterable[str],
         counts: Counts,
         *,
-        watch_mlps: bool = False,
+        watched: Container[int] | None = None,
     ) -> None:
         wanted = set(stacks)
         self.model, self.anatomy, self.trigger, self.counts = model, anatomy, trigger, counts
         self.stacks = [stack for stack in anatomy.stacks if stack.name in wanted]
-        self.watch_mlps = watch_mlps
+        self._watched = watched
         self._coming: tuple[str, int, Tensor | None] = ("", 0, None)
         self._now: Pass | None = None
 
@@ -102,11 +106,16 @@ class Online:
         """Put the loop on the model; ``undo`` takes it off."""
         for stack in self.stacks:
             owner = self.model.get_submodule(stack.path.rpartition(".")[0])
-            place(owner, self._pass_of(stack, owner.forward), undo)
-            for block in stack.blocks:
-                watched = Watched(self.model, block, undo) if self.watch_mlps else None
+            asked = [b for b in stack.blocks if self._watched is None or not b.address.block or self._sees(b)]
+            place(owner, self._pass_of(stack, owner.forward, [b for b in stack.blocks if b not in asked]), undo)
+            for block in asked:
+                mlp = Watched(self.model, block, undo) if self._sees(block) else None
                 module = self.model.get_submodule(block.path)
-                place(module, self._block(module.forward, block, watched), undo)
+                place(module, self._block(module.forward, block, mlp), undo)
+
+    def _sees(self, block: Block) -> bool:
+        """Whether the trigger sees the MLP of this block."""
+        return self._watched is not None and block.address.block in self._watched
 
     def _gates(self, block: Block, *, entries: bool) -> list[Gate]:
         """Of every sublayer; an attention with a cache keeps its keys and values, if it is to make ``entries``."""
@@ -116,7 +125,9 @@ class Online:
             for sub in block.sublayers
         ]
 
-    def _pass_of(self, stack: Stack, original: Forward) -> Forward:
+    def _pass_of(self, stack: Stack, original: Forward, unasked: list[Block]) -> Forward:
+        always = [sub.address for block in unasked for sub in block.sublayers]
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             past = int(cache.get_seq_length()) if cache is not None and stack.causal else 0
@@ -124,7 +135,9 @@ class Online:
             self._coming = (stack.name, past, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
             self._now = None
             try:
-                return original(*args, **kwargs)
+                output = original(*args, **kwargs)
+                self._count_all(always)
+                return output
             finally:
                 self._now = None
 
@@ -174,6 +187,12 @@ class Online:
             return output
 
         return forward
+
+    def _count_all(self, ran: list[Address]) -> None:
+        """Of the pass that now ends."""
+        if self._now is not None:
+            for unit in ran:
+                self.counts.ran[unit] += self._now.rows * self._now.tokens
 
     def _count(self, gates: list[Gate], shut: list[Gate | Masked], now: Pass) -> None:
         tokens = now.rows * now.tokens
