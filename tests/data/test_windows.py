@@ -15,6 +15,7 @@ from torch import nn
 
 from billhook.data import Text, Windows, calibration, check_overlap, check_tokenizer, evaluation, overlap, windows
 from billhook.data.builtin import builtin
+from billhook.data.source import read
 from billhook.data.windows import spread
 from billhook.models import load
 from billhook.plan.errors import InputError
@@ -195,6 +196,22 @@ class Counting(nn.Module):
 def test_written_text_starts_from_bos_and_goes_on_past_eos(tokenizer: Any, expected: list[int]) -> None:
     ids = calibration("self", tokenizer, tokens=10, length=5, model=Counting()).ids
     assert ids.tolist() == [expected] * 2
+
+
+def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
+    text = tmp_path / "field.txt"
+    text.write_text(PROSE.content)
+    front = spread(Text("front", read(text).split()[0].parts), WITH_BOS, tokens=3 * 8, length=8)
+    ids = calibration(f"self:{text}", WITH_BOS, tokens=3 * 32, length=32, model=Counting()).ids
+    assert torch.equal(ids[:, :8], front.ids) and len(front.ids.unique(dim=0)) == 3
+    assert torch.equal(ids[:, 8:], ids[:, 7:8] + torch.arange(1, 25))  # and the model never read it from the start
+    held_back = evaluation(f"self:{text}", PLAIN, tokens=64, length=32)[0][1]
+    assert torch.equal(held_back.ids, evaluation(text, PLAIN, tokens=64, length=32)[0][1].ids)
+
+
+def test_a_text_to_go_on_from_must_exist() -> None:
+    with pytest.raises(InputError, match=r"missing.* does not exist"):
+        calibration("self:missing.txt", PLAIN, tokens=64, length=32, model=Counting())
 
 
 def test_only_a_causal_model_can_write(tiny_tokenizer: Any) -> None:

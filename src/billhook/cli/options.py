@@ -107,7 +107,10 @@ Select = Annotated[
         "[bold]paser[/]: more of the kinds that suffered most.",
     ),
 ]
-CALIBRATION_HELP = "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, or self."
+CALIBRATION_HELP = (
+    "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, self (written by the "
+    "model), or self:TEXT (going on from pieces of TEXT)."
+)
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]
 

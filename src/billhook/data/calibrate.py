@@ -17,6 +17,7 @@ from billhook.plan.errors import InputError
 Source = str | os.PathLike[str] | Text
 Progress = Callable[[str, int, int], None]
 Domain = Literal["calibration", "other"]
+_PROMPTED = "self:"
 _HELD_BACK_SEED = 2**31  # text written for evaluation never shares a seed with text written for calibration
 
 
@@ -35,13 +36,14 @@ def calibration(
     short and ``fewest`` tokens suffice.
 
     ``source``: a ``.txt``, ``.txt.gz``, ``.jsonl`` or ``.jsonl.gz`` file, a folder of them, a hub data set,
-    ``builtin``, ``self`` (text that ``model`` samples; takes ``length`` decode steps), or a ``Text``. The text is
+    ``builtin``, ``self`` (text that ``model`` samples; takes ``length`` decode steps), ``self:`` and one of the others
+    (the same, going on from pieces of that text), or a ``Text``. The text is
     tokenised in one go with nothing between its lines; every window begins with BOS exactly where the tokenizer puts
     one by itself. The same source, tokenizer and seed give the same windows. InputError where the text is missing,
     unreadable or too short.
     """
-    if source == "self":
-        return _written(model, tokenizer, tokens, length, seed, progress)
+    if is_written(source):
+        return _written(source, model, tokenizer, tokens, length, seed, progress)
     return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed, fewest=fewest)
 
 
@@ -57,16 +59,17 @@ def evaluation(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[tuple[Domain, Windows]]:
-    """Windows to judge on that no calibration from ``source`` can contain: its last 20%, and a text of another kind
+    """Windows to judge on that no calibration from ``source`` can contain: its last 20% (of ``self:`` and a text, that
+    text's), and a text of another kind
     (``builtin``, or docstrings of the standard library where that is the source or a source ``read_before``).
 
     InputError if a text of ``calibrated_on`` holds more than 5% of their runs of tokens.
     """
     if source == "self":
-        held_back = _written(model, tokenizer, tokens, length, _HELD_BACK_SEED + seed, progress)
+        held_back = _written(source, model, tokenizer, tokens, length, _HELD_BACK_SEED + seed, progress)
         name = "self"
     else:
-        text = read(source)
+        text = _prompts(source) or read(source)
         held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
         name = text.name
     other = docstrings() if builtin().name in (name, *read_before) else builtin()
@@ -86,7 +89,24 @@ def windows(source: Source, tokenizer: Any, *, tokens: int, length: int, skip: i
     return first(read(source), tokenizer, tokens=tokens, length=length, skip=skip)
 
 
-def _written(model: Any, tokenizer: Any, tokens: int, length: int, seed: int, progress: Progress | None) -> Windows:
+def is_written(source: Source) -> bool:
+    """Whether the model itself is to write the text: ``self``, or ``self:`` and what it goes on from."""
+    return isinstance(source, str) and (source == "self" or source.startswith(_PROMPTED))
+
+
+def _prompts(source: Source) -> Text | None:
+    """What the model goes on from, if it is to."""
+    return read(source.removeprefix(_PROMPTED)) if isinstance(source, str) and source.startswith(_PROMPTED) else None
+
+
+def _written(
+    source: Source, model: Any, tokenizer: Any, tokens: int, length: int, seed: int, progress: Progress | None
+) -> Windows:
     if model is None:
         raise InputError("calibration source self needs the model that is to write the text")
-    return written(model, tokenizer, tokens=tokens, length=length, seed=seed, progress=progress)
+    text = _prompts(source)
+    prompts = None if text is None else text.split()[0]
+    name = os.fspath(source) if not isinstance(source, Text) else source.name
+    return written(
+        model, tokenizer, tokens=tokens, length=length, seed=seed, prompts=prompts, name=name, progress=progress
+    )

@@ -13,7 +13,7 @@ from billhook.plan.errors import InputError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 _HUB_LIMIT = 4 * 2**20  # characters streamed of a hub data set
-_USAGE = f"a text is a file ({KINDS}), a folder of them, a hub data set, builtin or self"
+_USAGE = f"a text is a file ({KINDS}), a folder of them, a hub data set, builtin, self or self:TEXT"
 
 
 def read(source: str | os.PathLike[str] | Text) -> Text:

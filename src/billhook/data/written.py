@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from billhook.data.decoding import forward
-from billhook.data.windows import Windows, count_of, prefix_of
+from billhook.data.text import Text
+from billhook.data.windows import Windows, count_of, prefix_of, spread
 from billhook.plan.errors import InputError
 
 ROWS = 64  # written at once: their keys and values are held
+PROMPT = 32  # tokens of a text that the model goes on from
 
 
 @torch.inference_mode()
@@ -22,13 +24,18 @@ def written(
     tokens: int,
     length: int,
     seed: int = 0,
+    prompts: Text | None = None,
+    name: str = "self",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Windows:
     """Sample windows from the model's own distribution (temperature 1, nothing cut off), 64 of them at once.
 
     Every row starts from the tokenizer's BOS (where it has none, from EOS) and goes on past any EOS, as in packed
-    training text. BOS is kept in the window only where the tokenizer would put it. The same seed gives the same text
-    on one machine. Cost: ``length`` decode steps for every 64 windows.
+    training text. BOS is kept in the window only where the tokenizer would put it. With ``prompts`` each row goes on
+    from 32 tokens of that text, taken evenly from it (a quarter of a short window), which stay in the window: answers
+    of the model in the user's own field, as Nepal et al. 2026 (arXiv 2602.01997) train on; how prompts are taken is
+    chosen here. The same seed gives the same text on one machine. Cost: ``length`` decode steps
+    for every 64 windows. InputError for a model that does not write text, and prompts too short for so many rows.
     """
     if tokenizer is None or not hasattr(model, "can_generate") or not model.can_generate():
         raise InputError("calibration source self needs a model that writes text; give a text file")
@@ -37,15 +44,19 @@ def written(
     kept = prefix_of(tokenizer)
     start = kept or [next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)]
     rows = count_of(tokens, length)
+    if prompts is None:
+        first, known = torch.tensor([start] * rows), torch.tensor([kept] * rows, dtype=torch.int64)
+    else:
+        size = max(len(kept) + 1, min(PROMPT, length // 4))
+        first = known = spread(prompts, tokenizer, tokens=rows * size, length=size, seed=seed).ids
     generator = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
     try:
-        drawn = _sample(model, torch.tensor([start] * rows), length - len(kept), generator, progress)
+        drawn = _sample(model, first, length - known.shape[1], generator, progress)
     finally:
         model.train(training)
-    ids = torch.cat([torch.tensor([kept] * rows, dtype=torch.int64), drawn], dim=1)
-    return Windows.of(ids, f"self, seed {seed}")
+    return Windows.of(torch.cat([known, drawn], dim=1), f"{name}, seed {seed}")
 
 
 def _sample(model: Any, ids: torch.Tensor, steps: int, generator: torch.Generator, progress: Any) -> torch.Tensor:

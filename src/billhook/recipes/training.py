@@ -17,6 +17,7 @@ from torch import Tensor
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
+from billhook.data.calibrate import is_written
 from billhook.data.duplicates import distinct, without_duplicates
 from billhook.data.source import read
 from billhook.data.windows import spread
@@ -110,9 +111,9 @@ def training_text(
     length = model.length(TRAINING_LENGTH)
     path = place / f"text-{_key([*_of(model), calibration, tokens, length, seed])}.safetensors"
     with PartialState().main_process_first():
-        found = kept(path, {}) if calibration == "self" else None
+        found = kept(path, {}) if is_written(calibration) else None
         if found is not None:
-            return Windows.of(found[0]["ids"], f"self, seed {seed}")
+            return Windows.of(found[0]["ids"], f"{calibration}, seed {seed}")
         windows = windows_of(
             calibration,
             model.tokenizer,
@@ -123,7 +124,7 @@ def training_text(
             fewest=2 * length,
             progress=progress,
         )
-        if calibration == "self":
+        if is_written(calibration):
             keep(path, {"ids": windows.ids}, {})
     return windows
 
@@ -135,7 +136,7 @@ def selection(
     length = model.length(TRAINING_LENGTH)
     target = target_text(model, wanted, length, seed)
     more = tokens * (1 if wanted.word == "distinct" else SELECTED_FROM)
-    if calibration == "self":
+    if is_written(calibration):
         written = training_text(model, calibration, more, seed, place, progress)
         kept_rows = distinct(list(written.ids.numpy()))
         windows, parts, repeated = written, len(written.ids), len(written.ids) - len(kept_rows)
