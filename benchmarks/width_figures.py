@@ -1,6 +1,10 @@
 """WikiText-2 and C4 perplexity of SmolLM2-135M at 20% of the block parameters, cut in width, on the same calibration.
 
-    python benchmarks/width_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 3072 bfloat16 all)
+    python benchmarks/width_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...] [text=FILE] [skip=N]
+    (default: demo 3072 bfloat16, all recipes, text=wiki_calib.txt.gz skip=0)
+
+Another text of the test data, or other windows of the same (after ``skip`` of them), say how far a figure depends on
+what it was calibrated on.
 
 Every recipe of width, then two choices that look at nothing: the same widths as the first recipe's, with units at
 random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many
@@ -32,13 +36,15 @@ BUDGET = "params=0.8"
 WORK = Path("out/benchmarks/width-figures")
 
 
-def main(source: str = "demo", tokens: str = str(CALIBRATION_TOKENS), dtype: str = "bfloat16", *recipes: str) -> None:
+def main(source: str = "demo", tokens: str = str(CALIBRATION_TOKENS), dtype: str = "bfloat16", *more: str) -> None:
+    given = {"text": "wiki_calib.txt.gz", "skip": "0", **dict(word.split("=", 1) for word in more if "=" in word)}
+    recipes = [word for word in more if "=" not in word]
     b = bed(source)
     b.live.to(getattr(torch, dtype))
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH)
+    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH, given["text"], int(given["skip"]))
     seen = watch(b.model, windows, None)
-    print(f"calibrated on {windows.tokens} tokens of wiki_calib, {dtype}, {BUDGET}")
+    print(f"calibrated on {windows.tokens} tokens of {given['text']} from window {given['skip']} on, {dtype}, {BUDGET}")
     print(f"{'recipe':<24} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}  units left", flush=True)
     show(b, "dense", (), c4, 0.0)
     first: tuple[Keep, ...] = ()
