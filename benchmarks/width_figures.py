@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from time import perf_counter as now
 
 import torch
 from protocol import DATA, LENGTH, Bed, bed
@@ -22,7 +23,6 @@ from protocol import DATA, LENGTH, Bed, bed
 from billhook.data import Windows
 from billhook.data import windows as windows_of
 from billhook.measure.cost import CostModel
-from billhook.measure.latency import now
 from billhook.plan.budget import Budget
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
