@@ -185,6 +185,7 @@ def test_written_with_its_routers_and_refused_on_another_model(tmp_path: Path) -
     again = policy_of(str(tmp_path / "p.json"))
     assert again == policy
     assert all(torch.equal(tensor, policy.tensors()[name]) for name, tensor in again.tensors().items())
+    assert again != leaving(5, 36, [3]) and again != FirstRouter(threshold=policy.threshold)
     assert again.turned(0.2).tensors().keys() == {"w", "b"}
     model = build("gpt2")
     with pytest.raises(InputError, match="its routers are for 5 blocks of width 36"):

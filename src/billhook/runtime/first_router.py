@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -103,9 +103,6 @@ class FirstRouter(Policy):
             here, self.threshold, routable(anatomy) if routers is not None else [], without_entries(anatomy)
         )
         return Attached(model, self, counts, Online(model, anatomy, trigger, ["decoder"], counts).fit, beams=False)
-
-    def __eq__(self, other: Any) -> bool:
-        return type(self) is type(other) and self.model_dump() == other.model_dump()
 
 
 class _Route:

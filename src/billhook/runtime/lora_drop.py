@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -99,9 +99,6 @@ class LoraDrop(Policy):
             )
         corrections = {unit: _correction(pair, model) for unit, pair in self._factors.items()}
         return attach_turns(model, anatomy, self.schedule(anatomy), self, self.reuse, corrections)
-
-    def __eq__(self, other: Any) -> bool:
-        return type(self) is type(other) and self.model_dump() == other.model_dump()
 
 
 def _correction(factors: Factors, model: torch.nn.Module) -> Correction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,6 +63,13 @@ class Policy(BaseModel, ABC):
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same policy with what such a file holds."""
         raise InputError(f"policy {self.name} has no tensors of its own")
+
+    def __eq__(self, other: object) -> bool:
+        """The same parameters, and the same tensors bit for bit."""
+        if not isinstance(other, type(self)) or self.model_dump() != other.model_dump():
+            return False
+        mine, others = self.tensors(), other.tensors()
+        return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
 
     def turned(self, *values: float) -> Self:
         """The same policy with its dials at ``values``."""
