@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy import discover
 from billhook.data import Windows
+from billhook.data.decoding import forward
 from billhook.evaluate.policy_quality import Judge
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -52,9 +53,9 @@ def test_a_block_left_out_has_the_prompts_entries_alone() -> None:
     model = build("llama")
     anatomy = discover(model)
     with leaving(5, 36, [2, 4]).attach(model, anatomy) as attached, torch.no_grad():
-        cache = model(IDS[:, :4], use_cache=True).past_key_values
-        model(IDS[:, 4:5], past_key_values=cache, use_cache=True)
-        model(IDS[:, 5:], past_key_values=cache, use_cache=True)  # two at once: the route holds
+        cache = forward(model, IDS[:, :4])[1]
+        forward(model, IDS[:, 4:5], cache)
+        forward(model, IDS[:, 5:], cache)  # two at once: the route holds
     assert [layer.keys.shape[2] for layer in cache.layers] == [7, 7, 4, 7, 4]
     assert attached.counts.skipped == {Address("decoder", i, kind): 6 for i in (2, 4) for kind in ("attention", "mlp")}
     _, saved = Judge(model, anatomy, Windows.of(IDS, "text"))(leaving(5, 36, [2, 4]))
@@ -68,14 +69,14 @@ def test_the_route_goes_where_the_cache_goes() -> None:
     policy = leaving(5, 36, [2])
     with policy.attach(model, anatomy), torch.no_grad():
         whole = decoded(model, IDS)
-        cache = model(IDS[:, :3], use_cache=True).past_key_values
+        cache = forward(model, IDS[:, :3])[1]
         other = leaving(5, 36, [2], threshold=0)
     copied = copy.deepcopy(cache)
     with other.attach(model, anatomy), torch.no_grad():
-        fresh = model(IDS[:, :3], use_cache=True).past_key_values
+        fresh = forward(model, IDS[:, :3])[1]
         for place in range(3, 7):
-            found = model(IDS[:, place : place + 1], past_key_values=copied, use_cache=True).logits
-            plain = model(IDS[:, place : place + 1], past_key_values=fresh, use_cache=True).logits
+            found = forward(model, IDS[:, place : place + 1], copied)[0]
+            plain = forward(model, IDS[:, place : place + 1], fresh)[0]
     assert torch.equal(found[:, 0], whole[:, -1])
     assert not torch.allclose(plain, found)
 
