@@ -9,6 +9,7 @@ from example import example_run, hostile_run, inspection, two_stacks
 
 from billhook.plan.address import Address
 from billhook.plan.plan import Plan
+from billhook.plan.record import HealRecord, HealStep
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 from billhook.report.card import card
@@ -70,6 +71,27 @@ def test_commands_can_be_pasted() -> None:
     compress = "--budget params=0.8 --target remote --recipe greedy --calibration wiki_calib --heal none --seed 0"
     assert f"{compress} --out DIR\n" in card(run)
     assert "billhook compress" not in card(run.model_copy(update={"asked": None}))
+
+
+def test_commands_name_every_healing_in_turn() -> None:
+    def lines(*steps: HealStep) -> list[str]:
+        healing = HealRecord(method=steps[-1].method, tokens=8, work=1, refits=(), steps=steps)
+        text = card(example_run().model_copy(update={"healing": healing}))
+        return [line for line in text.splitlines() if line.startswith("billhook ")]
+
+    own = HealStep(method="closed-form", text="wiki_calib", seed=0)
+    act = HealStep(method="fuse", text="wiki_calib", seed=0)
+    other = HealStep(method="distill", text="mine.txt", seed=3, tokens=5000, select="dsir:like.txt")
+    cut, again = lines(own, other)
+    assert cut.endswith("--heal closed-form --seed 0 --out CUT")
+    told = "--method distill --select dsir:like.txt --tokens 5000 --calibration mine.txt --seed 3 --out DIR"
+    assert again == f"billhook heal CUT {told}"
+    cut, again = lines(act, other)
+    assert "--heal" not in cut and again.startswith("billhook heal CUT --method distill")
+    cut, first, second = lines(other, own)
+    assert "--heal none" in cut and first.endswith("--out HEALED1") and second.startswith("billhook heal HEALED1 ")
+    assert second.endswith("--method closed-form --calibration wiki_calib --seed 0 --out DIR")
+    assert other.read == ("mine.txt", "like.txt") and own.read == ("wiki_calib",)
 
 
 def test_what_was_not_measured_is_left_out() -> None:

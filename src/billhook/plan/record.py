@@ -209,12 +209,37 @@ class Graft(_Record):
     neurons: int
 
 
+_ACTS = ("average", "fuse", "gains", "second-order", "merge")
+
+
+class HealStep(_Record):
+    """One way to new weights, as it was asked for: on which text, trained on how many tokens (None where that is not
+    asked), selected by which word (and ``:`` its target)."""
+
+    method: str
+    text: str
+    seed: int
+    tokens: int | None = None
+    select: str = ""
+
+    @property
+    def combined(self) -> bool:
+        """Whether the new weights are the act of the recipe itself, which no option asks for."""
+        return self.method in _ACTS
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The texts that it looked at."""
+        target = self.select.partition(":")[2]
+        return (self.text, target) if target else (self.text,)
+
+
 class HealRecord(_Record):
     """How what was left after the cut got new weights: ``left_alone`` names the write linears that were not tried,
     with the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone.
     ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
-    ``refused``: the healed one was no nearer, so the model is left as cut. ``text`` and ``seed``: what it was
-    healed on. ``training`` came after the refits, if any."""
+    ``refused``: the healed one was no nearer, so the model is left as cut. ``training`` came after the refits, if any.
+    ``steps``: all that was done one after the other, of which this is the last."""
 
     method: str
     tokens: int
@@ -224,15 +249,14 @@ class HealRecord(_Record):
     grafts: tuple[Graft, ...] = ()
     divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
-    text: str = ""
-    seed: int | None = None
+    steps: tuple[HealStep, ...] = ()
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 
     @property
     def combined(self) -> bool:
         """Whether the new weights are the act of the recipe itself, which no option asks for."""
-        return self.method in ("average", "fuse", "gains", "second-order", "merge")
+        return self.method in _ACTS
 
 
 class Measures(_Record):

@@ -23,7 +23,7 @@ from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Provenance
-from billhook.plan.record import Run
+from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
@@ -160,7 +160,9 @@ def compress(
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if healing is not None:
-            healing = healing.model_copy(update={"text": calibration, "seed": seed})
+            selected = "" if wanted is None else select
+            step = HealStep(method=healing.method, text=calibration, seed=seed, select=selected)
+            healing = healing.model_copy(update={"steps": (step,)})
         costs = costs_of(plan, outline)
         run = Run(
             model=os.fspath(source),

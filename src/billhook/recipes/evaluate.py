@@ -76,11 +76,12 @@ def pair(
 
 
 def calibrated_with(source: str | os.PathLike[str]) -> list[str]:
-    """The texts that a result of Billhook was calibrated and healed on; for any other model ``builtin``."""
+    """The texts that a result of Billhook was calibrated and healed on, that of the cut first; for any other model
+    ``builtin``."""
     record = recorded(source)
     cut = record.measures.calibration if record and record.measures else ""
-    mended = record.healing.text if record and record.healing else ""
-    return list(dict.fromkeys([cut or "builtin", mended or cut or "builtin"]))
+    steps = record.healing.steps if record and record.healing else ()
+    return list(dict.fromkeys([cut or "builtin", *(text for step in steps for text in step.read)]))
 
 
 def recorded(source: str | os.PathLike[str]) -> Run | None:

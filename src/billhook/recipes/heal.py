@@ -40,7 +40,7 @@ from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.plan.record import HealRecord, Run
+from billhook.plan.record import HealRecord, HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
@@ -123,6 +123,14 @@ def heal(
     calibrated_on = calibrated_with(source)[0]
     text_name = calibration or calibrated_on
     wanted = asked(select, method, calibrated_on, text_name)
+    done_before = known.healing.steps if known.healing else ()
+    step: HealStep | None = HealStep(
+        method=method,
+        text=text_name,
+        seed=seed,
+        tokens=tokens if method in TRAINED else None,
+        select="" if wanted is None else select,
+    )
     clock = Stopwatch()
     with clock.step("load"):
         small, model = pair(source, origin, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -156,12 +164,14 @@ def heal(
                 compressed, healing = applied(model, plan, best, method)
                 if best is start:
                     healing = known.healing or healing.model_copy(update={"refused": True})
+                    step = None if known.healing else step
             else:
                 done = training.taught(
                     model, plan, method, start, known.healing, text, chosen or lessons, tokens, seed, place, progress
                 )
                 compressed, begun, healing = done.compressed, done.begun, done.record
-        healing = healing.model_copy(update={"text": text_name, "seed": seed})
+        if step is not None:
+            healing = healing.model_copy(update={"steps": (*done_before, step)})
         run = known.model_copy(
             update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
         )

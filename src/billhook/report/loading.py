@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from billhook.plan.outline import Outline
-from billhook.plan.record import HealRecord, Run
+from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.plan.widths import common_sizes, counts
 from billhook.report.cuts import dropped, tied
@@ -78,40 +78,37 @@ def loading(run: Run) -> Loading:
 
 def commands(run: Run) -> str:
     """The commands that make the same result again: from the plan exactly (unless it was healed: a plan does not hold
-    the new weights), and by a new search where there was one."""
+    the new weights), and by a new search where there was one, then healing by healing."""
     model = shlex.quote(run.model)
-    healing = run.healing
-    lines = [] if healing else [f"billhook apply {model} billhook.json --out DIR"]
-    if run.asked:
-        calibration = run.measures.calibration if run.measures else ""
-        seed = run.plan.provenance.seed
-        # in one go, unless another text healed it than the cut was made on
-        apart = healing is not None and (healing.text or calibration, healing.seed or 0) != (calibration, seed or 0)
-        way = _way(healing)
-        cut = {
-            "budget": run.asked,
-            "target": str(run.plan.target),
-            "recipe": run.plan.provenance.recipe,
-            "calibration": calibration,
-            **({"heal": "none"} if apart else way),
-            "seed": "" if seed is None else str(seed),
-        }
-        lines.append(f"billhook compress {model} {_options(cut)} --out {'CUT' if apart else 'DIR'}")
-        if healing is not None and apart:
-            again = {"method": way["heal"], "select": way.get("select", ""), "calibration": healing.text}
-            lines.append(f"billhook heal CUT {_options(again | {'seed': str(healing.seed or 0)})} --out DIR")
+    lines = [] if run.healing else [f"billhook apply {model} billhook.json --out DIR"]
+    if not run.asked:
+        return "\n".join(lines)
+    calibration = run.measures.calibration if run.measures else ""
+    seed = run.plan.provenance.seed
+    steps = run.healing.steps if run.healing else ()
+    # the first healing in one go with the cut, where compress does the same
+    together = bool(steps) and (steps[0].text, steps[0].seed, steps[0].tokens) == (calibration, seed or 0, None)
+    later = steps[1:] if together else steps
+    folders = [*("CUT" if n == 0 else f"HEALED{n}" for n in range(len(later))), "DIR"]
+    cut = {
+        "budget": run.asked,
+        "target": str(run.plan.target),
+        "recipe": run.plan.provenance.recipe,
+        "calibration": calibration,
+        **(_way(steps[0]) if together else {"heal": "none"}),
+        "seed": "" if seed is None else str(seed),
+    }
+    lines.append(f"billhook compress {model} {_options(cut)} --out {folders[0]}")
+    for step, source, out in zip(later, folders, folders[1:], strict=False):
+        tokens = "" if step.tokens is None else str(step.tokens)
+        asked = {"method": step.method, "select": step.select, "tokens": tokens, "calibration": step.text}
+        lines.append(f"billhook heal {source} {_options(asked | {'seed': str(step.seed)})} --out {out}")
     return "\n".join(lines)
 
 
-def _way(healing: HealRecord | None) -> dict[str, str]:
-    """Said in either case, for the recipe may say otherwise; an act that combines blocks is the recipe's own."""
-    if healing is None:
-        return {"heal": "none"}
-    if healing.combined:
-        return {}
-    chosen = healing.training.selection if healing.training else None
-    target = f":{chosen.target}" if chosen is not None and chosen.target else ""
-    return {"heal": healing.method, "select": f"{chosen.word}{target}" if chosen is not None else ""}
+def _way(step: HealStep) -> dict[str, str]:
+    """Said where the recipe may say otherwise; an act that combines blocks is the recipe's own."""
+    return {} if step.combined else {"heal": step.method, "select": step.select}
 
 
 def _options(values: dict[str, str]) -> str:

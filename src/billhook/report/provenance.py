@@ -37,7 +37,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found += [
             ("act" if healing.combined else "healing", f"{healing.method}{done}"),
             ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
-            ("healed on", healing.text),
+            ("healed on", ", then ".join(dict.fromkeys(step.text for step in healing.steps))),
             ("healing tokens", f"{healing.tokens:,}"),
             ("work of the healing", quantity(healing.work, "block-token forwards")),
         ]
