@@ -23,13 +23,13 @@ def greedy(model, prompt, steps):
     return ids[0, len(prompt) :].tolist()
 
 
-def mixed(model, count=10):
+def mixed(model, count=10, begin=()):
     """Answers that greedy decoding writes, and the same with one token changed: the first, a middle one or the last;
-    of several lengths. Returns them with what is right."""
+    of several lengths, all after the same beginning. Returns them with what is right."""
     draw = random.Random(0)
     asked, right = [], []
     for number in range(count):
-        prompt = [draw.randrange(3, 90) for _ in range(draw.choice((4, 5)))]
+        prompt = [*begin, *(draw.randrange(3, 90) for _ in range(draw.choice((4, 5))))]
         answer = greedy(model, prompt, 3 - number % 2)
         changed = draw.randrange(-1, len(answer))
         if changed >= 0:
@@ -48,20 +48,31 @@ def test_right_is_what_greedy_decoding_writes(name):
     assert [exact(model, [one])[0] for one in asked] == right  # alone as in company
 
 
-def test_nothing_is_padded_and_no_batch_is_larger_than_it_may_be():
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_all_begin_with_is_read_once_and_changes_nothing(name):
+    model = build(name)
+    asked, right = mixed(model, begin=(7, 40, 12, 33, 8, 9))
+    tokens = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _module, args: tokens.append(args[0].numel()))
+    assert exact(model, asked) == right
+    hook.remove()
+    assert tokens == [6, len(asked) * (max(len(one.ids) for one in asked) - 1 - 6)]
+
+
+def test_shorter_ones_are_filled_up_behind_and_no_batch_is_larger_than_it_may_be():
     model = build("llama")
     seen = []
-    hook = model.get_decoder().register_forward_pre_hook(
-        lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["input_ids"]).clone()), with_kwargs=True
-    )
-    asked = [Expected(tuple(range(3, 3 + length)), 2) for length in (5, 8) for _ in range(BATCH + 3)]
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _module, args: seen.append(args[0].clone()))
+    asked = [Expected(tuple(range(3, 3 + length)), 2) for length in (8, 5) for _ in range(BATCH + 3)]
     ticks = []
     exact(model, asked, ticks.append)
     hook.remove()
-    assert {ids.shape[1] for ids in seen} == {4, 7}
-    assert max(ids.shape[0] for ids in seen) == BATCH
-    assert all(set(row.tolist()) == set(range(3, 3 + ids.shape[1])) for ids in seen for row in ids)
-    assert ticks == [BATCH, 3, BATCH, 3]
+    first, *rest = seen
+    assert first.tolist() == [[3, 4]]
+    assert [tuple(ids.shape) for ids in rest] == [(BATCH, 2), (BATCH, 5), (6, 5)]
+    assert {tuple(row.tolist()) for row in rest[1]} == {(5, 6, 7, 7, 7), (5, 6, 7, 8, 9)}
+    assert ticks == [BATCH, BATCH, 6]
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

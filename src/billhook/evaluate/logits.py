@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.data.decoding import cache_name
 from billhook.measure.patch import hooked, overridden
 
 
-def logits_by_slice(model: PreTrainedModel, ids: Tensor) -> Callable[[slice], Tensor]:
-    """Run the trunk once over ``ids`` [B, T]; the result gives the logits [B, t, V] of a slice of positions.
+def logits_by_slice(model: PreTrainedModel, ids: Tensor, cache: Any = None) -> Callable[[slice], Tensor]:
+    """Run the trunk once over ``ids`` [B, T], which follow what ``cache`` holds and are put into it; the result gives
+    the logits [B, t, V] of a slice of positions.
 
     Each slice is computed by the model's own forward with the trunk's output handed to it and the head's input cut to
     the slice, so whatever the model does between the trunk and the head or after it (scaling, soft-capping) is done.
@@ -21,11 +23,12 @@ def logits_by_slice(model: PreTrainedModel, ids: Tensor) -> Callable[[slice], Te
     """
     trunk, head = model.get_decoder(), model.get_output_embeddings()
     outputs: list[Any] = []
+    kept: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, cache_name(model): cache}
 
     def logits(positions: slice) -> Tensor:
         cut = head.register_forward_pre_hook(lambda _, args: (args[0][:, positions], *args[1:]))
         try:
-            result: Tensor = model(ids, use_cache=False).logits
+            result: Tensor = model(ids, **kept).logits
         finally:
             cut.remove()
         return result

@@ -91,7 +91,7 @@ PROBES: dict[str, Draw] = {
 
 
 def questions(seed: int = 0, items: int = ITEMS) -> dict[str, tuple[Item, ...]]:
-    """For each probe ``items`` different questions, each after SHOTS other questions with their answers, one a line.
+    """For each probe ``items`` different questions, all after the same SHOTS others with their answers, one a line.
 
     The same seed gives the same items on every machine; fewer are the first ones of more.
     """
@@ -100,14 +100,15 @@ def questions(seed: int = 0, items: int = ITEMS) -> dict[str, tuple[Item, ...]]:
 
 def _items(name: str, draw: Draw, seed: int, items: int) -> tuple[Item, ...]:
     source = Random(f"{name} {seed}")
+    shots: dict[str, str] = {}
+    while len(shots) < SHOTS:
+        shots.update([draw(source)])
+    examples = "".join(f"{asked}{said}\n" for asked, said in shots.items())
     found: dict[str, Item] = {}
     while len(found) < items:
-        lines: dict[str, str] = {}
-        while len(lines) <= SHOTS:
-            lines.update([draw(source)])
-        *shots, (question, answer) = lines.items()
-        prompt = "".join(f"{asked}{said}\n" for asked, said in shots) + question
-        found.setdefault(question, Item(prompt, f"{answer}\n"))
+        question, answer = draw(source)
+        if question not in shots:
+            found[question] = Item(examples + question, f"{answer}\n")
     return tuple(found.values())
 
 
