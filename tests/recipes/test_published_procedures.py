@@ -71,8 +71,9 @@ def test_block_influence_reads_the_last_block_before_the_final_norm(model: Any, 
     """The last of ``hidden_states`` is behind the norm, which is no part of the block and would change its place."""
     states = streams(model)
     influence = [1 - cosine_similarity(x, y, dim=-1).mean().item() for x, y in pairwise(states)]
-    expected = sorted(range(5), key=influence.__getitem__)
-    assert order(chosen("block-influence", model, "blocks=1", tmp_path)) == expected[:4]
+    found = chosen("block-influence", model, "blocks=1", tmp_path)
+    assert order(found) == sorted(range(5), key=influence.__getitem__)[:4]
+    assert [step.score for step in found.found.steps] == pytest.approx(sorted(influence)[:4], abs=1e-5)
     normed = model.model.norm(states[-1])
     assert 1 - cosine_similarity(states[4], normed, dim=-1).mean().item() != pytest.approx(influence[4], abs=1e-4)
 
@@ -134,7 +135,7 @@ def test_cfsp_by_the_formula_of_the_paper(tmp_path: Path) -> None:
         parts = [(down * norm) / (down * norm).sum(0), up.T / up.sum(1), gate.T / gate.sum(1)]
         importance = (torch.stack(parts).sum(0) * norm).mean(0)
         stay = left.get(block, set(range(len(norm))))
-        assert len(stay) == pytest.approx(kept[block].item() * len(norm), abs=1.5)
+        assert len(stay) == pytest.approx(kept[block].item() * len(norm), abs=1)
         assert stay == set(importance.topk(len(stay)).indices.tolist())
 
 
