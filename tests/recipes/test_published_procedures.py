@@ -112,11 +112,12 @@ def test_macro_influence_is_looked_at_again_against_the_dense_model(model: Any, 
     assert order(chosen("fusegpt", model, "blocks=2", tmp_path)) == gone
 
 
-def test_cfsp_by_the_formula_of_the_paper(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", ["params=0.85", "params=0.7"])
+def test_cfsp_by_the_formula_of_the_paper(limit: str, tmp_path: Path) -> None:
     """Angles summed over 131,072 tokens through a sigmoid at 10,000, all drawn in where one block would keep all;
     neurons by all three matrices."""
     model = build("llama")
-    budget = Budget.parse("params=0.85")
+    budget = Budget.parse(limit)
     share = pose_for(load("cfsp"), discover(model).outline, budget, Target.REMOTE).share
     given: list[torch.Tensor] = []
     for layer in model.model.layers:
@@ -125,10 +126,10 @@ def test_cfsp_by_the_formula_of_the_paper(tmp_path: Path) -> None:
     angles = torch.stack([(cosine_similarity(x, y, dim=-1).acos() / torch.pi).mean() for x, y in pairwise(states)])
     kept = ((angles - angles.mean()) * 131_072 / 10_000).sigmoid()
     above = kept / kept.mean() * (1 - share) - (1 - share)
-    assert above.max() >= share  # or nothing had to be drawn in
-    kept = 1 - share + above / above.max() * share / 1.05
+    assert (above.max() >= share) == (limit == "params=0.85")  # there one block would keep all
+    kept = 1 - share + above * (share / above.max() / 1.05 if above.max() >= share else 1)
 
-    left = {keep.unit.block: set(keep.indices) for keep in chosen("cfsp", model, "params=0.85", tmp_path).keeps}
+    left = {keep.unit.block: set(keep.indices) for keep in chosen("cfsp", model, limit, tmp_path).keeps}
     for block, layer in enumerate(model.model.layers):
         down, up, gate = (getattr(layer.mlp, f"{name}_proj").weight.double().abs() for name in ("down", "up", "gate"))
         norm = given[block].flatten(0, 1).norm(dim=0)
