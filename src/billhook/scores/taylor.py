@@ -40,7 +40,7 @@ def fisher(
     Squares of the slopes of the negative log-likelihood of ``sampled`` tokens are the diagonal of the Fisher
     information of a gate before each unit (Theis et al. 2018, arXiv 1801.05787; Kwon et al. 2022, arXiv 2204.09656, for
     heads and neurons, with the ``loss`` on the text, called the empirical Fisher). There the slope is summed over each
-    text before it is squared; here tokens count apart, for less noise from the same text. Figures of all sublayers
-    compare. Cost: one forward and one backward pass.
+    batch of texts before it is squared; here tokens count apart, for less noise from the same text. Figures of all
+    sublayers compare. Cost: one forward and one backward pass.
     """
     return {a: s.squares / (2 * s.count) for a, s in trace.slopes.items()}
