@@ -126,7 +126,8 @@ class Refit(_Record):
     """What came of one linear, ``weight`` being the name of its parameter in the original model.
 
     ``before`` and ``after`` are an error on held-back windows, relative to the energy of its dense counterpart (mean
-    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given. ``penalty``
+    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given; for the
+    write of flattened blocks, of what it wrote with the units of both. ``penalty``
     is the ridge that was chosen, relative to the mean energy of an input; None where no refit lowered the held-back
     error, and the old weights stay.
     """
@@ -202,11 +203,13 @@ class TrainingRecord(_Record):
 
 
 class Graft(_Record):
-    """Neurons of a dropped MLP (``source``) that took the place of as many of one that stays (``into``)."""
+    """Neurons of a dropped MLP (``source``), or KV groups of a dropped attention, that took the place of as many of one
+    that stays (``into``)."""
 
     into: str
     source: str
     neurons: int
+    groups: int = 0
 
 
 class HealRecord(_Record):
@@ -232,7 +235,7 @@ class HealRecord(_Record):
     @property
     def combined(self) -> bool:
         """Whether the new weights are the act of the recipe itself, which no option asks for."""
-        return self.method in ("average", "fuse", "gains", "second-order", "merge")
+        return self.method in ("average", "fuse", "flatten", "gains", "second-order", "merge")
 
 
 class Measures(_Record):
