@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +19,7 @@ def moments(h: Tensor) -> Moments:
     return found
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 7), st.integers(1, 6), st.integers(0, 99))
 def test_leverage_is_the_share_of_each_direction_above_the_ridge(n: int, count: int, seed: int) -> None:
     count = min(count, n - 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from billhook.heal.ridge import Moments, solve
 
-_SMALLEST = 1e-10  # of the mean energy of a channel: the ridge where fewer channels would do without loss
+_SMALLEST = 1e-6  # of all energy: below that, sums in float32 are noise
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def leverage(moments: Tensor, size: Tensor, count: int) -> Tensor:
     if total == 0:
         return torch.zeros_like(size)
     tail = torch.linalg.eigvalsh(a).clamp(min=0)[: len(a) - count].sum()
-    ridge = torch.maximum(tail / count, _SMALLEST * total / len(a))
+    ridge = torch.maximum(tail / count, _SMALLEST * total)
     a.diagonal().add_(ridge)
     return 1 - ridge * torch.linalg.inv(a).diagonal()
 
