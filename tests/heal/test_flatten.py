@@ -187,9 +187,8 @@ def test_what_cannot_be_flattened_is_refused_and_says_why(name: str) -> None:
     anatomy = discover(model)
     with pytest.raises(InputError, match=REFUSED[name]):
         flatten(model, anatomy, Plan.of([Address(stack_of(name), 1)]), seen(name, model))
-    if name != "qwen3_moe":
-        with pytest.raises(InputError):
-            pairs(model, anatomy, anatomy.stack(stack_of(name)))
+    with pytest.raises(InputError):
+        pairs(model, anatomy, anatomy.stack(stack_of(name)))
 
 
 def test_what_goes_where() -> None:

@@ -87,7 +87,7 @@ def flatten(
     for number, (receiver, members) in enumerate(sorted(groups.items())):
         streams = [spans.run(i, range(reached, members[0]), stream) for i, stream in enumerate(streams)]
         blocks = [stack.blocks[i] for i in members]
-        found = {}
+        found: dict[str, Tensor] = {}
         for new, refit, taken in _flattened(model, anatomy, spans, stack.blocks[receiver], blocks, streams, held):
             found |= new
             refits.append(refit)
@@ -200,11 +200,12 @@ def _pruned(
 
 
 def _grafts(anatomy: Anatomy, into: Sublayer, sources: list[Sublayer], units: list[int]) -> list[Graft]:
+    """How many of the units come from each of the others."""
     inner = units_in(anatomy, into)
     found = []
     for place, source in enumerate(sources):
-        number = sum(unit // inner.count == place for unit in units)
-        kind = {"groups": number, "neurons": 0} if inner.kind == "group" else {"neurons": number}
-        if source.address != into.address:
-            found.append(Graft(into=str(into.address), source=str(source.address), **kind))
+        if source is not into:
+            number = sum(unit // inner.count == place for unit in units)
+            neurons, groups = (number, 0) if inner.kind == "neuron" else (0, number)
+            found.append(Graft(into=str(into.address), source=str(source.address), neurons=neurons, groups=groups))
     return found

@@ -73,7 +73,8 @@ def leverage(moments: Tensor, size: Tensor, count: int) -> Tensor:
     tail = torch.linalg.eigvalsh(a).clamp(min=0)[: len(a) - count].sum()
     ridge = torch.maximum(tail / count, _SMALLEST * total)
     a.diagonal().add_(ridge)
-    return 1 - ridge * torch.linalg.inv(a).diagonal()
+    scores: Tensor = 1 - ridge * torch.linalg.inv(a).diagonal()
+    return scores
 
 
 def _lacking(moments: Moments, prior: Tensor, stays: Tensor) -> Moments:

@@ -45,15 +45,15 @@ def absorbed(model: nn.Module, block: Block, sublayer: Sublayer) -> Absorbed:
     own = {name: parameter.detach() for name, parameter in norm.named_parameters()}
     if own.keys() - {"weight", "bias"}:
         raise InputError(f"{path} is a norm that is not understood")
-    plain = {}
-    gain, shift = torch.ones(()), None
+    plain: dict[str, Tensor] = {}
+    gain, shift = torch.ones(()), own.get("bias")
     if "weight" in own:
         value = _plain_weight(norm, path)
         gain = own["weight"].float() + (1 - value)
         plain[f"{path}.weight"] = torch.full_like(own["weight"], value)
-    if "bias" in own:
-        plain[f"{path}.bias"] = torch.zeros_like(own["bias"])
-        shift = own["bias"].float() if own["bias"].any() else None
+    if shift is not None:
+        plain[f"{path}.bias"] = torch.zeros_like(shift)
+        shift = shift.float() if shift.any() else None
     for name in sublayer.reads if shift is not None else ():
         if getattr(model.get_submodule(name.rpartition(".")[0]), "bias", None) is None:
             raise InputError(f"{path} has a bias, and {name} has none to take it up")

@@ -23,8 +23,8 @@ def units_in(anatomy: Anatomy, sublayer: Sublayer) -> Inner:
     """The heads or neurons of a sublayer. InputError where it has none that can move."""
     inner = next((u for u in anatomy.inner.get(sublayer.address, ()) if u.kind == KINDS.get(sublayer.kind)), None)
     if inner is None:
-        reason = anatomy.rigid.get(sublayer.address) or "its units share a router" * (sublayer.kind == "mlp")
-        raise InputError(f"{sublayer.address} has no units that can move: {reason or 'it reads another stream'}")
+        other = "its units share a router" if sublayer.kind == "mlp" else "it reads another stream"
+        raise InputError(f"{sublayer.address} has no units that can move: {anatomy.rigid.get(sublayer.address, other)}")
     return inner
 
 
@@ -55,7 +55,8 @@ def unlike(model: nn.Module, anatomy: Anatomy, stack: Stack, one: Block, other: 
 
 def pairs(model: nn.Module, anatomy: Anatomy, stack: Stack) -> list[int]:
     """The blocks that can become one with the next. InputError with the first reason where there is none."""
-    found, reasons = [], []
+    found: list[int] = []
+    reasons: list[str] = []
     for number, (one, other) in enumerate(pairwise(stack.blocks)):
         try:
             require_movable(model, anatomy, one)
@@ -121,7 +122,7 @@ def _shared(anatomy: Anatomy, block: Block, names: dict[str, str]) -> list[str]:
     """The parameters of a block that belong neither to a unit, nor to a norm on the stream, nor are a write's bias."""
     owned = {piece.parameter for s in block.sublayers for u in anatomy.inner.get(s.address, ()) for piece in u.slices}
     owned |= {name.removesuffix("weight") + "bias" for s in block.sublayers for name in s.writes}
-    norms = tuple(f"{norm}." for part in (block, *block.sublayers) for norm in part.norms)
+    norms = tuple(f"{norm}." for norm in (*block.norms, *(n for s in block.sublayers for n in s.norms)))
     return [inside for inside, name in names.items() if name not in owned and not name.startswith(norms)]
 
 
