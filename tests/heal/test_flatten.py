@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedModel
 from billhook.anatomy import Anatomy, Block, Sublayer, discover
 from billhook.anatomy.undo import Undo
 from billhook.export.huggingface import save
-from billhook.heal import healed
-from billhook.heal.flatten import flatten, grouped
+from billhook.heal import flatten, healed
+from billhook.heal.flatten import grouped
 from billhook.heal.healing import put
 from billhook.heal.side_by_side import pairs, side_by_side, units_in
 from billhook.heal.spans import Spans
@@ -207,6 +208,43 @@ def test_what_goes_where() -> None:
     model = build("smollm3")  # block 2 has no rotary positions
     stack = (anatomy := discover(model)).stack("decoder")
     assert pairs(model, anatomy, stack) == [0, 3]
+
+
+@torch.no_grad()
+def test_units_are_measured_on_the_model_as_flattened_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0 and 1, then 2 and 3: each attention on the stream before both, each MLP on that with the new attention."""
+    model = build("llama")
+    anatomy = discover(model)
+    measured = []
+
+    def watched(model: Any, spans: Any, parts: Any, given: list[Tensor], held: Any) -> Any:
+        measured.append((given[0], own(model, spans, parts, given, held)))
+        return measured[-1][1]
+
+    home = sys.modules["billhook.heal.flatten"]  # the package has the function under this name
+    own = home._moments
+    monkeypatch.setattr(home, "_moments", watched)
+    inputs = FAMILIES["llama"].inputs(model, 4, None)
+    found = flatten(model, anatomy, Plan.of(["decoder.0", "decoder.2"]), [inputs])
+    stack = anatomy.stack("decoder")
+    spans = Spans(model, stack, list(batches_of([inputs], model)))
+    stream = spans.enter(0)
+    spans.run(0, range(5), stream)
+    for number, (given, (fit, back)) in enumerate(measured):
+        into = 2 * (number // 2) + 1
+        with healed(model, found):
+            if number % 2 == 0:
+                expected, after = stream, spans.run(0, [into], stream)
+            else:
+                with overridden(silencers(model, stack.blocks[into].sublayers[1:])):
+                    expected, stream = spans.run(0, [into], stream), after
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+        if number % 2:
+            layers = model.model.layers[into - 1 : into + 1]
+            reads = [(layer.mlp, layer.post_attention_layernorm(given)) for layer in layers]
+            h = torch.cat([mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x) for mlp, x in reads], -1)
+            h = (h / given.norm(dim=-1, keepdim=True)).flatten(0, 1)
+            torch.testing.assert_close((fit.inputs + back.inputs)[:-1, :-1], h.T @ h, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
