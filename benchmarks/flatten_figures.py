@@ -4,7 +4,7 @@
 
 Six of 30 blocks gone: the pairs of the recipe flatten-gpt, and the blocks of least influence whoever their neighbours
 are, each first dropped and then flattened into the block behind, on TOKENS of the calibration text. Nothing is healed
-otherwise. A quarter of an hour on two idle cores.
+otherwise.
 """
 
 from __future__ import annotations
