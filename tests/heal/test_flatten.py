@@ -199,6 +199,12 @@ def test_what_goes_where() -> None:
     assert grouped(model, anatomy, stack, [1, 3]) == {2: [1, 2], 4: [3, 4]}
     assert grouped(model, anatomy, stack, [0, 1, 4]) == {2: [0, 1, 2], 3: [3, 4]}
     assert pairs(model, anatomy, stack) == [0, 1, 2, 3]
+    model.model.layers[2].self_attn.scaling *= 2  # known to the module alone
+    assert pairs(model, anatomy, stack) == [0, 3]
+    model = build("llama")
+    stack = (anatomy := discover(model)).stack("decoder")
+    model.config.layer_types = ["full_attention", *4 * ["sliding_attention"]]  # known to the config alone
+    assert pairs(model, anatomy, stack) == [1, 2, 3]
     model = build("qwen2")  # full attention up to block 1, sliding from block 2 on
     stack = (anatomy := discover(model)).stack("decoder")
     assert grouped(model, anatomy, stack, [1]) == {0: [0, 1]}
