@@ -40,9 +40,9 @@ def test_scales_that_cancel_change_nothing() -> None:
 
 
 def test_of_two_that_say_the_same_one_goes_and_the_other_speaks_for_both() -> None:
-    """Units of two channels; the third repeats the first, twice as loud. Nothing is lost."""
+    """Units of two channels; the third repeats the first, twice as loud, with a constant that the bias takes."""
     h, write, bias = drawn((60, 8), 0), drawn((8, 5), 1), drawn((5,), 2)
-    h[:, 4:6] = 2 * h[:, 0:2]
+    h[:, 4:6] = 2 * h[:, 0:2] + 0.3
     found = pruned(moments(h), moments(h), write, bias, 2, 3)
     assert {1, 3} < set(found.units.tolist()) and len(found.units) == 3
     channels = (2 * found.units[:, None] + torch.arange(2)).reshape(-1)
