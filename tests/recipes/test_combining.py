@@ -26,7 +26,7 @@ from billhook.recipes.words import explained
 from billhook.report.loading import commands
 from billhook.search import Found
 
-NAMES = {"fusegpt": "fuse", "checkfree": "average", "branch-gains": "gains"}
+NAMES = {"fusegpt": "fuse", "checkfree": "average", "flatten-gpt": "flatten", "branch-gains": "gains"}
 
 
 def test_an_act_that_combines_is_checked() -> None:

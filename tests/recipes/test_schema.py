@@ -33,6 +33,7 @@ def test_the_recipes_that_come_along() -> None:
         "position-weighted",
         "static-skip",
         "fusegpt",
+        "flatten-gpt",
         "checkfree",
         "branch-gains",
         "comp",

@@ -2,6 +2,7 @@
 
 from billhook.heal.average import average, refill
 from billhook.heal.closed_form import closed_form, require_healable
+from billhook.heal.flatten import flatten
 from billhook.heal.fuse import fuse
 from billhook.heal.gains import branch_gains
 from billhook.heal.healing import UNTOUCHED, Healing, healed
@@ -15,6 +16,7 @@ __all__ = [
     "average",
     "branch_gains",
     "closed_form",
+    "flatten",
     "fuse",
     "healed",
     "mask_tuning",

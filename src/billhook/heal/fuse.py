@@ -14,7 +14,7 @@ from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable
 from billhook.heal.divergence import held_back
-from billhook.heal.gaps import whole_blocks
+from billhook.heal.gaps import runs, whole_blocks
 from billhook.heal.healing import Healing, put
 from billhook.heal.spans import Spans
 from billhook.measure.batches import Batch, batches_of
@@ -69,12 +69,12 @@ def fuse(
     start = [spans.enter(i) for i in range(len(spans.batches))]
     held = held_back([len(stream) for stream in start])
     kept = [i for i in range(len(stack.blocks)) if i not in dropped]
-    runs = _runs(dropped)
+    gaps = runs(dropped)
     dense, reached = start, 0
     tensors: dict[str, Tensor] = {}
     refits: dict[str, Refit] = {}
     left: dict[str, str] = {}
-    for number, run in enumerate(runs):
+    for number, run in enumerate(gaps):
         group = [i for i in kept if i < run[0]][-reach:] + [i for i in kept if i > run[-1]][:reach]
         end = max(group[-1], run[-1]) + 1
         dense = [spans.run(i, range(reached, end), stream) for i, stream in enumerate(dense)]
@@ -100,7 +100,7 @@ def fuse(
         finally:
             undo.restore()
         if progress is not None:
-            progress("fusing", number + 1, len(runs))
+            progress("fusing", number + 1, len(gaps))
     tokens = sum(stream.shape[0] * stream.shape[1] for stream in start)
     left = {name: reason for name, reason in left.items() if name not in refits}
     return Healing(tensors, tuple(refits.values()), left, tokens, spans.work)
@@ -120,17 +120,6 @@ class _Mix:
         for other, (a, b) in zip(self.others, self.factors, strict=True):
             total = total + (a @ b) * other.float()
         return total.to(self.own.dtype)
-
-
-def _runs(dropped: list[int]) -> list[list[int]]:
-    """Adjacent numbers together."""
-    runs: list[list[int]] = []
-    for number in dropped:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return runs
 
 
 def _matrices(model: nn.Module, block: Block) -> dict[str, str]:

@@ -32,6 +32,17 @@ def whole_blocks(anatomy: Anatomy, plan: Plan | Iterable[Address], act: str) -> 
     return anatomy.stack(stacks.pop()), [unit.block for unit in drops]
 
 
+def runs(dropped: list[int]) -> list[list[int]]:
+    """Adjacent numbers together."""
+    found: list[list[int]] = []
+    for number in dropped:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return found
+
+
 def require_own_weights(plan: object) -> None:
     """InputError for a plan after which blocks share weights: what is good for one of them is not for the other."""
     if isinstance(plan, Plan) and plan.schedule is not None:

@@ -126,7 +126,8 @@ class Refit(_Record):
     """What came of one linear, ``weight`` being the name of its parameter in the original model.
 
     ``before`` and ``after`` are an error on held-back windows, relative to the energy of its dense counterpart (mean
-    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given. ``penalty``
+    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given; for the
+    write of flattened blocks, of what it wrote with the units of both. ``penalty``
     is the ridge that was chosen, relative to the mean energy of an input; None where no refit lowered the held-back
     error, and the old weights stay.
     """
@@ -202,14 +203,16 @@ class TrainingRecord(_Record):
 
 
 class Graft(_Record):
-    """Neurons of a dropped MLP (``source``) that took the place of as many of one that stays (``into``)."""
+    """Neurons of a dropped MLP (``source``), or KV groups of a dropped attention, that took the place of as many of one
+    that stays (``into``)."""
 
     into: str
     source: str
     neurons: int
+    groups: int = 0
 
 
-_ACTS = ("average", "fuse", "gains", "second-order", "merge")
+_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge")
 
 
 class HealStep(_Record):

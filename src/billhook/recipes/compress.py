@@ -28,6 +28,7 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Task, find, pose_for, require_path
+from billhook.recipes.flattening import require_flattening
 from billhook.recipes.heal import applied, healing_text, mended
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
@@ -94,6 +95,7 @@ def compress(
     if way == "gains":
         require_gains(model.anatomy)
     require_sharing(chosen, model, limits)
+    require_flattening(chosen, model)
     require_weights(chosen, model)
     if way in ("bias", "data-free", "scales") and not chosen.wide:
         raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")

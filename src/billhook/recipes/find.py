@@ -24,6 +24,7 @@ from billhook.plan.plan import Keep, Plan, Sparsify
 from billhook.plan.record import SearchRecord
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
+from billhook.recipes.flattening import paired, require_flattening
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
 from billhook.recipes.ranks import Bases, take_apart
@@ -128,6 +129,7 @@ def find(
     """
     require_path(recipe, problem.budget)
     require_sharing(recipe, model, problem.budget)
+    require_flattening(recipe, model)
     choice = recipe.choice
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(recipe, model, problem, windows, seed=seed, progress=progress)
@@ -156,6 +158,7 @@ def find(
             assert recipe.score is not None
             units = problem.candidates
             scores, work = scored(recipe.score, recipe.unit, model, units, windows, seen, progress)
+            scores = paired(scores, model) if recipe.act == "flatten" else scores
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
             elif problem.budget.until_cliff:

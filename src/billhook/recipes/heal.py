@@ -23,6 +23,7 @@ from billhook.heal import (
     average,
     branch_gains,
     closed_form,
+    flatten,
     fuse,
     healed,
     mask_tuning,
@@ -67,6 +68,7 @@ METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], H
     "scales": mask_tuning,
     "average": _average,
     "fuse": fuse,
+    "flatten": flatten,
     "gains": branch_gains,
     "merge": merge,
 }

@@ -26,7 +26,7 @@ Heal = Literal[
     "none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf", "skips"
 ]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips")
-Act = Literal["drop", "average", "fuse", "gains", "merge", "share"]
+Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
@@ -285,7 +285,7 @@ class Recipe(_Words):
             raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
             raise ValueError("a span consists of whole blocks: unit must be block")
-        if self.act in ("average", "fuse", "share") and self.unit != "block":
+        if self.act in ("average", "fuse", "share", "flatten") and self.unit != "block":
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.heal in ("bias", "data-free") and not self.wide:
             raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")

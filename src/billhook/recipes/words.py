@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 
-from billhook.heal import average, branch_gains, closed_form, fuse, mask_tuning, merge
+from billhook.heal import average, branch_gains, closed_form, flatten, fuse, mask_tuning, merge
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
@@ -28,7 +28,14 @@ from billhook.scores import named
 from billhook.search import share
 
 HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free, "scales": mask_tuning}
-ACTS = {"average": average, "fuse": fuse, "gains": branch_gains, "merge": merge, "share": share}
+ACTS = {
+    "average": average,
+    "fuse": fuse,
+    "flatten": flatten,
+    "gains": branch_gains,
+    "merge": merge,
+    "share": share,
+}
 PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
 
 

@@ -84,7 +84,25 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *sharing(run.plan, run.outline), *widths(run), *zeros(run), *ranks(run)]
+    return [*gone, *flattened(run), *sharing(run.plan, run.outline), *widths(run), *zeros(run), *ranks(run)]
+
+
+def flattened(run: Run) -> list[tuple[str, str]]:
+    """``("blocks flattened into another", "5 into 6 (2 KV groups and 701 neurons of it stay)")``."""
+    if run.healing is None or run.healing.method != "flatten":
+        return []
+    stays: dict[tuple[Address, Address], Counter[str]] = {}
+    for graft in run.healing.grafts:
+        source, into = Address.parse(graft.source).parent, Address.parse(graft.into).parent
+        stays.setdefault((source, into), Counter()).update(group=graft.groups, neuron=graft.neurons)
+    several = len(run.outline.stacks) > 1
+    lines = [
+        f"{f'{source.stack} ' if several else ''}{source.block} into {into.block} ("
+        + " and ".join(f"{n:,} {UNITS[kind]}{'' if n == 1 else 's'}" for kind, n in units.items())
+        + " of it stay)"
+        for (source, into), units in sorted(stays.items())
+    ]
+    return [("blocks flattened into another", ", ".join(lines))]
 
 
 def ranks(run: Run) -> list[tuple[str, str]]:
