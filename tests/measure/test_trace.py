@@ -21,7 +21,7 @@ from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
-SUPPORTED = [name for name in FAMILIES if name != "gemma4"]
+SUPPORTED = list(FAMILIES)
 EVERYTHING = ("block", "sublayer", "angular")
 IDS = torch.randint(3, 90, (4, 10), generator=torch.Generator().manual_seed(3))
 
