@@ -76,9 +76,11 @@ def _wrapped(docstring: str) -> str:
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """``1 to 4``, ``1 or more``, the words; empty where the parameter is something else."""
+    """``1 to 4``, ``1 or more``, ``above 0``, the words; empty where the parameter is something else."""
     if "enum" in schema:
         return " or ".join(schema["enum"])
+    if "exclusiveMinimum" in schema:
+        return f"above {schema['exclusiveMinimum']:g}"
     low, high = schema.get("minimum"), schema.get("maximum")
     if low is None:
         return ""

@@ -41,7 +41,7 @@ def batches_of(
 def _grouped(source: Windows | Iterable[Batch], model: Any, tokens_at_once: int) -> Iterable[Batch]:
     if not isinstance(source, Windows):
         return source
-    pieces = source.ids.split(max(1, tokens_at_once // source.ids.shape[1]))
+    pieces = torch.split(source.ids, max(1, tokens_at_once // source.ids.shape[1]))
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return [{"input_ids": ids} for ids in pieces]
     shifted = model.prepare_decoder_input_ids_from_labels

@@ -83,7 +83,7 @@ def _reads_text(model: Opened) -> bool:
     stacks = {stack.name for stack in model.anatomy.stacks}
     towers = "vision" in stacks and "decoder" not in stacks  # which look at an image whenever they read
     mute = model.loaded.tokenizer is None or model.anatomy.embedding is None or towers
-    return not mute and model.model.main_input_name == "input_ids"
+    return not mute and bool(model.model.main_input_name == "input_ids")
 
 
 def divided(windows: Windows) -> tuple[Windows, Windows]:
