@@ -235,6 +235,7 @@ def test_a_folder_needs_a_config(folder: Path, content: str | None, word: str) -
 
 def test_other_bad_sources(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "none", "does not exist", "hub id")
+    refused("", "model '' does not exist")
     refused(tmp_path / "none.gguf", "none.gguf", "does not exist")
     refused(tiny_lm / "config.json", "is a file")
     refused(tiny_lm, "int8", dtype="int8")

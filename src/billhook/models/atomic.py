@@ -86,13 +86,16 @@ def building(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[P
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """Libraries in Rust (safetensors, tokenizers) tell in words only what the system refused while they wrote to
-    ``path``: here it becomes an OSError."""
+    """What the system refused while something was written to ``path`` is an OSError that names it: Python leaves the
+    name out, and libraries in Rust (safetensors, tokenizers) tell it in words only."""
     try:
         yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
     except Exception as error:
         found = _REFUSED.search(str(error))
-        if isinstance(error, OSError) or found is None:
+        if found is None:
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error

@@ -86,7 +86,7 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
         return demo()
     path = Path(name).expanduser()
     put_back(path)
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
