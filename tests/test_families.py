@@ -1,5 +1,8 @@
 """The tiny models are themselves fit for use: deterministic, finite, and exact with and without a cache."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES, build, params
@@ -30,3 +33,12 @@ def test_generation_is_the_same_with_and_without_a_cache(name: str) -> None:
     )
     assert torch.equal(cached.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits), atol=family.tolerance, rtol=0)
+
+
+def test_as_many_families_as_the_readme_counts_and_names() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    counted = re.search(r"tiny random models of (\d+) families:\n\n((?:[- ] .+\n)+)", text)
+    assert counted
+    named = re.sub(r"\(.*?\)|- [a-z-]+: ", ",", counted[2]).replace("\n", ",").split(",")
+    families = {build(name).config.model_type.removesuffix("_text") for name in params}
+    assert int(counted[1]) == len([name for name in named if name.strip()]) == len(families)

@@ -31,7 +31,7 @@ def test_python_on_the_page_runs(page: Path, demo_folder: Path, capsys: pytest.C
 def test_every_command_in_the_table_exists() -> None:
     from billhook.cli import app
 
-    found = re.findall(r"^\| `billhook ([a-z]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.findall(r"^\| `billhook ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(found) >= 7
     for command in found:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command

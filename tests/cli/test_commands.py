@@ -40,6 +40,16 @@ def test_help_names_every_option_and_an_example_within_80_columns(name):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(
+    "words", ["compare", "tune-policy", "recipes", "recipes show", "policies", "policies explain", "policies compare"]
+)
+def test_help_of_the_other_commands_has_an_example_within_80_columns(words):
+    result = billhook(*words.split(), "--help")
+    assert result.exit_code == 0
+    assert f"Example: billhook {words}" in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
 def test_the_interface_is_the_one_that_scripts_rely_on():
     expected = {
         "inspect": ["--calibration", "--out", "--overwrite"],

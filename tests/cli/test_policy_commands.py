@@ -21,6 +21,8 @@ def test_policies_are_listed_and_explained() -> None:
     assert all(name in listed.stdout for name in POLICIES)
     facts = json.loads(billhook("policies", "--json").stdout)["policies"]
     assert [fact["name"] for fact in facts] == list(POLICIES)
+    assert "Runs the blocks of the decoder in the order given" in listed.stdout
+    assert max(map(len, listed.stdout.splitlines())) <= 80
     explained = billhook("policies", "explain", "ffn-skip")
     assert "FFN-SkipLLM" in explained.stdout
     assert "threshold" in explained.stdout
@@ -29,6 +31,18 @@ def test_policies_are_listed_and_explained() -> None:
     wrong = billhook("policies", "explain", "voyds")
     assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
     assert "there is no policy 'voyds'" in wrong.stderr
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_an_explanation_fits_80_columns_and_says_what_is_allowed(name: str) -> None:
+    explained = billhook("policies", "explain", name).stdout
+    assert max(map(len, explained.splitlines())) <= 80
+    described, _, parameters = explained.partition("\nparameter ")
+    assert not re.search(r"\S\n[a-z]+\n", described), "a line holds one word: it was broken twice"
+    assert [line.split()[0] for line in parameters.splitlines()[1:] if line[:1].strip()] == list(
+        POLICIES[name].model_fields
+    )
+    assert re.search(r"1 to 100|0 to 1|above 0", parameters) or name not in ("even-skip", "first-router", "voids")
 
 
 def test_generate_under_a_policy(tiny_lm: Path) -> None:

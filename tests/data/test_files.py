@@ -79,6 +79,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "none.txt", "none.txt", "does not exist")
     refused("no such thing", "does not exist", "builtin")
+    refused("", "text '' does not exist")
     refused(tmp_path, "holds no text files")
 
 

@@ -23,8 +23,9 @@ from billhook.anatomy import Anatomy, discover
 from billhook.anatomy.stubs import STUBS
 from billhook.export.remote import auto_classes, remote_code
 from billhook.models import building
+from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.surgery import apply
 from billhook.surgery.form import Form
@@ -32,6 +33,13 @@ from billhook.surgery.reopen import load
 
 HETEROGENEOUS = Plan.of(["decoder.0.attention", "decoder.2.mlp", "decoder.3"])
 UNIFORM = Plan.of(["decoder.0", "decoder.3"], Target.UNIFORM)
+NARROW = Plan.of(
+    ["decoder.1", "decoder.4.attention"],
+    keeps=[
+        Keep(unit=Address("decoder", 2, "mlp"), inner="neuron", indices=tuple(range(0, 48, 2))),
+        Keep(unit=Address("decoder", 3, "attention"), inner="group", indices=(1,)),
+    ],
+)
 
 
 @cache
@@ -219,10 +227,12 @@ for folder, auto, code in json.load(open(sys.argv[1])):
 
 def test_loads_without_billhook(tmp_path: Path) -> None:
     jobs, expected = [], {}
-    for name in ("llama", "gemma3", "bart", "mixtral", "smollm3"):
+    plans = dict.fromkeys(("llama", "gemma3", "bart", "mixtral"), HETEROGENEOUS)
+    plans |= dict.fromkeys(("smollm3", "qwen3_moe"), UNIFORM) | dict.fromkeys(("phi3", "gpt2"), NARROW)
+    for name, plan in plans.items():
         out = tmp_path / name / "out"
-        ordinary = name == "smollm3"  # and needs no code at all
-        applied = saved(name, UNIFORM if ordinary else HETEROGENEOUS, out)
+        ordinary = plan is UNIFORM  # and needs no code at all
+        applied = saved(name, plan, out)
         inputs = FAMILIES[name].inputs(applied, 2, None)
         save_file(inputs, out.parent / "inputs.safetensors")
         with torch.no_grad():

@@ -19,7 +19,7 @@ from billhook.plan.check import units
 from billhook.plan.errors import InputError
 from billhook.surgery import simulate
 
-SUPPORTED = [name for name in FAMILIES if name != "gemma4"]
+SUPPORTED = list(FAMILIES)
 STACKS = [(name, stack) for name in SUPPORTED for stack in FAMILIES[name].stacks]
 
 
@@ -88,7 +88,7 @@ def test_logits_are_the_models_own(name: str) -> None:
 @given(st.data())
 def test_any_sequence_of_commits(data: st.DataObject) -> None:
     """Whatever is asked and committed in whatever order, the state is that of the simulated drops; work is exact."""
-    name = data.draw(st.sampled_from(["llama", "bloom", "falcon", "gemma3"]))
+    name = data.draw(st.sampled_from(["llama", "bloom", "falcon", "gemma3", "gemma4"]))
     model = build(name)
     anatomy = discover(model)
     replay = Replay(model, anatomy, windows())
@@ -152,6 +152,23 @@ def test_work_is_exact() -> None:
     before = replay.work
     replay.without(Address("decoder", 1, "mlp"))
     assert replay.work - before == 2 * 12, "a block without sublayers is not run"
+
+
+def test_blocks_whose_keys_and_values_others_read_run_again_and_count() -> None:
+    """Of gemma4 blocks 2 and 3 lend theirs to 4, 5 and 6, after what is changed in front of them as well."""
+    model = build("gemma4")
+    anatomy = discover(model)
+    assert [block.address.block for block in anatomy.stacks[0].blocks if block.lends] == [2, 3]
+    replay = Replay(model, anatomy, windows(2, 6))
+    replay.commit(Address("decoder", 0, "mlp"))
+    counts = []
+    for unit in ("decoder.2.mlp", "decoder.3.mlp", "decoder.4.mlp", "decoder.6.attention"):
+        before = replay.work
+        got = replay.without(Address.parse(unit))[0]
+        counts.append(replay.work - before)
+        with simulate(model, anatomy, ["decoder.0.mlp", unit]):
+            assert torch.equal(got, last_stream(model, anatomy.stacks[0].path, {"input_ids": windows(2, 6).ids}))
+    assert counts == [5 * 12, (4 + 1) * 12, (3 + 2) * 12, (1 + 2) * 12]
 
 
 def test_model_is_left_as_it_was() -> None:

@@ -21,7 +21,7 @@ from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
-SUPPORTED = [name for name in FAMILIES if name != "gemma4"]
+SUPPORTED = list(FAMILIES)
 EVERYTHING = ("block", "sublayer", "angular")
 IDS = torch.randint(3, 90, (4, 10), generator=torch.Generator().manual_seed(3))
 
@@ -64,6 +64,8 @@ def test_every_family(name: str) -> None:
             assert result.means("cosine")[address] == pytest.approx(cosine_similarity(x, y, -1).mean().item(), abs=1e-5)
             update = ((y - x).norm(dim=-1) / x.norm(dim=-1)).mean().item()
             assert result.means("update")[address] == pytest.approx(update, rel=1e-4)
+            share = ((y - x).norm(dim=-1) / y.norm(dim=-1)).mean().item()
+            assert result.means("update_share")[address] == pytest.approx(share, rel=1e-4)
         pairs = [(i, n) for n in range(1, len(streams)) for i in range(len(streams) - n)]
         for i, n in pairs:
             cosine = cosine_similarity(streams[i].double(), streams[i + n].double(), -1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from billhook.models import building, check_out, locate
+from billhook.models.atomic import refusals
 from billhook.plan.errors import InputError
 
 
@@ -22,7 +27,7 @@ def test_the_folder_appears_only_when_complete(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     with building(out) as fresh:
         (fresh / "a").write_text("1")
-        assert not out.exists() and fresh.parent == out.parent
+        assert not out.exists() and fresh.parent.parent == out.parent
     assert names(out) == {"a"} and names(out.parent) == {"out"}
 
 
@@ -108,10 +113,43 @@ def test_a_killed_process_leaves_no_target(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(out)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
+    assert not out.exists() and names(tmp_path) != set()
     with building(out) as fresh:
         (fresh / "billhook.json").write_text("whole")
     assert (out / "billhook.json").read_text() == "whole"
+    assert names(tmp_path) == {"out"}, "what the killed process had built is still there"
+
+
+def test_what_another_run_is_building_is_left_alone(tmp_path: Path) -> None:
+    code = "import sys\nfrom billhook.models.atomic import building\nwith building(sys.argv[1]):\n    pass"
+    with building(tmp_path / "out") as fresh:
+        (fresh / "a").write_text("1")
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=True)
+        assert names(fresh) == {"a"}
+        (tmp_path / "out").rmdir()
+    assert names(tmp_path / "out") == {"a"}
+
+
+def test_what_the_system_refuses_to_a_library_in_rust_is_an_os_error(tmp_path: Path) -> None:
+    words = "No space left on device"
+    for full in (Exception(f"Error while serializing: I/O error: {words} (os error 28)"), OSError(errno.ENOSPC, words)):
+        with pytest.raises(OSError, match=words) as caught, building(tmp_path / "out"):
+            raise full
+        assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path / "out")
+    assert names(tmp_path) == set()
+    with pytest.raises(ValueError, match="a bug"), building(tmp_path / "out"):
+        raise ValueError("a bug")
+
+
+def test_the_words_that_are_looked_for_are_those_of_the_installed_library(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError) as caught, refusals(tmp_path / "a"):
+            save_file({"a": np.zeros(1000)}, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
 
 
 KILLED_BETWEEN = """
@@ -120,7 +158,7 @@ from billhook.models.atomic import building
 rename = pathlib.Path.rename
 
 def dying(self, target):
-    if self.name.endswith(".building"):
+    if self.parent.name.endswith(".building"):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 
@@ -164,7 +202,7 @@ def test_a_run_that_is_at_it_is_left_alone(tmp_path: Path, monkeypatch: pytest.M
     rename = Path.rename
 
     def watched(self: Path, target: Path) -> Path:
-        if self.name.endswith(".building"):
+        if self.parent.name.endswith(".building"):
             assert not out.exists()
             code = (
                 "import sys, pathlib\nfrom billhook.models.atomic import put_back\nput_back(pathlib.Path(sys.argv[1]))"

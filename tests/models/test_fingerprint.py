@@ -54,3 +54,13 @@ def test_experts_are_skipped_since_files_fuse_them() -> None:
                 parameter.add_(1)
                 touched += 1
     assert touched and fingerprint(model) == before
+
+
+@torch.no_grad()
+def test_the_first_and_the_last_value_of_a_large_tensor_count() -> None:
+    model = nn.Linear(1000, 3)
+    seen = {fingerprint(model)}
+    for place in (0, -1):
+        model.weight.view(-1)[place] += 1
+        seen.add(fingerprint(model))
+    assert len(seen) == 3

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from billhook.models import load
 from billhook.plan.errors import InputError
+from billhook.surgery.reopen import skeleton
 
 
 @pytest.fixture
@@ -203,6 +204,17 @@ def test_a_config_of_the_wrong_form_is_named(folder: Path, changes: dict[str, ob
     refused(folder, "config.json", "list of names")
 
 
+@pytest.mark.parametrize(
+    ("changes", "word"), [({"num_hidden_layers": "x"}, "num_hidden_layers"), ({"hidden_size": 37}, "37")]
+)
+def test_a_value_that_transformers_refuses_is_one_line(folder: Path, changes: dict[str, object], word: str) -> None:
+    edit_config(folder, **changes)
+    for read in (load, skeleton):
+        with pytest.raises(InputError, match=rf"config\.json cannot be understood: .*{word}") as caught:
+            read(folder)
+        assert "\n" not in str(caught.value)
+
+
 def test_the_class_falls_back_to_the_causal_one(folder: Path) -> None:
     edit_config(folder, architectures=None)
     assert type(load(folder).model) is type(build("llama"))
@@ -223,6 +235,7 @@ def test_a_folder_needs_a_config(folder: Path, content: str | None, word: str) -
 
 def test_other_bad_sources(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(tmp_path / "none", "does not exist", "hub id")
+    refused("", "model '' does not exist")
     refused(tmp_path / "none.gguf", "none.gguf", "does not exist")
     refused(tiny_lm / "config.json", "is a file")
     refused(tiny_lm, "int8", dtype="int8")

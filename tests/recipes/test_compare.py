@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import build, randomise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
@@ -102,6 +104,25 @@ def test_a_method_that_cannot_meet_a_budget_says_why(tiny_lm: Path, tmp_path: Pa
     assert "cannot be met" in entry.refused
     assert not entry.drops and not entry.evidence
     assert told == list(found.entries)
+
+
+def test_a_method_that_a_model_has_no_place_for_does_not_end_the_comparison(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Blocks of gemma4 read keys and values of earlier ones: searches and low ranks work, blocks cannot go."""
+    model = build("gemma4")
+    model.resize_token_embeddings(len(tiny_tokenizer))
+    randomise(model)
+    model.config.max_position_embeddings = 256
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    recipes = ["sublayer-greedy", "svd-llm", "fusegpt", "block-influence"]
+    found = compare(tmp_path / "model", budgets="params=0.8", out=tmp_path / "out", recipes=recipes)
+    entries = {entry.recipe: entry for entry in found.entries}
+    for name in ("sublayer-greedy", "svd-llm"):
+        assert entries[name].evidence and not entries[name].refused
+    for name in ("fusegpt", "block-influence", *BASELINES):
+        assert entries[name].refused and not entries[name].evidence
 
 
 def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,7 @@ def test_channels_are_weighed_by_the_root_of_their_size_and_none_is_the_plain_de
         torch.testing.assert_close(basis @ basis.T @ weight, published, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "opt_post_norm"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3", "opt_post_norm", "gemma4"])
 def test_on_a_model_it_sees_what_each_linear_is_given_padding_aside(name: str) -> None:
     model: Any = build(name)
     anatomy = discover(model)

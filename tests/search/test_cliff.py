@@ -30,6 +30,11 @@ def test_flat_and_then_ruinous() -> None:
     assert cliff(path([2.0, 2.1, 1.9, 2.4, 2.6, 30.0, 3.0])) == 5
 
 
+def test_back_to_what_a_step_cost_before_is_no_cliff_however_cheap_the_last_ones_were() -> None:
+    assert cliff(path([8.0, 4.0, 2.0, 1.0, 7.0, 8.0])) is None
+    assert cliff(path([8.0, 4.0, 2.0, 1.0, 25.0])) == 4
+
+
 def test_nothing_is_known_from_too_few_steps() -> None:
     assert cliff([]) is None
     assert cliff(path([1.0])) is None

@@ -126,25 +126,27 @@ def test_a_plan_with_the_masks_keeps_to_budget_and_pattern(by: By, pattern: tupl
     assert (again.edits, again.arrays) == (found.edits, found.arrays)
 
 
-def test_wanda_compares_within_outputs_on_what_sparse_blocks_give() -> None:
-    """By plain hooks: the first block sees the dense stream, the second what the first, made sparse, writes."""
-    model, anatomy, found = _run("llama", "wanda")
+@pytest.mark.parametrize(("name", "block"), [("llama", 1), ("gemma4", 5)])
+def test_wanda_compares_within_outputs_on_what_sparse_blocks_give(name: str, block: int) -> None:
+    """By plain hooks: the first block sees the dense stream, a later one what those before it, made sparse, write, and
+    the keys and values that they lend."""
+    model, anatomy, found = _run(name, "wanda")
     plan = Plan.of([], sparsities=found.edits, arrays=found.arrays)
     new = apply(model, anatomy, plan)
-    first = Plan.of([], sparsities=[e for e in found.edits if e.unit.block == 0], arrays=found.arrays)
+    first = Plan.of([], sparsities=[e for e in found.edits if e.unit.block < block], arrays=found.arrays)
     given: dict[str, Tensor] = {}
 
     def watch(module: Any, args: Any, output: Any) -> None:
         given["x"] = args[0].reshape(-1, args[0].shape[-1])
 
-    linear = model.model.layers[1].mlp.gate_proj
+    linear = model.model.layers[block].mlp.gate_proj
     handle = linear.register_forward_hook(watch)
     for around, right in ((simulate(model, anatomy, first), True), (simulate(model, anatomy, []), False)):
         with around:
             model(input_ids=WINDOWS.ids)
         saliency = linear.weight.abs() * given["x"].norm(dim=0)
         wanted = chosen(saliency, 0.5, None, by_row=True)
-        assert torch.equal(new.model.layers[1].mlp.gate_proj.weight != 0, wanted) is right
+        assert torch.equal(new.model.layers[block].mlp.gate_proj.weight != 0, wanted) is right
     handle.remove()
 
 

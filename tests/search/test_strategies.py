@@ -128,6 +128,15 @@ def test_one_shot_puts_back_what_a_large_last_unit_makes_superfluous() -> None:
     assert found.steps[-1].restored == ("decoder.0.attention",)
 
 
+def test_of_those_that_could_come_back_the_most_important_one_does() -> None:
+    posed = pose(outline(6), Budget.parse("params=0.84"))  # 384 of 2400 have to go
+    first_ones = ["decoder.0.attention", "decoder.1.attention", "decoder.2.mlp"]  # 100, 100 and 300
+    scores = {u: float(first_ones.index(str(u)) if str(u) in first_ones else 10) for u in posed.candidates}
+    found = one_shot(posed, scores)
+    assert found.steps[-1].restored == ("decoder.1.attention",)
+    assert found.drops == {Address("decoder", 0, "attention"), Address("decoder", 2, "mlp")}
+
+
 def test_unknown_units_stay_and_nan_is_refused() -> None:
     posed = problem(6, "params=0.8", "block")
     scores = dict.fromkeys(posed.candidates, 1.0)

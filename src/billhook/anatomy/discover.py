@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -115,10 +116,12 @@ def _generates(model: PreTrainedModel) -> bool:
 
 def _read_blocks(model: PreTrainedModel, path: str, name: str) -> tuple[list[Block], list[str]]:
     config = owner_of(model, path)[1].config
+    modes = getattr(config, "kv_sharing_modes", None)
     blocks, odd = [], []
     for index, module in enumerate(model.get_submodule(path).children()):
         try:
-            blocks.append(read_block(module, Address(name, index), f"{path}.{index}", config, hidden_size(config)))
+            block = read_block(module, Address(name, index), f"{path}.{index}", config, hidden_size(config))
+            blocks.append(replace(block, lends=modes is not None and modes[index] == "store"))
         except NotUnderstood as problem:
             odd.append(f"{name}.{index}: {problem}")
             blocks.append(Block(Address(name, index), f"{path}.{index}", (), (), False))
@@ -180,11 +183,9 @@ def _pins(model: PreTrainedModel, stacks: list[Stack]) -> dict[str, str]:
         if getattr(config, "hidden_size_per_layer_input", 0):
             reason = "the model's per-layer embedding is one tensor for all blocks"
             pinned |= {str(block.address): reason for block in stack.blocks}
-        modes = getattr(config, "kv_sharing_modes", None) or ()
-        for index, mode in enumerate(modes):
-            if mode == "store":
-                for unit in (f"{stack.name}.{index}", f"{stack.name}.{index}.attention"):
-                    pinned[unit] = READ_LATER
+        for block in stack.blocks:
+            if block.lends:
+                pinned |= {str(block.address): READ_LATER, f"{block.address}.attention": READ_LATER}
     return pinned
 
 

@@ -93,13 +93,14 @@ class Sublayer:
 class Block:
     """One transformer layer. ``norms`` are those that act on the stream itself or serve several sublayers: they stay
     as long as the block does. ``parallel``: all sublayers read the stream as it enters the block; otherwise each reads
-    what the one before it left."""
+    what the one before it left. ``lends``: later blocks read its keys and values."""
 
     address: Address
     path: str
     sublayers: tuple[Sublayer, ...]
     norms: tuple[str, ...]
     parallel: bool
+    lends: bool = False
 
 
 @dataclass(frozen=True)

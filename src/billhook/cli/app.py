@@ -28,7 +28,7 @@ from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 _UsageError: Any = typer.BadParameter.__base__  # typer brings its own click, or uses the one that is installed

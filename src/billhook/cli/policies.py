@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Annotated
+from textwrap import fill
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,29 +22,36 @@ Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A
 
 @policies.callback()
 def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
-    """List the run-time policies: what they do, their paper and what becomes of keys and values; [bold]explain NAME[/]
-    explains one.
+    """List the ways to leave something out while a model runs: what each does, its paper, what becomes of keys and
+    values, and the parameter that [bold]billhook tune-policy[/] turns.
+
+    For --policy of generate, bench, tune-policy and [bold]policies compare[/]; [bold]policies explain NAME[/] explains
+    one and its parameters.
 
     [dim]Example:[/] billhook policies explain ffn-skip
     """
     if ctx.invoked_subcommand is not None:
         return
+    from billhook.recipes.words import first_sentence
     from billhook.runtime.catalogue import POLICIES
 
     if as_json:
         print_json({"policies": [_facts(name) for name in POLICIES]})
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for heading in ("name", "paper", "keys and values", "tuned by"):
-        table.add_column(heading, style="bold" if heading == "name" else "")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
     for name, policy in POLICIES.items():
-        table.add_row(name, Text(policy.paper), Text(policy.kv), policy.dial[0] if policy.dial else "")
+        dial = f"tuned by {policy.dial[0]}" if policy.dial else ""
+        more = (policy.paper, f"keys and values: {policy.kv}", dial)
+        details = Text("\n" + "\n".join(line for line in more if line), style="dim")
+        table.add_row(name, Text(first_sentence(policy)) + details)
     print_views(table)
 
 
 @policies.command()
 def explain(ctx: typer.Context, name: Name, as_json: options.Json = False) -> None:
-    """Explain a policy: what it does, its source, its rule for keys and values, and its parameters.
+    """Explain a policy: what it does, its source, what becomes of keys and values, and its parameters.
 
     [dim]Example:[/] billhook policies explain similarity-exit
     """
@@ -54,11 +62,29 @@ def explain(ctx: typer.Context, name: Name, as_json: options.Json = False) -> No
         print_json(_facts(name))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for heading in ("parameter", "default"):
+    for heading in ("parameter", "default", "allowed"):
         table.add_column(heading)
-    for parameter, field in policy.model_fields.items():
-        table.add_row(parameter, Text(repr(field.default)))
-    print_views(Text((inspect.getdoc(policy) or "").replace("``", "")), table)
+    for parameter, schema in policy.model_json_schema()["properties"].items():
+        table.add_row(parameter, Text(repr(policy.model_fields[parameter].default)), Text(_allowed(schema)))
+    print_views(Text(_wrapped(inspect.getdoc(policy) or "")), table)
+
+
+def _wrapped(docstring: str) -> str:
+    """Paragraphs at 80 columns; formulas, which are indented, as they are."""
+    paragraphs = docstring.replace("``", "").split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else fill(" ".join(p.split()), 80) for p in paragraphs)
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """``1 to 4``, ``1 or more``, ``above 0``, the words; empty where the parameter is something else."""
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    if "exclusiveMinimum" in schema:
+        return f"above {schema['exclusiveMinimum']:g}"
+    low, high = schema.get("minimum"), schema.get("maximum")
+    if low is None:
+        return ""
+    return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
 
 
 _WORK = "The work of a generated token, as shares of the plain model's: flops=0.9,0.8,0.7."

@@ -23,6 +23,8 @@ def read(source: str | os.PathLike[str] | Text) -> Text:
     name = os.fspath(source)
     if name == "builtin":
         return builtin()
+    if not name:
+        raise InputError(f"text '' does not exist; {_USAGE}")
     path = Path(name).expanduser()
     if path.is_dir():
         return read_folder(path)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from billhook.models.atomic import refusals
 from billhook.plan.errors import InputError
 
 
@@ -19,7 +20,8 @@ def keep(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) ->
     """Write tensors and facts (JSON) into one safetensors file. Whoever is killed meanwhile leaves the old one."""
     fresh = path.with_suffix(".part")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, fresh, metadata={"facts": json.dumps(facts)})
+    with refusals(fresh):
+        save_file(whole, fresh, metadata={"facts": json.dumps(facts)})
     with fresh.open("rb") as file:
         os.fsync(file.fileno())
     fresh.replace(path)

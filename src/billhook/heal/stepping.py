@@ -1,8 +1,8 @@
-"""One place of a stack run on a given stream, inside the model's own forward."""
+"""Parts of a stack run on a given stream, inside the model's own forward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,21 +12,33 @@ from torch import Tensor, nn
 from billhook.anatomy.types import Stack, Sublayer
 from billhook.heal.places import Place
 from billhook.measure.batches import real_tokens
-from billhook.measure.patch import Forward, Reached, hooked, observing, overridden, silencers, stream_in, stream_out
+from billhook.measure.patch import (
+    Forward,
+    Reached,
+    Tail,
+    hand_on,
+    hooked,
+    lending,
+    observing,
+    on_stream,
+    overridden,
+    put_in,
+    silencers,
+    stream_in,
+    stream_out,
+    tail_of,
+)
 from billhook.plan.errors import InputError
 
-Tail = tuple[Any, ...] | None
 
-
-class Stepper:
-    """Runs single places over fixed batches; blocks before the place hand on what they get, those after it are not
-    reached. Masks, positions and per-layer arguments are the model's business. Holds the batches, and of each block
-    what it returned beside the stream. Each call costs the place and what the model does before its first block."""
+class Batches:
+    """Fixed inputs of a model. Blocks that are not to run hand on what they get; masks, positions and per-layer
+    arguments are the model's business."""
 
     def __init__(self, model: nn.Module, stack: Stack, batches: list[dict[str, Any]]) -> None:
         self.model, self.stack, self.batches = model, stack, batches
         self._blocks = [model.get_submodule(block.path) for block in stack.blocks]
-        self._tails: list[dict[int, Tail]] = [{} for _ in batches]
+        self._tails: list[dict[int, Tail]] = [{} for _ in batches]  # what each block returned beside the stream
 
     def enter(self, batch: int) -> Tensor:
         """The stream at the input of the first block [rows, tokens, hidden]."""
@@ -38,6 +50,39 @@ class Stepper:
 
         self._forward(batch, [(self._blocks[0], stop)])
         return self._finite(batch, seen[0], f"into {self.stack.blocks[0].address}")
+
+    def real(self, batch: int, stream: Tensor) -> Tensor:
+        """Which positions are no padding: bool [rows, tokens]."""
+        return real_tokens(self.batches[batch], self.stack.name, stream)
+
+    def _forward(
+        self,
+        batch: int,
+        forwards: Iterable[tuple[nn.Module, Forward]],
+        hooks: Iterable[tuple[nn.Module, Forward]] = (),
+        gradients: bool = False,
+    ) -> None:
+        with observing(self.model), torch.set_grad_enabled(gradients), overridden(forwards), hooked(hooks):
+            try:
+                self.model(**self.batches[batch])
+            except Reached:
+                return
+        raise InputError(f"the inputs never reach stack {self.stack.name}")
+
+    def _finite(self, batch: int, stream: Tensor, where: str) -> Tensor:
+        if not stream[self.real(batch, stream)].isfinite().all():
+            raise InputError(f"NaN or infinite values come {where}: the weights or the inputs are damaged")
+        return stream
+
+
+class Stepper(Batches):
+    """Runs single places; those after them are not reached. Of each block whose keys and values later ones read it
+    holds the stream that it was last run on, where it runs again for these: so one stream at a time can walk through
+    such a model. Each call costs the place, such blocks before it, and what the model does before its first block."""
+
+    def __init__(self, model: nn.Module, stack: Stack, batches: list[dict[str, Any]]) -> None:
+        super().__init__(model, stack, batches)
+        self._lent: list[dict[int, Tensor]] = [{} for _ in batches]
 
     def run(
         self,
@@ -53,19 +98,15 @@ class Stepper:
         outputs: list[Any] = []
 
         def visit(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                args = (stream, *args[1:])
-            else:
-                kwargs = {**kwargs, "hidden_states": stream}
             with overridden(silencers(self.model, silent)), hooked(hooks):
-                outputs.append(own(*args, **kwargs))
+                outputs.append(on_stream(*args, own=own, stream=stream, **kwargs))
             raise Reached
 
-        tails = self._tails[batch]
-        before = [(self._blocks[i], partial(_hand_on, tail=tails[i])) for i in range(place.number)]
-        self._forward(batch, [*before, (block, visit)])
+        self._forward(batch, [*self._before(batch, place.number), (block, visit)])
         output = outputs[0]
-        tails.setdefault(place.number, output[1:] if isinstance(output, tuple) else None)
+        self._tails[batch].setdefault(place.number, tail_of(output))
+        if place.block.lends and any(sublayer.kind == "attention" for sublayer in place.sublayers):
+            self._lent[batch][place.number] = stream
         return self._finite(batch, stream_out(output), f"out of {place.block.address}")
 
     def last(self, batch: int) -> Tensor:
@@ -86,34 +127,17 @@ class Stepper:
 
         Final norm, head and whatever the model does to logits are its own: it runs over these ids and every block
         hands on, with what it returned beside the stream when it was run."""
-        hand_on = [(block, partial(_hand_on, tail=self._tails[0].get(i))) for i, block in enumerate(self._blocks[:-1])]
-        last = (self._blocks[-1], partial(_put_in, stream=stream[None], tail=self._tails[0].get(len(self._blocks) - 1)))
+        tails = [self._tails[0].get(i) for i in range(len(self._blocks))]
+        blocks = [(block, partial(hand_on, tail=tail)) for block, tail in zip(self._blocks, tails, strict=True)]
+        blocks[-1] = self._blocks[-1], partial(put_in, stream=stream[None], tail=tails[-1])
         cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
-        with observing(self.model), overridden([*hand_on, last]):
+        with observing(self.model), overridden(blocks):
             return torch.as_tensor(self.model(input_ids=ids[None], **cached).logits)[0]
 
-    def real(self, batch: int, stream: Tensor) -> Tensor:
-        """Which positions are no padding: bool [rows, tokens]."""
-        return real_tokens(self.batches[batch], self.stack.name, stream)
-
-    def _forward(self, batch: int, forwards: list[tuple[nn.Module, Forward]]) -> None:
-        with observing(self.model), overridden(forwards):
-            try:
-                self.model(**self.batches[batch])
-            except Reached:
-                return
-        raise InputError(f"the inputs never reach stack {self.stack.name}")
-
-    def _finite(self, batch: int, stream: Tensor, where: str) -> Tensor:
-        if not stream[self.real(batch, stream)].isfinite().all():
-            raise InputError(f"NaN or infinite values come {where}: the weights or the inputs are damaged")
-        return stream
-
-
-def _hand_on(*args: Any, tail: Tail, **kwargs: Any) -> Any:
-    stream = stream_in(*args, **kwargs)
-    return stream if tail is None else (stream, *tail)
-
-
-def _put_in(*args: Any, stream: Tensor, tail: Tail, **kwargs: Any) -> Any:
-    return stream if tail is None else (stream, *tail)
+    def _before(self, batch: int, number: int) -> Iterator[tuple[nn.Module, Forward]]:
+        """What stands in the place of the blocks before one."""
+        for i, block in enumerate(self._blocks[:number]):
+            answer = partial(hand_on, tail=self._tails[batch][i])
+            if i in self._lent[batch]:
+                answer = partial(lending, own=block.forward, stream=self._lent[batch][i], answer=answer)
+            yield block, answer

@@ -21,13 +21,14 @@ def batches_of(
 ) -> Iterator[dict[str, Any]]:
     """Batches on the model's device, with the cache switched off where the model has one.
 
-    Windows are grouped to about ``tokens_at_once`` tokens; batches of other inputs are taken as they come.
+    Windows are grouped to about ``tokens_at_once`` tokens; an encoder-decoder reads them on both sides, its decoder
+    with the shift that it is trained with. Batches of other inputs are taken as they come.
     Causal models that take ``position_ids`` get them counted from the first real token of each row, so that
     left-padded rows see the positions they would have alone.
     """
     accepted = inspect.signature(model.forward).parameters
     device = next(model.parameters()).device
-    for batch in _grouped(source, tokens_at_once):
+    for batch in _grouped(source, model, tokens_at_once):
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         if "use_cache" in accepted:
             inputs["use_cache"] = False
@@ -37,11 +38,14 @@ def batches_of(
         yield inputs
 
 
-def _grouped(source: Windows | Iterable[Batch], tokens_at_once: int) -> Iterable[Batch]:
+def _grouped(source: Windows | Iterable[Batch], model: Any, tokens_at_once: int) -> Iterable[Batch]:
     if not isinstance(source, Windows):
         return source
-    rows = max(1, tokens_at_once // source.ids.shape[1])
-    return [{"input_ids": source.ids[i : i + rows]} for i in range(0, len(source.ids), rows)]
+    pieces = torch.split(source.ids, max(1, tokens_at_once // source.ids.shape[1]))
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return [{"input_ids": ids} for ids in pieces]
+    shifted = model.prepare_decoder_input_ids_from_labels
+    return [{"input_ids": ids, "decoder_input_ids": shifted(ids)} for ids in pieces]
 
 
 def real_tokens(inputs: Batch, stack: str, stream: Tensor) -> Tensor:

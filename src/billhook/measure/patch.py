@@ -17,6 +17,8 @@ from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Sublayer
 
 Forward = Callable[..., Any]
+Tail = tuple[Any, ...] | None
+"""What a block returns after the stream; None where it returns the bare stream."""
 
 
 class Reached(Exception):
@@ -93,3 +95,33 @@ stream_in: Callable[..., Tensor] = STUBS["identity"]().forward
 def stream_out(output: Any) -> Tensor:
     """The residual stream in what a block returned: a tensor, or a tuple that begins with it."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+def tail_of(output: Any) -> Tail:
+    """What a block returned after the stream."""
+    return output[1:] if isinstance(output, tuple) else None
+
+
+def hand_on(*args: Any, tail: Tail, **kwargs: Any) -> Any:
+    """In the place of a block: the stream as it comes in."""
+    stream = stream_in(*args, **kwargs)
+    return stream if tail is None else (stream, *tail)
+
+
+def put_in(*args: Any, stream: Tensor, tail: Tail, **kwargs: Any) -> Any:
+    """In the place of a block: this stream."""
+    return stream if tail is None else (stream, *tail)
+
+
+def on_stream(*args: Any, own: Forward, stream: Tensor, **kwargs: Any) -> Any:
+    """A block's ``own`` forward on another stream than the one that comes in."""
+    if args:
+        return own(stream, *args[1:], **kwargs)
+    return own(**{**kwargs, "hidden_states": stream})
+
+
+def lending(*args: Any, own: Forward, stream: Tensor, answer: Forward, **kwargs: Any) -> Any:
+    """In the place of a block whose keys and values later ones read: it runs on ``stream`` for these alone, and hands
+    out what ``answer`` does."""
+    on_stream(*args, own=own, stream=stream, **kwargs)
+    return answer(*args, **kwargs)

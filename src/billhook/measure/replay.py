@@ -13,14 +13,26 @@ from torch import Tensor, nn
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.measure.batches import Batch, batches_of, real_tokens
-from billhook.measure.patch import Forward, Reached, hooked, observing, overridden, silencers, stream_in, stream_out
+from billhook.measure.patch import (
+    Forward,
+    Reached,
+    Tail,
+    hand_on,
+    hooked,
+    lending,
+    observing,
+    overridden,
+    put_in,
+    silencers,
+    stream_in,
+    stream_out,
+    tail_of,
+)
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.errors import InputError
 
 Progress = Callable[[str, int, int], None]
-Tail = tuple[Any, ...] | None
-"""What a block returns after the stream; None where it returns the bare stream."""
 
 
 @dataclass
@@ -38,7 +50,8 @@ class Replay:
     The stream at the input of every block is kept for the current state, so a further drop in block b costs only the
     blocks after b. The model runs its own forward, blocks in place; those before the restart hand on what they get
     (so masks, positions and per-layer arguments stay the model's business), the last of them the stored stream, with
-    whatever else it returned in the dense pass. The model is changed within calls only.
+    whatever else it returned in the dense pass. Blocks before the restart whose keys and values later ones read run
+    again for these. The model is changed within calls only.
 
     ``work`` counts block-token forwards, exactly: blocks executed x tokens, the dense pass included. A block with a
     silenced sublayer counts 1, a dropped one 0; embeddings and head are not counted.
@@ -175,18 +188,24 @@ class Replay:
         gone = [i for i in range(start, len(self._blocks)) if Address(self.stack.name, i) in drops]
         cut = [a for a in drops if a.sublayer is not None and a.block >= start]
         forwards = self._stepping(batch, start, stream)
-        forwards += [(self._blocks[i], partial(_hand_on, tail=self._tails[batch][i])) for i in gone]
+        forwards += [(self._blocks[i], partial(hand_on, tail=self._tails[batch][i])) for i in gone]
         forwards += silencers(self.model, [self.anatomy.sublayer(a) for a in cut])
         outputs = self._watch(batch, start, forwards)
-        self.work += (len(outputs) - len(gone)) * stream.shape[0] * stream.shape[1]
+        lenders = sum(block.lends for block in self.stack.blocks[:start])
+        self.work += (len(outputs) - len(gone) + lenders) * stream.shape[0] * stream.shape[1]
         return [stream_out(output) for output in outputs]
 
     def _stepping(self, batch: int, start: int, stream: Tensor) -> list[tuple[nn.Module, Forward]]:
         """Overrides that hand the embeddings on through the blocks before ``start`` and put ``stream`` at its input."""
-        tails = self._tails[batch]
-        before = list(zip(self._blocks, tails, strict=True))[:start]
-        forwards: list[tuple[nn.Module, Forward]] = [(b, partial(_hand_on, tail=tail)) for b, tail in before[:-1]]
-        return forwards + [(b, partial(_inject, stream=stream, tail=tail)) for b, tail in before[-1:]]
+        forwards: list[tuple[nn.Module, Forward]] = []
+        for index, (block, tail) in enumerate(zip(self._blocks[:start], self._tails[batch][:start], strict=True)):
+            last = index == start - 1
+            answer = partial(put_in, stream=stream, tail=tail) if last else partial(hand_on, tail=tail)
+            if self.stack.blocks[index].lends and start < len(self._blocks):
+                given = self._streams[batch][index]
+                answer = partial(lending, own=block.forward, stream=given, answer=answer)
+            forwards.append((block, answer))
+        return forwards
 
     def _dense(self, batch: int) -> list[Tensor]:
         inputs: list[Tensor] = []
@@ -196,7 +215,7 @@ class Replay:
 
         with hooked([(self._blocks[0], enter)]):
             outputs = self._watch(batch, 0, [])
-        self._tails.append([output[1:] if isinstance(output, tuple) else None for output in outputs])
+        self._tails.append([tail_of(output) for output in outputs])
         streams = [*inputs, *(stream_out(output) for output in outputs)]
         for index, stream in enumerate(streams):
             if not stream[real_tokens(self.batches[batch], self.stack.name, stream)].isfinite().all():
@@ -233,12 +252,3 @@ def _choose(anatomy: Anatomy, name: str | None) -> Stack:
     if name not in names:
         raise InputError(f"a stack to replay must be named: this {anatomy.family} model has {', '.join(names)}")
     return anatomy.stack(name)
-
-
-def _hand_on(*args: Any, tail: Tail, **kwargs: Any) -> Any:
-    stream = stream_in(*args, **kwargs)
-    return stream if tail is None else (stream, *tail)
-
-
-def _inject(*args: Any, stream: Tensor, tail: Tail, **kwargs: Any) -> Any:
-    return stream if tail is None else (stream, *tail)

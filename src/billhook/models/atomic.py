@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,29 +51,64 @@ def _replaceable(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-_BUSY = ".busy"  # held by the run that is replacing a folder, and let go by the system if it is killed
+_BUSY = ".busy"  # held by the run that is building or replacing a folder, and let go by the system if it is killed
+_REFUSED = re.compile(r"\(os error (\d+)\)")
 
 
 @contextmanager
 def building(out: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a fresh folder beside ``out``; on success it becomes ``out``, on any exception it is removed.
 
-    Raises InputError before anything is written where ``check_out`` would. A killed process leaves ``out`` as it was
-    (and a hidden folder ``.NAME.*.building`` beside it). An old target is moved aside before the new one takes its
-    place, and put back if that fails; where the process is killed just then, ``put_back`` does it later.
+    Raises InputError before anything is written where ``check_out`` would. A killed process leaves ``out`` as it was,
+    and beside it a hidden folder ``.NAME.*.building`` that the next one removes. An old target is moved aside before
+    the new one takes its place, and put back if that fails; where the process is killed just then, ``put_back`` does it
+    later. OSError also for what the system refuses to libraries that have no such class: a full disk, say.
     """
     path = check_out(out, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".building", dir=path.parent))
+        _sweep(path)
+        around = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".building", dir=path.parent))
+        lock = FileLock(around / _BUSY)
+        lock.acquire()
+        fresh = around / path.name
+        fresh.mkdir()
     except OSError as error:
         raise InputError(f"output folder {out} cannot be made: {error}") from error
     try:
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        yield fresh
+        with refusals(path):
+            yield fresh
         _move(fresh, path, overwrite)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # gone already if all went well
+        shutil.rmtree(around, ignore_errors=True)
+        lock.release()
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the system refused while something was written to ``path`` is an OSError that names it: Python leaves the
+    name out, and libraries in Rust (safetensors, tokenizers) tell it in words only."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        found = _REFUSED.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs had built of ``path``."""
+    for busy in sorted(path.parent.glob(f".{escape(path.name)}.*.building/{_BUSY}")):
+        try:
+            with FileLock(busy, timeout=0):
+                shutil.rmtree(busy.parent, ignore_errors=True)
+        except Timeout:
+            continue
 
 
 def _move(fresh: Path, path: Path, overwrite: bool) -> None:
@@ -105,9 +141,3 @@ def put_back(path: Path) -> None:
                     shutil.rmtree(old)
         except Timeout:
             continue
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

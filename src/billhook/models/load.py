@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from billhook.models import checks, hub
@@ -85,7 +86,7 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
         return demo()
     path = Path(name).expanduser()
     put_back(path)
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -98,6 +99,14 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
     return hub.fetch(name, code=trust_remote_code)
 
 
+def config_of(folder: Path, own_code: bool = False) -> Any:
+    """The config of a folder, as transformers reads it. ValueError also for values that it refuses, on one line."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+    except StrictDataclassError as error:  # is of no kind that anybody expects
+        raise ValueError(" ".join(str(error).split())) from error
+
+
 def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any, Any]:
     """The model class and config. ``own_code``: the folder's own classes go before those of transformers."""
     auto_map, named = settings.get("auto_map") or {}, settings.get("architectures") or [""]
@@ -105,7 +114,7 @@ def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any,
         raise InputError(f"{folder / 'config.json'}: architectures must be a list of names, auto_map an object")
     architecture = named[0]
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        config = config_of(folder, own_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         if auto_map and not own_code:
             raise InputError(

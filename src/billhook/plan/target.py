@@ -6,10 +6,10 @@ from enum import StrEnum
 class Target(StrEnum):
     """A constraint on the plan, checked before any search begins.
 
-    - ``uniform``: any engine, as an ordinary checkpoint. Whole blocks only.
-    - ``deci``: vLLM and llama.cpp, in the DeciLM form. Any sublayer pattern of a Llama-shaped decoder,
+    - ``uniform``: any engine, as an ordinary checkpoint. Whole blocks, or units of which every block keeps as many.
+    - ``deci``: vLLM and llama.cpp, in the DeciLM form. Any sublayer pattern and MLP widths of a Llama-shaped decoder,
       never without the attention of the first block.
-    - ``remote``: plain transformers with remote code. Any sublayer pattern.
+    - ``remote``: plain transformers with remote code. Any sublayer pattern and widths.
     - ``any``: Billhook only.
     """
 

@@ -272,6 +272,8 @@ def _searched(
     try:
         with clock.step("search"):
             problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
+            if recipe.act not in ("drop", "share"):
+                require_healable(model.anatomy)
             choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None

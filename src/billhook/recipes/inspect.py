@@ -15,7 +15,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Run
 from billhook.recipes.measures import measures, watch
-from billhook.recipes.opened import Stopwatch, environment, opened
+from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import write_down
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 
@@ -36,8 +36,9 @@ def inspect(
 ) -> Run:
     """Find the parts of a model and measure, in one pass over the calibration, how much each changes the stream.
 
-    A model without a tokenizer (a vision tower, say) is described without being measured. With ``out`` every stack that
-    the text reaches is audited as well (see ``measure.audit``), and the record and the page are written there.
+    A model that text alone does not reach (one without a tokenizer, one that listens, a pair of towers) is described
+    without being measured. With ``out`` every stack that the text reaches is audited as well (see ``measure.audit``),
+    and the record and the page are written there.
     """
     if out is not None:
         check_out(out, overwrite, source)
@@ -51,7 +52,7 @@ def inspect(
         costs=quantities(model.anatomy.outline, ()),
         environment=environment(model),
     )
-    if model.loaded.tokenizer is not None and model.anatomy.embedding is not None:
+    if _reads_text(model):
         with clock.step("measure"):
             windows = windows_of(
                 calibration,
@@ -76,6 +77,13 @@ def inspect(
         with building(out, overwrite) as folder:
             write_down(run, Path(folder))
     return run
+
+
+def _reads_text(model: Opened) -> bool:
+    stacks = {stack.name for stack in model.anatomy.stacks}
+    towers = "vision" in stacks and "decoder" not in stacks  # which look at an image whenever they read
+    mute = model.loaded.tokenizer is None or model.anatomy.embedding is None or towers
+    return not mute and bool(model.model.main_input_name == "input_ids")
 
 
 def divided(windows: Windows) -> tuple[Windows, Windows]:

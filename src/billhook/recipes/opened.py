@@ -14,6 +14,7 @@ import torch
 
 from billhook.anatomy import Anatomy, discover
 from billhook.data import check_tokenizer
+from billhook.evaluate.causal import positions
 from billhook.models import Loaded, dtype_of, emulated
 from billhook.plan.errors import InputError
 from billhook.runtime.clock import now
@@ -44,7 +45,7 @@ class Opened:
 
     def length(self, wanted: int) -> int:
         """A window length that the model's positions allow."""
-        return min(wanted, int(getattr(self.model.config, "max_position_embeddings", None) or wanted))
+        return min(wanted, positions(self.model) or wanted)
 
 
 def opened(

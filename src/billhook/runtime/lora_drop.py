@@ -23,7 +23,7 @@ from billhook.runtime.policy import Policy
 
 class LoraDrop(Policy):
     """While tokens are generated the ``blocks`` of the decoder are computed at every ``period``-th token; in between
-    each reuses its state of the token before, corrected by a map of low ``rank``:
+    each reuses its state of the token before, corrected by a map of low ``rank``.
 
         y[t] = x[t] + (y[t-1] - x[t-1]) + A B (x[t] - x[t-1])     for reuse "update"
         y[t] = y[t-1] + A B (x[t] - x[t-1])                       for reuse "state"

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from billhook.anatomy.discover import READ_LATER
 from billhook.anatomy.linears import Linear, linears
 from billhook.anatomy.types import Anatomy, Block
 from billhook.anatomy.undo import Undo
@@ -97,8 +96,8 @@ def sparsify(
     then it is run once more, sparse, for the next one. The model is as before afterwards.
 
     Cost: two passes over the text (none for magnitude). Memory: the model, one stream, the statistics of a block.
-    Raises InputError for inputs that M does not divide, and where data is needed for blocks that read keys and values
-    of others, fused experts (what each is given is not seen), and a linear that no token reaches.
+    Raises InputError for inputs that M does not divide, and where data is needed for fused experts (what each is given
+    is not seen), and a linear that no token reaches.
     """
     require_sparsifiable(model, anatomy, stack, by=by, pattern=pattern)
     blocks = anatomy.stack(stack).blocks
@@ -143,10 +142,6 @@ def require_sparsifiable(model: nn.Module, anatomy: Anatomy, stack: str, *, by: 
             )
         if by != "magnitude" and weight.ndim == 3:
             raise InputError(f"{linear.name} are fused experts: what each is given is not seen; use magnitude-sparse")
-    if by != "magnitude" and READ_LATER in anatomy.outline.pinned.values():
-        raise InputError(
-            f"a {anatomy.family} model has blocks that read keys and values of others; use magnitude-sparse"
-        )
 
 
 def _linears(model: nn.Module, block: Block) -> dict[Address, tuple[Linear, ...]]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook import models
 from billhook.anatomy import Anatomy, discover
 from billhook.anatomy.undo import Undo
 from billhook.models.checks import read_config
+from billhook.models.load import config_of
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
@@ -69,7 +70,7 @@ def skeleton(folder: Path) -> Any:
         )
     try:
         with quiet():
-            return on_meta(stock, AutoConfig.from_pretrained(folder))
+            return on_meta(stock, config_of(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be understood: {error}") from error
 
