@@ -205,7 +205,14 @@ def test_a_config_of_the_wrong_form_is_named(folder: Path, changes: dict[str, ob
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"), [({"num_hidden_layers": "x"}, "num_hidden_layers"), ({"hidden_size": 37}, "37")]
+    ("changes", "word"),
+    [
+        ({"num_hidden_layers": "x"}, "num_hidden_layers"),
+        ({"hidden_size": 37}, "37"),
+        ({"dtype": "int8"}, "int8"),
+        ({"dtype": 5}, "5"),
+        ({"dtype": "made_up"}, "made_up"),
+    ],
 )
 def test_a_value_that_transformers_refuses_is_one_line(folder: Path, changes: dict[str, object], word: str) -> None:
     edit_config(folder, **changes)

@@ -102,9 +102,13 @@ def locate(source: str | os.PathLike[str], trust_remote_code: bool = False) -> P
 def config_of(folder: Path, own_code: bool = False) -> Any:
     """The config of a folder, as transformers reads it. ValueError also for values that it refuses, on one line."""
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
     except StrictDataclassError as error:  # is of no kind that anybody expects
         raise ValueError(" ".join(str(error).split())) from error
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype {dtype} is not a floating type")
+    return config
 
 
 def _class(settings: dict[str, Any], folder: Path, own_code: bool) -> tuple[Any, Any]:
