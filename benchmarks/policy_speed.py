@@ -10,7 +10,9 @@ that the policy saves over the time that the cut saves, which has to be at least
 
 About two minutes on two idle CPU cores; the times of a busy machine mean little, their ratio in turns still does.
 
-    python benchmarks/policy_speed.py [MODEL]      (default: the demo model)
+    python benchmarks/policy_speed.py [MODEL] [DTYPE]      (default: the demo model, bfloat16)
+
+DTYPE float32 is for processors that only emulate bfloat16: there its conversions are most of what a decode costs.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ ROUNDS = 21
 DECODE = Workload(name="decode, batch 1", batch=1, prompt_tokens=128, new_tokens=16)
 
 
-def main(source: str) -> int:
-    loaded = load(source, dtype=torch.bfloat16)
+def main(source: str = "demo", dtype: str = "bfloat16") -> int:
+    loaded = load(source, dtype=getattr(torch, dtype))
     anatomy = discover(loaded.model)
     count = len(anatomy.stack("decoder").blocks)
     # everything is saturated, so every second MLP of the middle half of the blocks is left out
@@ -97,4 +99,4 @@ def attached(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo"))
+    sys.exit(main(*sys.argv[1:]))

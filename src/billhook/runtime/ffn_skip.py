@@ -85,9 +85,10 @@ class _Saturation:
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
         if not self._looking:
             return
-        both = torch.stack((before[:, 0], after[:, 0]), dim=1).float()
-        products = torch.bmm(both, both.mT).tolist()  # [rows, 2, 2]: one call where a cosine is a dozen
-        for row, ((b, shared), (_, a)) in enumerate(products):
+        x, y = before[:, 0].float(), after[:, 0].float()
+        # sums of products: a matrix product would wake every thread for a thousand multiplications
+        products = torch.stack(((x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)), dim=-1).tolist()
+        for row, (shared, b, a) in enumerate(products):
             turned = shared <= self._policy.threshold * math.sqrt(a * b)
             if not turned and not self._skipped[row]:
                 self._left[row] = self._policy.span
