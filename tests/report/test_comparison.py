@@ -15,7 +15,7 @@ from billhook.plan.plan import Keep
 from billhook.plan.record import Interval
 from billhook.plan.target import Target
 from billhook.report.comparison import budget_in_words, comparison_page, exact_answers, passes
-from billhook.report.figures_comparison import front, kept, name, quality
+from billhook.report.figures_comparison import USABLE, ceiling, front, kept, name, quality
 from billhook.report.numbers import number, percent
 from billhook.report.recommendation import recommendation
 
@@ -181,3 +181,17 @@ def test_chance_is_never_recommended() -> None:
     advice = recommendation(found.model_copy(update={"entries": lucky}))
     assert advice[0].startswith("Use sublayer-greedy: ")
     assert "random (seed 0) is best" in advice[1]
+
+
+def test_what_is_no_language_model_any_more_does_not_hide_the_others() -> None:
+    found = comparison()
+    tame = tuple(with_damage(e, 2.0) if e.evidence else e for e in found.entries)
+    whole = found.model_copy(update={"entries": tame})
+    assert ceiling(whole) is None and "lies above the picture" not in comparison_page(whole)
+    capped = found.model_copy(update={"entries": (with_damage(tame[0], 500.0), *tame[1:])})
+    assert ceiling(capped) == USABLE and "lies above the picture" in comparison_page(capped)
+    (drawn,) = quality(capped)
+    assert drawn.spec["layout"]["yaxis"]["range"] == pytest.approx([math.log10(2.0) - 0.05, math.log10(USABLE)])
+    assert not any("500" in note["text"] for note in drawn.spec["layout"]["annotations"])
+    awful = found.model_copy(update={"entries": tuple(with_damage(e, 90.0) if e.evidence else e for e in tame)})
+    assert ceiling(awful) is None  # the best of what there is stays in the picture

@@ -17,7 +17,7 @@ from billhook.plan.target import Target
 from billhook.plan.visits import shared
 from billhook.report.answers import accuracy
 from billhook.report.cuts import is_cut, left_of, narrower
-from billhook.report.figures_comparison import front, kept, name, quality
+from billhook.report.figures_comparison import ceiling, front, kept, name, quality
 from billhook.report.headline import budget_name
 from billhook.report.numbers import duration, number, percent
 from billhook.report.page import rendered
@@ -116,6 +116,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "texts": [text.name for text in judged.evidence] if judged else [],
         "dense_answers": percent(accuracy(judged.probes)[0]) if judged and judged.probes else "",
         "pictures": drawn,
+        "ceiling": number(top) if (top := ceiling(comparison)) else "",
         "parts": [_part(comparison, budget) for budget in comparison.budgets],
         "recommendation": advice,
         "facts": _facts(comparison),

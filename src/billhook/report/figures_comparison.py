@@ -13,6 +13,9 @@ from billhook.report.headline import budget_name
 from billhook.report.numbers import number
 from billhook.report.palette import COMPRESSED, CUT, OTHER
 
+USABLE = 20.0
+"""Times the perplexity of dense: what is worse is no longer a language model, and would hide the others."""
+
 
 def name(entry: Entry, comparison: Comparison) -> str:
     """The recipe, with its seed where it was drawn more than once."""
@@ -36,8 +39,15 @@ def front(comparison: Comparison) -> list[Entry]:
     return found[::-1]
 
 
+def ceiling(comparison: Comparison) -> float | None:
+    """The damage at which the picture ends, None where it shows all."""
+    damages = [entry.damage for entry in comparison.entries if entry.evidence]
+    top = max(USABLE, 3 * min(damages, default=1.0))
+    return top if max(damages, default=1.0) > top else None
+
+
 def quality(comparison: Comparison) -> list[Picture]:
-    """Damage against what is kept; empty where nothing was judged."""
+    """Damage against what is kept, up to the ``ceiling``; empty where nothing was judged."""
     lines: dict[str, list[Entry]] = {}
     for entry in comparison.entries:
         if entry.evidence:
@@ -45,7 +55,7 @@ def quality(comparison: Comparison) -> list[Picture]:
     if not lines:
         return []
     figure = go.Figure()
-    best = front(comparison)
+    best, top = front(comparison), ceiling(comparison)
     on_front = {name(entry, comparison) for entry in best}
     for label, entries in lines.items():
         entries = sorted(entries, key=kept, reverse=True)
@@ -63,6 +73,8 @@ def quality(comparison: Comparison) -> list[Picture]:
     # annotations on a logarithmic axis are placed by the exponent
     for label in {name(entry, comparison): None for entry in best}:
         entry = min(lines[label], key=kept)
+        if top is not None and entry.damage > top:
+            continue
         figure.add_annotation(
             x=kept(entry), y=math.log10(entry.damage), text=f"{plain(label)} {number(entry.damage)}×", showarrow=False,
             xanchor="left", yanchor="middle", xshift=8, font={"color": COMPRESSED},
@@ -72,4 +84,9 @@ def quality(comparison: Comparison) -> list[Picture]:
     room = 0.35 * max(1 - min(shares), 0.05)
     figure.update_xaxes(title_text=f"{kind} kept", tickformat=".0%", range=[1, min(shares) - room])
     figure.update_yaxes(title_text="perplexity, times dense", type="log", nticks=8)
+    if top is not None:
+        least = min(e.damage for entries in lines.values() for e in entries)
+        figure.update_yaxes(
+            range=[math.log10(least) - 0.05, math.log10(top)], tickvals=[1, 1.5, 2, 3, 5, 10, 20, 50, 100]
+        )
     return [picture("quality", "", figure, 520)]
