@@ -30,11 +30,12 @@ WINDOWS = Windows.of(IDS, "noise")
 
 
 def half(recipe: Recipe, model: Any) -> Problem:
-    """About half of what the recipe may drop has to go."""
+    """About half of what the recipe may drop has to go; a quarter where each one goes into a neighbour that stays."""
+    share = 0.25 if recipe.act == "flatten" else 0.5
     outline = discover(model).outline
     costs = CostModel(outline)
     droppable = sum(costs.saving(unit)["params"] for unit in units(outline, recipe.unit))
-    budget = Budget.parse(f"params={1 - 0.5 * droppable / costs.dense['params']:.3f}")
+    budget = Budget.parse(f"params={1 - share * droppable / costs.dense['params']:.3f}")
     return pose(outline, budget, recipe.unit, stack="decoder")
 
 
