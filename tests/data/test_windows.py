@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from billhook.data import Text, Windows, calibration, check_overlap, check_tokenizer, evaluation, overlap, windows
-from billhook.data.builtin import builtin
+from billhook.data.builtin import builtin, docstrings
 from billhook.data.source import read
 from billhook.data.windows import spread
 from billhook.models import load
@@ -207,6 +207,13 @@ def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
     assert torch.equal(ids[:, 8:], ids[:, 7:8] + torch.arange(1, 25))  # and the model never read it from the start
     held_back = evaluation(f"self:{text}", PLAIN, tokens=64, length=32)[0][1]
     assert torch.equal(held_back.ids, evaluation(text, PLAIN, tokens=64, length=32)[0][1].ids)
+
+
+def test_what_the_model_went_on_from_judges_nothing() -> None:
+    texts = [
+        evaluation(PROSE, PLAIN, tokens=64, length=32, read_before=[before]) for before in ("self:builtin", "self")
+    ]
+    assert [found[1][1].name for found in texts] == [docstrings().name, builtin().name]
 
 
 def test_a_text_to_go_on_from_must_exist() -> None:

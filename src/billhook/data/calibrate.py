@@ -72,7 +72,8 @@ def evaluation(
         text = _prompts(source) or read(source)
         held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
         name = text.name
-    other = docstrings() if builtin().name in (name, *read_before) else builtin()
+    read_too = (known.removeprefix(_PROMPTED) for known in read_before)  # its pieces stand in what was written
+    other = docstrings() if builtin().name in (name, *read_too) else builtin()
     found: list[tuple[Domain, Windows]] = [
         ("calibration", held_back),
         ("other", spread(other, tokenizer, tokens=tokens, length=length)),

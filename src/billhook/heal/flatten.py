@@ -117,10 +117,10 @@ def grouped(model: nn.Module, anatomy: Anatomy, stack: Stack, dropped: list[int]
             if not why:
                 groups.setdefault(behind, [behind]).append(left.pop())
         for block in left:
-            fits = before >= 0 and not unlike(model, anatomy, stack, stack.blocks[block], stack.blocks[before])
-            if not fits:
-                why = why or unlike(model, anatomy, stack, stack.blocks[block], stack.blocks[before])
-                raise InputError(f"{stack.blocks[block].address} is not like the block that it would join: {why}")
+            other = unlike(model, anatomy, stack, stack.blocks[block], stack.blocks[before]) if before >= 0 else why
+            if other:
+                name = stack.blocks[block].address
+                raise InputError(f"{name} is not like the block that it would join: {why or other}")
             groups.setdefault(before, [before]).append(block)
     for number in groups:
         require_movable(model, anatomy, stack.blocks[number])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
+from itertools import pairwise
 
 from billhook.plan.outline import Outline
 from billhook.plan.record import HealStep, Run
@@ -99,7 +100,7 @@ def commands(run: Run) -> str:
         "seed": "" if seed is None else str(seed),
     }
     lines.append(f"billhook compress {model} {_options(cut)} --out {folders[0]}")
-    for step, source, out in zip(later, folders, folders[1:], strict=False):
+    for step, (source, out) in zip(later, pairwise(folders), strict=True):
         tokens = "" if step.tokens is None else str(step.tokens)
         asked = {"method": step.method, "select": step.select, "tokens": tokens, "calibration": step.text}
         lines.append(f"billhook heal {source} {_options(asked | {'seed': str(step.seed)})} --out {out}")
