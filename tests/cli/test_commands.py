@@ -278,20 +278,31 @@ def test_a_recipe_that_is_shown_is_one_to_start_from(tmp_path):
 def test_the_list_says_what_a_method_drops_needs_and_costs():
     rows = {line.split()[0]: line for line in billhook("recipes").stdout.splitlines() if line.strip()}
     assert all(word in rows["name"] for word in ("paper", "units", "needs", "passes"))
-    assert all(word in rows["attention-drop"] for word in ("He et al. (2024)", "attention", "data  "))
+    assert " ".join(rows["attention-drop"].split()) == "attention-drop He et al. 2024 attention data 2"
+    assert rows["fisher-width"].split()[-2:] == ["gradients", "3"]
     assert rows["evenly-spaced"].split() == ["evenly-spaced", "block", "nothing", "0"]
 
 
 def test_what_is_shown_is_explained_below():
     shown = billhook("recipes", "show", "joint-drop").stdout
     comments = [line for line in shown.splitlines() if line.startswith("#")]
-    assert comments[0].startswith("# score block-influence: 1 - E[cos(x, y)]")
+    assert comments[0] == "# unit sublayer: An attention or an MLP, each by itself."
+    assert comments[1].startswith("# score block-influence: 1 - E[cos(x, y)]")
     assert any(line.startswith("# choice one-shot: Rank once by the score") for line in comments)
     assert max(map(len, comments)) <= 80
     assert shown.splitlines()[-len(comments) :] == comments, "nothing but comments follows the recipe"
 
 
-@pytest.mark.parametrize("name", ["magic", "../../../etc/passwd"])
+def test_a_file_of_the_users_own_is_shown_as_it_is(tmp_path):
+    """Also under the name of a recipe that comes along."""
+    own = tmp_path / "own.yaml"
+    own.write_text("name: block-influence\ntitle: Own\nunit: mlp\nobjective: kl\nchoice: {word: greedy, refine: 0.5}\n")
+    shown = billhook("recipes", "show", own).stdout
+    assert shown.startswith(own.read_text())
+    assert "# unit mlp: " in shown and "refine: exchanges afterwards" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", ["magic", "../../../etc/passwd", "absent.yaml"])
 def test_a_recipe_that_is_not_there_cannot_be_shown(name):
     result = billhook("recipes", "show", name)
     assert result.exit_code == 2

@@ -75,7 +75,7 @@ def test_the_words_are_checked_and_explained() -> None:
     recipe = load("comp")
     words = explained(recipe)
     assert {"choice widths, blocks", "score block-influence", "score condition", "heal scales"} <= words.keys()
-    assert passes(recipe) == "2"
+    assert passes(recipe) == "3"
     wrong = recipe.model_dump()
     wrong["choice"]["blocks"]["score"] = {"word": "magnitude"}
     with pytest.raises(ValueError, match="units inside sublayers, not of blocks"):

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from billhook.recipes.catalogue import load, names
+import pytest
+import torch
+import yaml
+from families import VOCABULARY, build
+
+from billhook.anatomy import discover
+from billhook.data import Windows
+from billhook.measure.trace import trace
+from billhook.plan.budget import Budget
+from billhook.recipes.catalogue import load, names, source_of
+from billhook.recipes.find import find, pose_for
+from billhook.recipes.schema import Evolve, Sampled
 from billhook.recipes.words import explained, first_sentence, needs, passes
 from billhook.scores import SCORES
 
@@ -25,15 +39,65 @@ def test_every_score_begins_with_a_sentence(score) -> None:
     assert first_sentence(score.function).endswith(".")
 
 
+@pytest.mark.parametrize("name", names())
+def test_every_word_of_the_file_is_in_an_explanation(name: str) -> None:
+    """The words before the colons, and the parameters inside, by what is said below the file."""
+    content, told = yaml.safe_load(source_of(name)), explained(load(name))
+    for word in ("unit", "objective", "act", "heal"):
+        assert word not in content or f"{word} {content[word]}" in told, word
+    choice, score = content["choice"], content.get("score", {})
+    for inside in (choice, *choice.get("screens", ()), choice.get("start") or {}, choice.get("blocks", {})):
+        for parameter in inside.keys() - {"word"}:
+            assert re.search(rf"\b{parameter}\b", said(told, f"choice {choice['word']}")), parameter
+    for parameter in score.get("parameters", {}):
+        assert re.search(rf"\b{parameter}\b", told[f"score {score['word']}"]), parameter
+
+
+def said(told: dict[str, str], about: str) -> str:
+    return " ".join(meaning for word, meaning in told.items() if word.startswith(about))
+
+
+def test_only_the_parameters_that_are_set_are_explained() -> None:
+    few, more = explained(load("fusegpt")), explained(load("sublayer-greedy"))
+    assert "per unit" in few["choice greedy"] and "screen" not in few["choice greedy"]
+    assert "screen: every unit is looked at first on this share" in more["choice greedy"]
+    assert "refine" not in more["choice greedy"]
+
+
+#: Recipes whose passes are one number that does not depend on how the search goes.
+FIXED = [n for n in names() if passes(load(n)).isdigit() and not isinstance(load(n).choice, Evolve)]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_the_passes_in_the_list_are_those_that_a_search_is_charged(name: str, tmp_path: Path) -> None:
+    """So the list and the table of a comparison say the same."""
+    recipe = load(name)
+    model = build("mixtral" if recipe.unit == "expert" else "llama")
+    opened: Any = SimpleNamespace(model=model, anatomy=discover(model))
+    ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2))
+    windows = Windows.of(ids, "noise")
+    seen = trace(model, opened.anatomy, windows, ("block", "sublayer", "angular"))
+    problem = pose_for(recipe, opened.anatomy.outline, Budget.parse("params=0.8"), recipe.aim)
+    found = find(recipe, opened, problem, windows, seen, seed=0, place=tmp_path, progress=None)
+    assert found.found.work == int(passes(recipe)) * ids.numel() * len(opened.anatomy.stack("decoder").blocks)
+
+
 def test_needs_and_costs() -> None:
     said = {name: (needs(load(name)), passes(load(name))) for name in names()}
     assert said["first"] == said["unified-skip"] == said["random"] == ("nothing", "0")
-    assert said["block-influence"] == said["angular-span"] == ("data", "1")
+    assert said["block-influence"] == said["angular-span"] == ("data", "2")
+    assert said["cfsp"] == said["comp"] == ("data", "3") and said["fisher-width"] == ("gradients", "3")
+    assert said["foldgpt-gates"] == ("gradients", "2 a step") and said["das"] == ("training", "5 a round")
+    assert said["branch-gains"] == ("training", "2") and needs(load("fusegpt")) == "training"
+    assert said["magnitude-neurons"] == ("data", "0"), "its healing reads text, its choice none"
+    plain = load("tinyfusion").model_copy(update={"choice": Sampled(word="sampled-masks", steps=4)})
+    assert needs(plain) == "gradients"
+    assert needs(load("evenly-spaced").model_copy(update={"heal": "lora"})) == "training"
     assert said["joint-drop"] == said["attention-drop"] == ("data", "2")
     assert said["additive-knapsack"] == said["position-weighted"] == ("data", "½ a unit")
     assert said["sublayer-greedy"] == said["finercut"] == ("data", "1 a unit")
     assert said["block-greedy"] == ("data", "½ a unit/step")
-    assert {need for need, _ in said.values()} == {"data", "nothing"}
+    assert {need for need, _ in said.values()} == {"nothing", "data", "gradients", "training"}
 
 
 def test_a_sentence_ends_at_a_full_stop_before_a_space() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from textwrap import fill
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,12 +12,18 @@ from rich.text import Text
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views
 
+if TYPE_CHECKING:
+    from billhook.recipes.schema import Recipe
+
 recipes = typer.Typer(name="recipes", invoke_without_command=True, rich_markup_mode="rich")
 
 Name = Annotated[
     str,
     typer.Argument(
-        metavar="NAME", show_default=False, autocompletion=options.recipe_names, help="A name that the list has."
+        metavar="NAME|FILE",
+        show_default=False,
+        autocompletion=options.recipe_names,
+        help="A name that the list has, or a YAML file.",
     ),
 ]
 
@@ -34,19 +40,29 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
 
     found = catalogue.recipes()
     if as_json:
-        print_json({"recipes": [recipe.model_dump(mode="json") for recipe in found]})
+        rows = [
+            {**recipe.model_dump(mode="json"), "needs": words.needs(recipe), "passes": words.passes(recipe)}
+            for recipe in found
+        ]
+        print_json({"recipes": rows})
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
     for heading in ("name", "paper", "units", "needs", "passes"):
-        table.add_column(heading, no_wrap=heading != "paper", style="bold" if heading == "name" else "")
+        table.add_column(heading, no_wrap=heading != "passes", style="bold" if heading == "name" else "")
     for recipe in found:
-        paper = recipe.paper.citation.partition(",")[0] if recipe.paper else ""
-        table.add_row(recipe.name, Text(paper), recipe.unit, words.needs(recipe), words.passes(recipe))
+        table.add_row(recipe.name, Text(_short(recipe)), recipe.unit, words.needs(recipe), words.passes(recipe))
     default = (
         f"The default: the first of {' and '.join(catalogue.DEFAULTS)} that can meet the budget; for target uniform "
     )
     default += f"{' and '.join(catalogue.DEFAULTS_UNIFORM)}."
-    print_views(table, Text(fill(f"{default} {words.PASSES}", 80), style="dim"))
+    notes = [fill(note, 80) for note in (default, words.NEEDS, words.PASSES)]
+    print_views(table, Text("\n".join(notes), style="dim"))
+
+
+def _short(recipe: Recipe) -> str:
+    """Authors and year: ``Zhang et al. 2024``; nothing without a paper."""
+    authors = recipe.paper.citation.partition(",")[0] if recipe.paper else ""
+    return authors.replace(" and ", ", ").replace("(", "").replace(")", "")
 
 
 @recipes.command()
@@ -61,6 +77,6 @@ def show(ctx: typer.Context, name: Name, as_json: options.Json = False) -> None:
     if as_json or (ctx.parent is not None and ctx.parent.params["as_json"]):
         print_json(recipe.model_dump(mode="json"))
     else:
-        typer.echo(catalogue.source_of(recipe.name))
+        typer.echo(catalogue.source_of(name))
         for word, meaning in words.explained(recipe).items():
             typer.echo(fill(f"{word}: {meaning}", 80, initial_indent="# ", subsequent_indent="#   "))

@@ -33,7 +33,8 @@ def closed_form(
     source: Windows | Iterable[Batch],
     progress: Progress | None = None,
 ) -> Healing:
-    """New weights for the linears of what ``plan`` leaves of ``model``, which stays as it is.
+    """New weights by least squares for the linears of what ``plan`` leaves of ``model``, so that the stream comes out
+    as in the dense one. The model stays as it is.
 
     Two residual streams walk through the stack side by side, the dense one and that of the cut model as healed so far.
     Where a sublayer stays, its write linear (o or down projection) is refitted: with its inputs h in the cut model, and

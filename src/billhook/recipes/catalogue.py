@@ -37,17 +37,17 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     Nothing in the file is executed. Raises InputError for an unknown name, a file that cannot be read, and with the
     first thing that is wrong in it.
     """
-    text = os.fspath(source)
-    if text.endswith(_SUFFIXES):
+    return _parse(source_of(source), os.fspath(source))
+
+
+def source_of(source: str | os.PathLike[str]) -> str:
+    """The YAML of a recipe, as it stands in its file. InputError for an unknown name, or a file that cannot be read."""
+    name = os.fspath(source)
+    if name.endswith(_SUFFIXES):
         try:
-            return _parse(Path(text).read_text(encoding="utf-8"), text)
+            return Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"recipe file {text} cannot be read: {error}") from error
-    return _parse(source_of(text), text)
-
-
-def source_of(name: str) -> str:
-    """The YAML of a recipe that comes with Billhook. InputError for an unknown name."""
+            raise InputError(f"recipe file {name} cannot be read: {error}") from error
     if name not in names():
         raise InputError(f"recipe {name!r} is unknown; use a .yaml file or one of {', '.join(names())}")
     return (resources.files(__package__) / f"{name}.yaml").read_text(encoding="utf-8")

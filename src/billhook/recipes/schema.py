@@ -63,9 +63,10 @@ class Knapsack(_Words):
 
 
 class Greedy(_Words):
-    """Drop the unit that hurts the objective least, look again, and so on. ``screen``: every unit is looked at first on
-    this share of the calibration only, and on all of it when it comes out on top. ``refine``: exchanges afterwards, for
-    at most so many times the work spent until then."""
+    """Drop the unit that hurts the objective least, look again, and so on. ``lazy``: only at units whose old figure
+    puts them on top. What hurts is counted ``per`` unit, or for what a unit gains of the budget. ``screen``: every unit
+    is looked at first on this share of the calibration only, and on all of it when it comes out on top. ``refine``:
+    exchanges afterwards, for at most so many times the work spent until then."""
 
     word: Literal["greedy"]
     lazy: bool = True
@@ -90,7 +91,7 @@ class Screen(_Words):
 class Evolve(_Words):
     """Mutants of the best solution so far, ``offspring`` of them a generation, first looked at on little text
     (``screens``), the survivors on all of it. Ends after ``generations``, or ``patience`` of them without progress.
-    Begins at what a greedy choice finds, or at random."""
+    Begins at what a greedy choice finds (its ``start``), or at random."""
 
     word: Literal["evolve"]
     generations: Annotated[int, Field(ge=1)]
@@ -119,7 +120,8 @@ class Sampled(_Words):
 
 class Bandit(_Words):
     """Random choices tried, ``draws`` of them on the same text in each of so many ``rounds``, and units told apart by
-    what they earn. ``adapters``: the width of small networks trained in the place of what is skipped; 0 for none."""
+    what they earn. ``rate``: how far one round moves what a unit is thought to be worth. ``adapters``: the width of
+    small networks trained in the place of what is skipped; 0 for none."""
 
     word: Literal["bandit"]
     rounds: Annotated[int, Field(ge=1)]
@@ -151,10 +153,14 @@ class Coarse(_Words):
 
 class Widths(_Words):
     """Make sublayers narrower: their least important inner units go, set against those of other sublayers as the
-    ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. The number of
-    neurons left is a ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on; a measured
-    allocation alone looks at the divergence of narrowed models, on a ``screen``: this share of the calibration. Whole
-    ``blocks`` may go first."""
+    ``allocation`` says (see ``search.width``), ``per`` unit or for what a unit gains of the budget. An ``allocation``
+    is uniform: all lose the same share; global: scores of all sublayers compare; standardised: the same after each
+    sublayer's scores were brought to mean 0 and variance 1; shared: blocks that turn the stream less lose more; or
+    measured: what narrowing each sublayer alone does to the output decides. The number of neurons left is a
+    ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on. A measured allocation alone
+    looks at the divergence of narrowed models, on a ``screen``: this share of the calibration. Whole ``blocks`` may go
+    first.
+    """
 
     word: Literal["widths"]
     allocation: Allocation
@@ -177,8 +183,9 @@ class Widths(_Words):
 
 class Masks(_Words):
     """Set the least important weights of every linear to zero, ``by`` magnitude, wanda or second-order (see
-    ``search.sparsity``), in a ``pattern``: unstructured, or N:M, at most N of M inputs in a row. Blocks lose alike, or
-    the less the steeper the loss is in their weights (allocation zeroth-order, see ``search.zeroth_order``)."""
+    ``search.sparsity``), in a ``pattern``: unstructured, or N:M, at most N of M inputs in a row. With the
+    ``allocation`` uniform blocks lose alike, with zeroth-order the less the steeper the loss is in their weights (see
+    ``search.zeroth_order``)."""
 
     word: Literal["masks"]
     by: By
@@ -194,7 +201,9 @@ class Masks(_Words):
 
 class Ranks(_Words):
     """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
-    directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``)."""
+    directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``). The
+    ``inputs``: none, all alike; channels, weighed by their mean size; moments, with all of their second moments. The
+    ``allocation``: uniform, every linear keeps the same share; global, least energy is lost over all."""
 
     word: Literal["ranks"]
     inputs: Inputs

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 
 from billhook.heal import average, branch_gains, closed_form, flatten, fuse, mask_tuning, merge
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
-from billhook.recipes.find import BASELINES, OBJECTIVES
+from billhook.measure.ablation import Kind
+from billhook.recipes.find import BASELINES
 from billhook.recipes.schema import (
     Bandit,
     BiMask,
@@ -20,7 +22,8 @@ from billhook.recipes.schema import (
     Ranks,
     Recipe,
     Sampled,
-    Span,
+    Score,
+    Screen,
     Trained,
     Widths,
 )
@@ -36,46 +39,94 @@ ACTS = {
     "merge": merge,
     "share": share,
 }
-PASSES = "Passes: roughly how often the model runs over the calibration text; a unit is a part that may go."
+UNITS = {
+    "block": "One transformer block, all of its sublayers at once.",
+    "sublayer": "An attention or an MLP, each by itself.",
+    "attention": "The attention of a block.",
+    "cross_attention": "The cross-attention of a block.",
+    "mlp": "The MLP of a block, or its mixture of experts.",
+    "neuron": "A neuron of an MLP.",
+    "group": "A key-value head of an attention, with the query heads that read it.",
+    "width": "The neurons of MLPs and the key-value groups of attentions.",
+    "expert": "An expert of a mixture.",
+    "weight": "A single weight of a linear.",
+    "linear": "A direction of a linear, which becomes two of lower rank.",
+}
+KEPT_LOW: dict[Kind, str] = {
+    "kl": "the divergence of the next-token distributions from the dense model's, nats a token",
+    "loss": "the negative log-likelihood of the calibration text, nats a token",
+    "stream": "the squared error of the stream after the last block, relative to the dense one",
+    "turn": "1 - E[cos] of the stream after the last block and the dense one",
+    "angle": "the angle between the logits and the dense ones, as a fraction of a half turn",
+    "euclidean": "the distance of the logits from the dense ones",
+    "jensen-shannon": "half the divergences of both next-token distributions from their mean, nats a token",
+}
+NEEDS = (
+    "Needs, healing included: data is calibration text; gradients take backward passes over it; training has weights "
+    "of its own."
+)
+PASSES = (
+    "Passes of the search: roughly how often all blocks run over the calibration text; a unit is a part that may go, "
+    "a step or round reads one window. Methods that rest on the trace of the dense model, which a run takes once for "
+    "all, are charged its 2 passes."
+)
+TRACE = 2  # passes: the stream after each block, and after its first sublayer alone
 
 
 def needs(recipe: Recipe) -> str:
-    """What the choice rests on: ``data``, which is calibration text, or ``nothing``."""
-    blind = recipe.score is not None and named(recipe.score.word).needs == "weights"
-    blind = blind or (isinstance(recipe.choice, Masks) and recipe.choice.by == "magnitude")
-    blind = blind or (isinstance(recipe.choice, Ranks) and recipe.choice.inputs == "none")
-    return "nothing" if blind or recipe.choice.word in BASELINES else "data"
+    """The most that a recipe asks for (see ``NEEDS``): ``nothing``, ``data``, ``gradients`` or ``training``."""
+    choice, rests_on = recipe.choice, named(recipe.score.word).needs if recipe.score is not None else ""
+    stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
+    if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
+        return "training"
+    if isinstance(choice, Trained | Sampled | Bandit | BiMask) or rests_on == "slopes":
+        return "gradients"
+    return "nothing" if _blind(recipe) and (recipe.act, recipe.heal) == ("drop", "none") else "data"
+
+
+def _blind(recipe: Recipe) -> bool:
+    """Whether the choice looks at no text."""
+    choice = recipe.choice
+    if recipe.score is not None:
+        return named(recipe.score.word).needs == "weights"
+    by_weights = (isinstance(choice, Masks) and choice.by == "magnitude") or (
+        isinstance(choice, Ranks) and choice.inputs == "none"
+    )
+    return by_weights or choice.word in BASELINES
 
 
 def passes(recipe: Recipe) -> str:
     """The order of the work (see ``PASSES``). What dropping a unit does is felt in half of the blocks on average."""
-    if needs(recipe) == "nothing":
+    if _blind(recipe):
         return "0"
     if isinstance(recipe.choice, Greedy):
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):
         return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
     if isinstance(recipe.choice, BiMask):
-        return "4 a step/window"
+        return "4 a step"
     if isinstance(recipe.choice, Trained | Sampled):
-        return "2 a step/window"
+        return "2 a step" + (" + 4 a unit gone" if recipe.act == "share" else "")
     if isinstance(recipe.choice, Bandit):
-        return f"{recipe.choice.draws + 2} a round/window"
+        return f"{recipe.choice.draws + 2} a round"
     if isinstance(recipe.choice, Widths) and recipe.choice.screen is not None:
-        return f"{2 * recipe.choice.screen:.2g} a sublayer"
+        return f"{2 * recipe.choice.screen:.1g} a sublayer"
     if isinstance(recipe.choice, Masks):
         return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
-    if isinstance(recipe.choice, Span | Ranks):
+    if isinstance(recipe.choice, Ranks):
         return "1"
-    if recipe.score is not None and named(recipe.score.word).needs == "damage":
+    rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"
+    if rests_on == "damage":
         return "½ a unit"
-    if recipe.wide and recipe.score is not None and named(recipe.score.word).needs == "knockouts":
+    if not isinstance(recipe.choice, Widths):
+        return str(TRACE)
+    if rests_on == "knockouts":
         return "1 a unit"
-    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
-        return "½ a block" if named(recipe.choice.blocks.score.word).needs == "damage" else "2"
-    if recipe.wide:
-        return "3" if recipe.score is not None and named(recipe.score.word).needs in ("slopes", "adapters") else "1"
-    return "1" if recipe.unit == "block" else "2"
+    looks = {"weights": 0, "slopes": 3, "adapters": 3}.get(rests_on, 1)
+    if recipe.choice.blocks is not None and named(recipe.choice.blocks.score.word).needs == "damage":
+        return f"{looks} + ½ a block"
+    traced = recipe.choice.blocks is not None or recipe.choice.allocation == "shared"
+    return str(looks + (TRACE if traced else 0))
 
 
 def _generation(choice: Evolve) -> float:
@@ -85,29 +136,42 @@ def _generation(choice: Evolve) -> float:
 
 
 def explained(recipe: Recipe) -> dict[str, str]:
-    """Each word of a recipe with a sentence on what it stands for, taken from the docstring of the thing itself."""
-    words = {}
+    """Each word of a recipe with what it stands for, taken from the docstring of the thing itself: its first sentence,
+    and those that name a parameter which the recipe sets."""
+    choice, words = recipe.choice, {f"unit {recipe.unit}": UNITS[recipe.unit]}
     if recipe.score is not None:
-        words[f"score {recipe.score.word}"] = first_sentence(named(recipe.score.word).function)
+        words |= _scored(recipe.score)
     if recipe.objective is not None:
-        words[f"objective {recipe.objective}"] = f"What is kept low: {OBJECTIVES[recipe.objective]}."
-    word = recipe.choice.word
-    words[f"choice {word}"] = first_sentence(BASELINES.get(word, type(recipe.choice)))
-    if isinstance(recipe.choice, Widths) and recipe.choice.blocks is not None:
-        first = recipe.choice.blocks.score.word
-        words["choice widths, blocks"] = first_sentence(Coarse)
-        words[f"score {first}"] = first_sentence(named(first).function)
+        words[f"objective {recipe.objective}"] = f"What is kept low: {KEPT_LOW[recipe.objective]}."
+    words[f"choice {choice.word}"] = sentences(BASELINES.get(choice.word, type(choice)), choice.model_fields_set)
+    if isinstance(choice, Evolve):
+        for screen in choice.screens[:1]:
+            words["choice evolve, screens"] = sentences(Screen, screen.model_fields_set)
+        if choice.start is not None:
+            words["choice evolve, start"] = sentences(Greedy, choice.start.model_fields_set)
+    if isinstance(choice, Widths) and choice.blocks is not None:
+        words["choice widths, blocks"] = sentences(Coarse, choice.blocks.model_fields_set)
+        words |= _scored(choice.blocks.score)
     if recipe.act != "drop":
-        words[f"act {recipe.act}"] = first_sentence(ACTS[recipe.act])
+        words[f"act {recipe.act}"] = sentences(ACTS[recipe.act])
     if recipe.heal in HEALS:
-        words[f"heal {recipe.heal}"] = first_sentence(HEALS[recipe.heal])
+        words[f"heal {recipe.heal}"] = sentences(HEALS[recipe.heal])
     elif recipe.heal in METHODS:
         words[f"heal {recipe.heal}"] = METHODS[recipe.heal].says
     return words
 
 
+def _scored(score: Score) -> dict[str, str]:
+    return {f"score {score.word}": sentences(named(score.word).function, score.parameters)}
+
+
 def first_sentence(thing: object) -> str:
     """The first sentence of a docstring, as plain text on one line."""
-    text = " ".join((inspect.getdoc(thing) or "").replace("``", "").split())
-    found = re.match(r".*?\.(?= |$)", text)
-    return found[0] if found else text
+    return sentences(thing)
+
+
+def sentences(thing: object, about: Iterable[str] = ()) -> str:
+    """The first sentence of a docstring and all that name one of these parameters, as plain text on one line."""
+    first, *others = re.split(r"(?<=\.) (?=[A-Z`])", " ".join((inspect.getdoc(thing) or "").split()))
+    marks = [f"``{name}``" for name in about]
+    return " ".join([first, *(text for text in others if any(mark in text for mark in marks))]).replace("``", "")

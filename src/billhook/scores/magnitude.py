@@ -20,8 +20,8 @@ def magnitude(
     norm: Literal["l1", "l2"] = "l2",
     of: Literal["reads", "writes", "all"] = "writes",
 ) -> dict[Address, Tensor]:
-    """The sum over the channels of a unit of the norm of each one's weights: of its column of the write (down, o), of
-    its rows of the reads (gate, up; q, k, v), or of both.
+    """The sum over the channels of a unit of the ``norm`` of each one's weights ``of`` its writes (a column of down,
+    o), its reads (rows of gate, up; q, k, v), or all.
 
     Source: the Magnitude-SP baseline of FLAP (arXiv 2312.11983, section 4.1), whose code takes the L2 norm of the
     columns of down and o. Cost: one look at the weights.

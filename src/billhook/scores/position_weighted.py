@@ -14,8 +14,8 @@ from billhook.scores.registry import Unit, of_kind, score
 def position_weighted(
     trace: Trace, anatomy: Anatomy, unit: Unit = "block", of: Literal["kl", "stream"] = "kl"
 ) -> dict[Address, float]:
-    """The damage of dropping a unit alone (see ``divergence``) times (n - i) / n for block i of n: of two units that
-    hurt alike the deeper one goes.
+    """The damage ``of`` dropping a unit alone (kl or stream, see ``divergence``) times (n - i) / n for block i of n: of
+    two units that hurt alike the deeper one goes.
 
     Source: HierarchicalPrune (arXiv 2508.04663), which removes late blocks and protects early ones. Its weights are not
     in the abstract; these are the share of the stack that still runs. Only for damage that is never negative, since a

@@ -20,8 +20,8 @@ def taylor(
     answer: Answer = "loss",
     within: Literal["all", "text", "token"] = "all",
 ) -> dict[Address, Tensor]:
-    """|h dL/dh|, the change of L if the unit falls silent, to first order, a token: summed over ``all`` tokens, each
-    ``text`` or single ``token``s before its size is taken, then the mean.
+    """|h dL/dh|, the change of L if the unit falls silent, to first order, a token: summed ``within`` all tokens, each
+    text or token before its size is taken, then the mean.
 
     ``answer`` says what L is (see ``sensitivity``): the ``loss`` as in Molchanov et al. 2017 (arXiv 1611.06440, section
     2.2) and LLM-Pruner (arXiv 2305.11627), or the ``entropy`` of the model's own prediction as in AMP, whose code sums
@@ -35,7 +35,7 @@ def fisher(
     trace: WidthTrace, anatomy: Anatomy, answer: Literal["loss", "sampled"] = "sampled"
 ) -> dict[Address, Tensor]:
     """E[(h dL/dh)^2] / 2 over tokens: the rise of the divergence from the dense model if the unit falls silent, to
-    second order (nats a token).
+    second order (nats a token); ``answer`` says whose tokens L is the loss of.
 
     Squares of the slopes of the negative log-likelihood of ``sampled`` tokens are the diagonal of the Fisher
     information of a gate before each unit (Theis et al. 2018, arXiv 1801.05787; Kwon et al. 2022, arXiv 2204.09656, for

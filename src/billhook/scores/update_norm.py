@@ -14,7 +14,8 @@ from billhook.scores.registry import Unit, of_kind, score
 def update_norm(
     trace: Trace, anatomy: Anatomy, unit: Unit = "block", relative_to: Literal["input", "output"] = "input"
 ) -> dict[Address, float]:
-    """E[||y - x|| / ||x||] over all tokens, or with ||y|| below the line; 0 for a unit that writes nothing.
+    """E[||y - x|| / ||x||] over all tokens, ``relative_to`` the input, or with ||y|| below the line, the output; 0 for
+    a unit that writes nothing.
 
     Unlike the cosine it sees a unit that lengthens the stream without turning it. Cost: the trace.
     """
