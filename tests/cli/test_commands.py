@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -173,6 +174,26 @@ def test_compare_hands_the_healing_on_and_shows_it(monkeypatch):
     calls = fake_recipe(monkeypatch, "compare", plain)
     assert "healed" not in billhook("compare", "m", "--budget", "params=0.9", "--out", "o").stdout
     assert calls[0].heal == "none"
+
+
+def test_compare_fills_a_table_while_it_works(monkeypatch):
+    """On standard error: a heading, then a row with each result, within 80 columns where nothing was refused."""
+    found = comparison()
+    met = next(e for e in found.entries if e.recipe == "random" and e.evidence)
+    healed = found.entries[0].model_copy(update={"healed": found.entries[0].evidence})
+
+    def walk(*args, told, **rest):
+        for entry in (met, healed, found.entries[-1]):
+            told(entry)
+        return found
+
+    monkeypatch.setattr(importlib.import_module("billhook.recipes.compare"), "compare", walk)
+    heading, *rows = billhook("compare", "m", "--budget", "params=0.9", "--out", "o").stderr.splitlines()
+    assert heading.split() == ["method", "budget", "×", "perplexity", "answers", "block-tokens"]
+    assert rows[0].split() == ["random", "(seed", "0)", "params=0.9", "3.15", "20.8%", "92,160"]
+    assert "1.48 (1.48 cut)" in rows[1] and rows[1].split()[-1] == "3,000,000"
+    assert rows[2].endswith("budget params=0.8 cannot be met")
+    assert {len(heading), len(rows[0]), len(rows[1])} == {78}
 
 
 def test_the_words_for_healing_are_those_of_the_methods():

@@ -23,7 +23,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
-from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, compare, split_budgets
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, compare, split_budgets
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
@@ -180,6 +180,21 @@ def test_bad_budgets(text: str, message: str, tiny_lm: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=message):
         compare(tiny_lm, budgets=text, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_record_says_what_was_asked_for(whole: tuple[Comparison, Path]) -> None:
+    assert (whole[0].recipes, whole[0].dtype) == (FEW, "")
+
+
+@pytest.mark.parametrize("name", ["block-influence", "random"])
+def test_two_recipes_of_one_name_are_refused(name: str, tiny_lm: Path, tmp_path: Path) -> None:
+    """Unless they are the same."""
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: {name}\ntitle: Own\nunit: mlp\nobjective: kl\nchoice: {{word: greedy}}\n")
+    with pytest.raises(InputError, match=f"two different recipes are called {name}"):
+        compare(tiny_lm, budgets="params=0.9", out=tmp_path / "out", recipes=["block-influence", own])
+    own.write_text(catalogue.source_of(name))
+    assert [r.name for r in _distinct(["block-influence", own, *BASELINES])] == ["block-influence", *BASELINES]
 
 
 def test_an_earlier_comparison_is_replaced_when_asked(tiny_lm: Path, tmp_path: Path) -> None:

@@ -164,10 +164,36 @@ def test_the_page_says_how_to_make_it_again_and_that_nothing_was_healed() -> Non
     assert "judged as it was cut" in page
 
 
+@pytest.mark.parametrize("given", [("own recipe.yaml", "block-greedy"), ()])
+def test_the_command_names_what_was_named(given: tuple[str, ...]) -> None:
+    """A file of the user's own by its path, all that come along by naming none, and the dtype that was asked for."""
+    found = comparison().model_copy(update={"recipes": given, "dtype": "float32"})
+    named = "--recipe 'own recipe.yaml' --recipe block-greedy " if given else ""
+    expected = f"--calibration builtin {named}--seed 0 --dtype float32 --out DIR"
+    assert expected in html.unescape(comparison_page(found))
+
+
+def test_the_advice_says_what_likelihood_does_not_show() -> None:
+    """Exact answers of the best and of dense at each budget, and who answers more; a baseline is no advice."""
+    found = comparison()
+    best, other, even = (found.at("params=0.8")[i] for i in (0, 1, 2))
+    said = recommendation(found)[2]
+    assert said.startswith("At params=0.8, sublayer-greedy is best")
+    assert said.endswith(f" It answers {exact_answers(best)} of the questions exactly right, the dense model 62.5%.")
+    most = other.probes[0].model_copy(update={"compressed": 0.7})
+    for entry, told in ((other, True), (even.model_copy(update={"baseline": True}), False)):
+        entries = (best, entry.model_copy(update={"probes": (most,)}))
+        advice = recommendation(found.model_copy(update={"budgets": ("params=0.8",), "entries": entries}))[1]
+        assert advice.endswith(f"; most of all does {entry.recipe}, 70.0%.") is told
+    unasked = tuple(entry.model_copy(update={"probes": ()}) for entry in found.entries)
+    assert not any("exactly right" in s for s in recommendation(found.model_copy(update={"entries": unasked})))
+
+
 def test_work_is_told_in_passes_over_the_calibration() -> None:
     found = comparison()
     entry = next(e for e in found.entries if e.target is Target.REMOTE and e.evidence)
     assert passes(entry, found) == pytest.approx(3_000_000 / (30 * 3072))
+    assert "<td>33<small>3,000,000</small></td>" in comparison_page(found)
 
 
 def test_budgets_in_words() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,7 +73,7 @@ def compare(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=progress,
-            told=_tell,
+            told=_rows(),
         )
     if as_json:
         paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
@@ -83,10 +84,23 @@ def compare(
     print_views(*tables(result), advice(result, out))
 
 
-def _tell(entry: Entry) -> None:
-    """One line on standard error; the bars stay below it."""
-    cut = "" if entry.refused or not entry.healed else f" ({entry.damage_as_cut:.3g} before healing)"
-    work = f"search {entry.work:,} block-tokens"
-    what = entry.refused or f"{entry.damage:.3g} times the perplexity of dense{cut}, {work}"
-    seed = f" (seed {entry.seed})" if entry.recipe == "random" else ""
-    typer.echo(f"{entry.recipe}{seed} {entry.asked}: {what}", file=sys.stderr)
+def _rows() -> Callable[[Entry], None]:
+    """A table on standard error that grows by a row with each result; the bars stay below it."""
+    from billhook.cli.comparison import row
+
+    begun = False
+
+    def tell(entry: Entry) -> None:
+        nonlocal begun
+        if not begun:
+            typer.echo(_line("method", "budget", "× perplexity", "answers", "block-tokens"), file=sys.stderr)
+            begun = True
+        typer.echo(_line(*row(entry)), file=sys.stderr)
+
+    return tell
+
+
+def _line(method: str, budget: str, *cells: str) -> str:
+    """The last cell of a method that was refused, and its only one, says why."""
+    start = f"{method:<24}{budget:<13}"
+    return start + cells[0] if len(cells) == 1 else start + "".join(map("{:>{}}".format, cells, (15, 9, 17)))

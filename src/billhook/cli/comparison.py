@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from billhook.plan.comparison import Comparison
+from billhook.plan.comparison import Comparison, Entry
 from billhook.report.comparison import budget_in_words, exact_answers, passes
 from billhook.report.figures_comparison import kept, name
 from billhook.report.numbers import number, percent
@@ -17,6 +17,15 @@ from billhook.report.recommendation import recommendation
 def tables(comparison: Comparison) -> list[Table]:
     """One a budget: every method, the least damage on top."""
     return [_table(comparison, budget) for budget in comparison.budgets if comparison.at(budget)]
+
+
+def row(entry: Entry) -> tuple[str, ...]:
+    """One result as it comes in: method, budget, damage, exact answers, work of the search; or why there is none."""
+    who = f"{entry.recipe} (seed {entry.seed})" if entry.recipe.startswith("random") else entry.recipe
+    if entry.refused:
+        return who, entry.asked, f"  {entry.refused}"
+    cut = f" ({number(entry.damage_as_cut)} cut)" if entry.healed else ""
+    return who, entry.asked, f"{number(entry.damage)}{cut}", exact_answers(entry), f"{entry.work:,}"
 
 
 def advice(comparison: Comparison, out: Path) -> Text:

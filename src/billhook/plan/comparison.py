@@ -75,7 +75,8 @@ def _damage(evidence: tuple[TextEvidence, ...]) -> float:
 
 
 class Comparison(_Record):
-    """Every recipe at every budget, on one model and one calibration."""
+    """Every recipe at every budget, on one model and one calibration. ``recipes`` and ``dtype``: as they were asked
+    for; none are all that come along, and "" is the dtype of the model. None: not on record."""
 
     schema_version: Literal[1] = 1
     model: str
@@ -85,6 +86,8 @@ class Comparison(_Record):
     budgets: tuple[str, ...]
     entries: tuple[Entry, ...]
     titles: dict[str, str]
+    recipes: tuple[str, ...] | None = None
+    dtype: str = ""
     heal: Literal["closed-form", "none"] = "none"
     environment: dict[str, str] = {}
     seconds: dict[str, float] = {}

@@ -87,7 +87,7 @@ def compare(
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
-    chosen = [catalogue.load(name) for name in dict.fromkeys([*(recipes or _standard()), *BASELINES])]
+    chosen = _distinct([*(recipes or _standard()), *BASELINES])
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -158,6 +158,8 @@ def compare(
             budgets=tuple(asked),
             entries=tuple(entries),
             titles={recipe.name: recipe.title for recipe in chosen},
+            recipes=tuple(os.fspath(given) for given in recipes),
+            dtype=dtype or "",
             heal=heal,
             environment=environment(model),
             seconds=clock.seconds,
@@ -166,6 +168,19 @@ def compare(
             write_comparison(result, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return result
+
+
+def _distinct(sources: Sequence[str | os.PathLike[str]]) -> list[Recipe]:
+    """The recipes, each once. InputError for two of one name, which no table could tell apart."""
+    found: dict[str, Recipe] = {}
+    for source in sources:
+        recipe = catalogue.load(source)
+        if found.setdefault(recipe.name, recipe) != recipe:
+            raise InputError(
+                f"two different recipes are called {recipe.name}, and every comparison has the baselines "
+                f"{', '.join(BASELINES)}: give yours another name"
+            )
+    return list(found.values())
 
 
 def _standard() -> list[str]:

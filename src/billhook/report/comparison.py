@@ -71,6 +71,7 @@ class Line:
     judged: tuple[TextEvidence, ...]
     exact: str
     passes: str
+    work: int
     loads: str
     cuts: tuple[str, ...]
     on_front: bool
@@ -140,6 +141,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 judged=entry.judged,
                 exact=exact_answers(entry),
                 passes=number(passes(entry, comparison), 2),
+                work=entry.work,
                 loads=LOADS[entry.target],
                 cuts=(
                     *entry.drops,
@@ -190,9 +192,13 @@ def _tied(entry: Entry, comparison: Comparison) -> list[str]:
 def _command(comparison: Comparison) -> str:
     """What makes the same comparison again; the baselines take part without being named."""
     options = [("budget", ",".join(comparison.budgets)), ("calibration", comparison.calibration)]
-    options += [("recipe", who) for who in dict.fromkeys(e.recipe for e in comparison.entries if not e.baseline)]
+    named = comparison.recipes
+    if named is None:
+        named = tuple(dict.fromkeys(e.recipe for e in comparison.entries if not e.baseline))
+    options += [("recipe", who) for who in named]
     options += [("heal", comparison.heal)] if comparison.heal != "none" else []
     options.append(("seed", str(min(entry.seed for entry in comparison.entries))))
+    options += [("dtype", comparison.dtype)] if comparison.dtype else []
     given = " ".join(f"--{option} {shlex.quote(value)}" for option, value in options)
     return f"billhook compare {shlex.quote(comparison.model)} {given} --out DIR"
 

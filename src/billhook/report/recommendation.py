@@ -6,13 +6,14 @@ import math
 
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.target import Target
+from billhook.report.answers import accuracy
 from billhook.report.figures_comparison import name
-from billhook.report.numbers import number
+from billhook.report.numbers import number, percent
 
 
 def recommendation(comparison: Comparison) -> list[str]:
     """At least one sentence. First the best method overall, by the geometric mean of its damage over the budgets;
-    then each budget; then who fails to beat evenly spaced removal, which looks at nothing."""
+    then each budget, with the exact answers; then who fails to beat evenly spaced removal, which looks at nothing."""
     budgets = [budget for budget in comparison.budgets if comparison.at(budget)]
     if not budgets:
         return ["No method could meet any of these budgets on this model."]
@@ -55,6 +56,23 @@ def _at(comparison: Comparison, budget: str) -> str:
     close = [name(entry, comparison) for entry in others if _overlap(entry, first)]
     if close:
         words += f"; within its 95% interval on every text: {', '.join(close)}"
+    return f"{words}.{_answers(comparison, [first, *others])}"
+
+
+def _answers(comparison: Comparison, entries: list[Entry]) -> str:
+    """What likelihood does not show: the exact answers of the best, and who answers more of those that look at the
+    model."""
+    shares = {
+        name(e, comparison): accuracy(e.probes) for e in entries if e.probes and (e is entries[0] or not e.baseline)
+    }
+    best = name(entries[0], comparison)
+    if best not in shares:
+        return ""
+    dense, now = shares[best]
+    words = f" It answers {percent(now)} of the questions exactly right, the dense model {percent(dense)}"
+    most = max(shares, key=lambda who: shares[who][1])
+    if shares[most][1] > now:
+        words += f"; most of all does {most}, {percent(shares[most][1])}"
     return f"{words}."
 
 
