@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from report.example import inspection
 from report.example_audit import BLOCKS, audited, stack_audit
 
 from billhook.plan.audit import Skips
-from billhook.plan.record import Run
+from billhook.plan.record import Measures, Run
 from billhook.report.audit import parts
 from billhook.report.page import page
 from billhook.report.sentences_audit import contributions, maps, neighbours, skips, stitches, tokenwise
@@ -45,6 +46,7 @@ def test_sentences_follow_the_figures() -> None:
     audit = stack_audit()
     said = contributions(audit)
     assert "first and the second half of the stack: attention 0.40 and 0.10; MLP 0.40 and 0.10." in said
+    assert "Mean cosine: attention −0.10 and 0.10; MLP −0.10 and 0.10." in said
     assert "a transition at block 15 (a step there explains 90.0% of the differences between blocks, a steady" in said
     assert "from 0.80 to 0.20 of the stream, the cosine from −0.10 to 0.10." in said
     said = skips(audit)
@@ -67,6 +69,15 @@ def test_sentences_follow_the_figures() -> None:
     said = neighbours(audit)
     assert said.startswith("At depth 0, 15, 30 the mean cosine is 0.50, 0.35, 0.20 for tokens 1 apart;")
     assert said.endswith("0.01, 0.01, 0.01 for tokens 64 apart.")
+
+
+def test_each_picture_has_its_words_also_where_nothing_stands_out() -> None:
+    """Two pictures, two statements: direction beside size, CKA beside maps, the output beside the share left over."""
+    audit = stack_audit()
+    assert "Mean cosine: " in contributions(stack_audit(transition=None))
+    apart = tuple(tuple(float(i == j) for j in range(len(audit.cka))) for i in range(len(audit.cka)))
+    assert maps(stack_audit(cka=apart)).endswith("No two neighbouring depths have a CKA of 0.9.")
+    assert tokenwise(stack_audit(correlation=None)).endswith("too few blocks, or all alike.")
 
 
 def test_no_transition_is_said_with_its_reason() -> None:
@@ -106,3 +117,14 @@ def test_maps_show_the_skipped_block_above_and_nothing_before_it() -> None:
     assert now["type"] == "heatmap"
     assert now["z"][0][:2] == [None, 0.6]
     assert now["z"][BLOCKS - 1] == [None] * BLOCKS
+
+
+def test_the_two_pictures_before_the_audit_have_words_of_their_own() -> None:
+    """What matters least by each score, and which span turns the stream least, by the figures that are drawn."""
+    scores = {"block-influence, blocks": {"decoder.0": 0.9, "decoder.1": 0.2, "decoder.2": math.inf, "decoder.10": 0.1}}
+    angular = {"decoder": [[0.3, 0.2, 0.1, 0.4, 0.2, 0.3], [0.5] * 5, [0.5] * 4, [0.9, 0.4, 0.8], [0.9, 0.9], [0.9]]}
+    measures = Measures(scores=scores, angular=angular)
+    text = page(inspection().model_copy(update={"measures": measures}))
+    assert "Lowest in block-influence, blocks: decoder.10, decoder.1, decoder.0." in text
+    assert "The least turn in decoder: block 2; of 4 in a row, blocks 1 to 4." in text
+    assert "Lowest" not in page(inspection().model_copy(update={"measures": Measures(angular=angular)}))

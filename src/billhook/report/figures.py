@@ -78,6 +78,17 @@ def importance(run: Run) -> list[Picture]:
     return panels
 
 
+def importance_sentence(run: Run) -> str:
+    """The three units of each score that matter least, the least first; empty where nothing was scored."""
+    found = []
+    for score, values in (run.measures.scores if run.measures else {}).items():
+        known = {Address.parse(unit): value for unit, value in values.items() if math.isfinite(value)}
+        lowest = sorted(known, key=lambda unit: (known[unit], unit))[:3]
+        if lowest:
+            found.append(f"in {score.replace('_', ' ')}: {', '.join(map(str, lowest))}")
+    return f"Lowest {'; '.join(found)}." if found else ""
+
+
 def _angular(run: Run, stack: str, rows: list[list[float]]) -> go.Figure:
     widest = max(len(row) for row in rows)
     lengths = list(range(1, len(rows) + 1))

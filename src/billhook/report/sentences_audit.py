@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from billhook.plan.address import Address
@@ -14,19 +14,10 @@ UNITS = {"kl": "nats", "stream": "of the last stream's energy"}
 
 
 def contributions(audit: StackAudit) -> str:
-    """Each kind of sublayer in both halves, and the transition."""
-    halves: dict[str, tuple[list[float], list[float]]] = {}
-    blocks = _blocks(audit)
-    for unit, value in audit.size.items():
-        address = Address.parse(unit)
-        if address.sublayer is not None:
-            halves.setdefault(address.sublayer, ([], []))[address.block >= blocks // 2].append(value)
-    parts = [
-        f"{kind_name(kind)} {number(fmean(first), 2)} and {number(fmean(second), 2)}"
-        for kind, (first, second) in halves.items()
-        if first and second
-    ]
-    words = f"Mean size in the first and the second half of the stack: {'; '.join(parts)}." if parts else ""
+    """Size and direction of each kind of sublayer in both halves, and the transition."""
+    size = _halves(audit.size, _blocks(audit), lambda value: number(value, 2))
+    cosine = _halves(audit.alignment, _blocks(audit), _signed)
+    words = f"Mean size in the first and the second half of the stack: {size}. Mean cosine: {cosine}." if size else ""
     found = audit.transition
     if found is None:
         return f"{words} The stack is too short, or too quiet, to look for a transition.".strip()
@@ -85,10 +76,11 @@ def maps(audit: StackAudit) -> str:
     if half and last > 2:
         words.append(f"Over half of the stack it explains {percent(fmean(half))}.")
     span = _alike(audit.cka)
-    if span[1] > span[0]:
-        words.append(
-            f"The longest stretch with a CKA of 0.9 or more throughout is depth {depths[span[0]]} to {depths[span[1]]}."
-        )
+    words.append(
+        f"The longest stretch with a CKA of 0.9 or more throughout is depth {depths[span[0]]} to {depths[span[1]]}."
+        if span[1] > span[0]
+        else "No two neighbouring depths have a CKA of 0.9."
+    )
     return " ".join(words)
 
 
@@ -109,6 +101,10 @@ def tokenwise(audit: StackAudit) -> str:
         words.append(
             f"The share that is left over and the change of the output with the map in the block's place are {how} "
             f"related: Spearman's rank correlation is {_signed(audit.correlation)}."
+        )
+    elif any(row.output is not None for row in rows):
+        words.append(
+            "Whether the share that is left over is what the output misses does not show: too few blocks, or all alike."
         )
     return " ".join(words)
 
@@ -145,6 +141,20 @@ def neighbours(audit: StackAudit) -> str:
         if gap in (min(known), max(known))
     ]
     return f"At depth {', '.join(str(audit.depths[i]) for i in places)} the mean cosine is {'; '.join(parts)}."
+
+
+def _halves(values: Mapping[str, float], blocks: int, shown: Callable[[float], str]) -> str:
+    """``attention 0.4 and 0.1; MLP 0.4 and 0.1``: means over the first and the second half, for each kind in both."""
+    halves: dict[str, tuple[list[float], list[float]]] = {}
+    for unit, value in values.items():
+        address = Address.parse(unit)
+        if address.sublayer is not None:
+            halves.setdefault(address.sublayer, ([], []))[address.block >= blocks // 2].append(value)
+    return "; ".join(
+        f"{kind_name(kind)} {shown(fmean(first))} and {shown(fmean(second))}"
+        for kind, (first, second) in halves.items()
+        if first and second
+    )
 
 
 def _blocks(audit: StackAudit) -> int:
