@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from synthetic import Synthetic, kept, problem
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.search import Found, Ledger, Memo, Stage, at_random, evolve, greedy
+from billhook.search.evolve import _around
 
 BLOCKS = 10
 
@@ -120,3 +122,13 @@ def test_a_model_that_breaks_at_once_is_named() -> None:
 
     with pytest.raises(InputError, match="every solution that was tried breaks the model"):
         evolve(problem(BLOCKS), [Stage(Memo(Broken(BLOCKS)), 1)], generations=2, offspring=4, patience=2)
+
+
+def test_a_mutation_switches_one_to_three_units_most_often_one() -> None:
+    """The smaller of two draws from 1 to 3: one unit in 5 of 9 cases, three in 1 of 9; what came back stays back."""
+    posed = problem(20, "blocks=10", "block")
+    parent = at_random(posed, 0).drops
+    mutants = [_around(posed, parent, 1, set(), random.Random(seed))[0] for seed in range(60)]
+    back = [len(parent - mutant) for mutant in mutants]
+    assert set(back) == {1, 2, 3} and all(len(mutant) == len(parent) for mutant in mutants)
+    assert back.count(1) > back.count(2) > back.count(3)
