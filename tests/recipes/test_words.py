@@ -19,7 +19,7 @@ from billhook.plan.budget import Budget
 from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.find import find, pose_for
 from billhook.recipes.schema import Evolve, Sampled
-from billhook.recipes.words import explained, first_sentence, needs, passes
+from billhook.recipes.words import explained, needs, passes, sentences
 from billhook.scores import SCORES
 
 
@@ -36,7 +36,7 @@ def test_every_word_has_a_sentence(name: str) -> None:
 
 @pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
 def test_every_score_begins_with_a_sentence(score) -> None:
-    assert first_sentence(score.function).endswith(".")
+    assert sentences(score.function).endswith(".")
 
 
 @pytest.mark.parametrize("name", names())
@@ -105,4 +105,4 @@ def test_a_sentence_ends_at_a_full_stop_before_a_space() -> None:
         """Half of 0.5 of
         ``it``. And more."""
 
-    assert first_sentence(Thing) == "Half of 0.5 of it."
+    assert sentences(Thing) == "Half of 0.5 of it."

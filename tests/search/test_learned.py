@@ -86,6 +86,18 @@ def test_the_same_seed_learns_the_same(word: str) -> None:
     assert once[1] != other[1]
 
 
+def test_gates_go_by_what_a_share_of_the_budget_costs() -> None:
+    """MLPs are dear by the unit and cheap for what they hold, so they go."""
+    posed = problem(6, "params=0.7")
+    bowl = Bowl(posed, set())
+    held = shares(posed)
+    mlps = {u for u in posed.candidates if u.sublayer == "mlp"}
+    bowl.weight = {u: s * (1.0 if u in mlps else 1.6) for u, s in held.items()}
+    assert min(bowl.weight[u] for u in mlps) > max(bowl.weight[u] for u in held if u not in mlps)
+    found, _ = found_by("gates", posed, bowl)
+    assert found.drops and found.drops <= mlps
+
+
 def test_gates_end_open_or_shut() -> None:
     posed = problem(8, "params=0.65", "block")
     _, opened = found_by("gates", posed, Bowl(posed, EASY))

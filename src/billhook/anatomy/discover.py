@@ -194,7 +194,8 @@ def _single_decoder(stacks: list[Stack]) -> bool:
 
 
 def _call(model: PreTrainedModel, name: str) -> Any:
-    """``model.NAME()``, None where the model has no such part (transformers raises NotImplementedError then)."""
+    """``model.NAME()``, None where the model has no such part: transformers raises NotImplementedError then, models
+    with code of their own AttributeError."""
     try:
         return getattr(model, name)()
     except (AttributeError, NotImplementedError):

@@ -21,7 +21,8 @@ def tables(comparison: Comparison) -> list[Table]:
 
 def row(entry: Entry) -> tuple[str, ...]:
     """One result as it comes in: method, budget, damage, exact answers, work of the search; or why there is none."""
-    who = f"{entry.recipe} (seed {entry.seed})" if entry.recipe.startswith("random") else entry.recipe
+    drawn = entry.baseline and entry.recipe.startswith("random")
+    who = f"{entry.recipe} (seed {entry.seed})" if drawn else entry.recipe
     if entry.refused:
         return who, entry.asked, f"  {entry.refused}"
     cut = f" ({number(entry.damage_as_cut)} cut)" if entry.healed else ""

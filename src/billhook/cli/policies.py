@@ -32,7 +32,7 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    from billhook.recipes.words import first_sentence
+    from billhook.recipes.words import sentences
     from billhook.runtime.catalogue import POLICIES
 
     if as_json:
@@ -45,7 +45,7 @@ def listed(ctx: typer.Context, as_json: options.Json = False) -> None:
         dial = f"tuned by {policy.dial[0]}" if policy.dial else ""
         more = (policy.paper, f"keys and values: {policy.kv}", dial)
         details = Text("\n" + "\n".join(line for line in more if line), style="dim")
-        table.add_row(name, Text(first_sentence(policy)) + details)
+        table.add_row(name, Text(sentences(policy)) + details)
     print_views(table)
 
 

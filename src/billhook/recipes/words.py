@@ -165,11 +165,6 @@ def _scored(score: Score) -> dict[str, str]:
     return {f"score {score.word}": sentences(named(score.word).function, score.parameters)}
 
 
-def first_sentence(thing: object) -> str:
-    """The first sentence of a docstring, as plain text on one line."""
-    return sentences(thing)
-
-
 def sentences(thing: object, about: Iterable[str] = ()) -> str:
     """The first sentence of a docstring and all that name one of these parameters, as plain text on one line."""
     first, *others = re.split(r"(?<=\.) (?=[A-Z`])", " ".join((inspect.getdoc(thing) or "").split()))
