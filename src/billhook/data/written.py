@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from billhook.data.decoding import forward
+from billhook.data.sampling import drawn
 from billhook.data.text import Text
 from billhook.data.windows import Windows, count_of, prefix_of, spread
 from billhook.plan.errors import InputError
@@ -53,23 +54,23 @@ def written(
     training = model.training
     model.eval()
     try:
-        drawn = _sample(model, first, length - known.shape[1], generator, progress)
+        rest = _sample(model, first, length - known.shape[1], generator, progress)
     finally:
         model.train(training)
-    return Windows.of(torch.cat([known, drawn], dim=1), f"{name}, seed {seed}")
+    return Windows.of(torch.cat([known, rest], dim=1), f"{name}, seed {seed}")
 
 
 def _sample(model: Any, ids: torch.Tensor, steps: int, generator: torch.Generator, progress: Any) -> torch.Tensor:
     written: list[torch.Tensor] = []
     parts = torch.split(ids, ROWS)
     for part in parts:
-        cache, drawn = None, [part[:, :0]]
+        cache, row = None, [part[:, :0]]
         for _ in range(steps):
             logits, cache = forward(model, part.to(model.device), cache)
             chances = torch.softmax(logits[:, -1].float().cpu(), dim=-1)
-            part = torch.multinomial(chances, 1, generator=generator)
-            drawn.append(part)
+            part = drawn(chances, generator)[:, None]
+            row.append(part)
             if progress:
-                progress("writing text", len(written) * steps + len(drawn) - 1, len(parts) * steps)
-        written.append(torch.cat(drawn, dim=1))
+                progress("writing text", len(written) * steps + len(row) - 1, len(parts) * steps)
+        written.append(torch.cat(row, dim=1))
     return torch.cat(written)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.types import Anatomy, Inner
 from billhook.data import Windows
+from billhook.data.sampling import drawn
 from billhook.measure.batches import Batch, batches_of
 from billhook.measure.patch import Forward, hooked, observing
 from billhook.plan.address import Address
@@ -118,7 +119,7 @@ def _towards(answer: Answer, logits: Tensor, ids: Tensor, real: Tensor, generato
         else:
             targets = ids[r, t + 1]
             if answer == "sampled":
-                targets = torch.multinomial(p.cpu(), 1, generator=generator)[:, 0].to(ids.device)
+                targets = drawn(p, generator).to(ids.device)
             slope = p
             slope[torch.arange(len(r), device=ids.device), targets] -= 1
         result[r, t] = slope.to(result.dtype)
