@@ -112,9 +112,12 @@ def test_a_training_goes_on_from_what_was_healed(tmp_path: Path) -> None:
     """What the start changed is judged from the first look on, and stays where it is not trained."""
     name = "model.layers.3.mlp.down_proj.weight"
     start = Healing({name: build("llama").get_parameter(name).detach() * 0.5}, (), {}, 0, 0)
-    _, healing, record = run("llama", quick("tune"), tmp_path / "state", start=start)
+    model, healing, record = run("llama", quick("tune"), tmp_path / "state", start=start)
     assert torch.equal(healing.tensors[name], start.tensors[name])
     assert len(healing.tensors) > 1
+    looks = [look.held for look in record.curve]
+    found = divergences(model, discover(model), PLAN, [start, healing], split(text().ids)[1])
+    assert found == pytest.approx([looks[0], min(looks)], rel=1e-4), "the teacher is the dense model, without the start"
     _, _, plain = run("llama", quick("tune"), tmp_path / "plain")
     assert record.curve[0].held != plain.curve[0].held
 

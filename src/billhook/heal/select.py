@@ -81,8 +81,8 @@ def select(
     if selection.word == "dsir":
         weights = _equal(resampled(log_ratios(ids, _target(selection)), selection.count, seed).tolist(), len(ids))
     elif selection.word != "distinct":
-        with frozen(model), healed(model, start):
-            student = _student(model, anatomy, plan, "dense" if selection.word == "paser" else goal)
+        with frozen(model):
+            student = _student(model, anatomy, plan, start, "dense" if selection.word == "paser" else goal)
             if selection.word == "loss":
                 weights = by_loss(losses(student, ids, progress))
             elif selection.word == "gradient":
@@ -114,9 +114,11 @@ def select(
     )
 
 
-def _student(model: Any, anatomy: Anatomy, plan: Plan, goal: Goal) -> Student:
+def _student(model: Any, anatomy: Anatomy, plan: Plan, start: Healing, goal: Goal) -> Student:
     ends = ends_of(anatomy, drops_of(plan, anatomy), anatomy.stacks[0])
-    return Student(apply(model, anatomy, plan), model, ends, goal)
+    with healed(model, start):
+        cut = apply(model, anatomy, plan)
+    return Student(cut, model, ends, goal)
 
 
 def _target(selection: Selection) -> Tensor:

@@ -71,8 +71,9 @@ def train(
         "tokens": tokens,
         "weights": None if weights is None else hashlib.sha256(weights.cpu().double().numpy().tobytes()).hexdigest(),
     }
-    with frozen(model), healed(model, start):
-        cut = apply(model, anatomy, plan)
+    with frozen(model):
+        with healed(model, start):
+            cut = apply(model, anatomy, plan)
         student = Student(cut, model, ends, training.goal)
         loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights)
         taught = Student(cut, model, ends, "dense")
