@@ -39,6 +39,7 @@ from billhook.heal.low_rank import rejoined
 from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
+from billhook.plan import processes
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, HealStep, Run
@@ -103,10 +104,12 @@ def heal(
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
 
     An interrupted training goes on from its last look at held-back text when the same call is made again. Under
-    ``accelerate launch`` its processes share the training; the first one alone proves and writes the result.
+    ``accelerate launch`` its processes share the training (see ``heal.train``); the first one alone proves and writes
+    the result, and what the others return is without proof.
     """
-    from billhook.recipes import training  # with peft and accelerate: seconds that the other walks need not wait
+    from billhook.recipes import together, training  # with peft and accelerate: seconds that others need not wait
 
+    device = processes.local(device)
     check_out(out, overwrite, source)
     if tokens < 1 or method == "none":
         raise InputError("nothing to heal with: give a method and at least 1 token")
@@ -146,7 +149,7 @@ def heal(
     start = differing(small.model, model, plan, source)
     del small
 
-    with training.shared(out) as (place, first):
+    with together.shared(out, device) as (place, first):
         with clock.step("measure"):
             text = healing_text(model, text_name, seed, progress)
             lessons, chosen = text, None

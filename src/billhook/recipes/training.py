@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,6 @@ from billhook.recipes.heal import record_of, storable
 from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
-from billhook.recipes.workplace import claimed, workplace
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -156,17 +153,6 @@ def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Ten
     """``after``, unless ``before`` is nearer to the dense model on windows that neither was fitted on."""
     was, now = divergences(model.model, model.anatomy, plan, [before, after], held)
     return after if now <= was else before
-
-
-@contextmanager
-def shared(out: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
-    """The workplace of ``out``, held by the first process of all that work on it together (see ``claimed``), and
-    whether this is the first one."""
-    if PartialState().is_main_process:
-        with claimed(out) as place:
-            yield place, True
-    else:
-        yield workplace(out), False
 
 
 def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: Progress | None) -> Healing:
