@@ -25,20 +25,20 @@ class Adapters:
     def __init__(
         self,
         model: nn.Module,
-        blocks: str,
         paths: Sequence[str],
         ranks: dict[str, int],
         seed: int,
         shard: Callable[[str], None] | None = None,
     ) -> None:
-        """``blocks``: path of the list of blocks, which are at ``paths``; ``ranks``: module path of a linear in them ->
-        its rank. ``shard`` is called for each block when it has its adapters.
+        """``paths`` of all blocks of a stack; ``ranks``: module path of a linear in them -> its rank. ``shard`` is
+        called for each block when it has its adapters.
 
-        Only the list is shown to peft: where it sees the config of a whole model it knows, it has ideas of its own
+        Only the list of blocks is shown to peft: where it sees the config of a whole model it knows, it has ideas of its own
         about which modules are meant."""
         self.model = model
         self.paths = list(paths)
         self.ranks = ranks
+        blocks = paths[0].rpartition(".")[0]
         names = {path.removeprefix(f"{blocks}."): rank for path, rank in ranks.items()}
         pattern = {f"^{re.escape(name)}": rank for name, rank in names.items()}
         config = LoraConfig(

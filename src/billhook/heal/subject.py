@@ -88,7 +88,7 @@ def _adapted(
         by_path |= dict.fromkeys(linears(student.model, block, block.path, new), rank)
     if not by_path:
         raise InputError(f"a {anatomy.family} model cut like this has no linears left that adapters go on")
-    adapters = Adapters(student.model, stack.path, student.paths, by_path, training.seed, shard)
+    adapters = Adapters(student.model, student.paths, by_path, training.seed, shard)
     return Subject(adapters, ranks=tuple(ranks))
 
 

@@ -31,7 +31,7 @@ from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Choice, Task, find, pose_for, require_path
 from billhook.recipes.flattening import require_flattening
-from billhook.recipes.heal import applied, healing_text, mended
+from billhook.recipes.heal import applied, healing_text, new_weights, record_of
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
@@ -163,21 +163,24 @@ def compress(
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
+        step = HealStep(
+            method=way if choice.healing is None else "second-order",
+            text=calibration,
+            seed=seed,
+            select="" if wanted is None else select,
+        )
         if choice.healing is not None:
-            compressed, healing = applied(model, plan, choice.healing, "second-order")
+            compressed, healing = applied(model, plan, choice.healing), record_of(choice.healing, step)
         elif longer is not None:
             with clock.step("heal"):
                 if lessons is None:
-                    compressed, healing = mended(model, plan, way, longer, progress)
+                    found = new_weights(model, plan, way, longer, progress)
+                    compressed, healing = applied(model, plan, found), record_of(found, step)
                 else:
                     done = training.taught(
-                        model, plan, way, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, seed, place, progress
+                        model, plan, step, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        if healing is not None:
-            selected = "" if wanted is None else select
-            step = HealStep(method=healing.method, text=calibration, seed=seed, select=selected)
-            healing = healing.model_copy(update={"steps": (step,)})
         costs = costs_of(plan, outline)
         run = Run(
             model=os.fspath(source),

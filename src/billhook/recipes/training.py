@@ -28,7 +28,7 @@ from billhook.heal.train import train
 from billhook.heal.training import METHODS
 from billhook.models import fingerprint
 from billhook.plan.plan import Plan
-from billhook.plan.record import Graft, HealRecord, Refit, SelectionRecord
+from billhook.plan.record import Graft, HealRecord, HealStep, Refit, SelectionRecord
 from billhook.recipes.heal import record_of, storable
 from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
@@ -50,28 +50,28 @@ class Taught:
 def taught(
     model: Opened,
     plan: Plan,
-    method: str,
+    step: HealStep,
     start: Healing,
     known: HealRecord | None,
     text: Windows,
     wanted: Windows | Selection,
     tokens: int,
-    seed: int,
     place: Path,
     progress: Progress | None,
 ) -> Taught:
-    """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by a method of that name.
+    """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by the method of ``step``.
 
     Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
     begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
     model. What takes long is kept in ``place``.
     """
+    method, seed = step.method, step.seed
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
     if known is None:
         refit = _refitted(model, plan, text, place, progress)
         begun = better(model, plan, start, refit, split(lessons.ids)[1])
-        known = record_of(refit, method)
+        known = record_of(refit)
         if begun is start and not refit.refused:
             known = known.model_copy(update={"refused": True})
     weights, selected = None, None
@@ -97,7 +97,7 @@ def taught(
         before = apply(model.model, model.anatomy, plan)
     with healed(model.model, after):
         compressed = apply(model.model, model.anatomy, plan)
-    return Taught(compressed, before, known.model_copy(update={"method": method, "training": record}))
+    return Taught(compressed, before, known.model_copy(update={"steps": (*known.steps, step), "training": record}))
 
 
 def training_text(
