@@ -33,8 +33,8 @@ class Adapters:
         """``paths`` of all blocks of a stack; ``ranks``: module path of a linear in them -> its rank. ``shard`` is
         called for each block when it has its adapters.
 
-        Only the list of blocks is shown to peft: where it sees the config of a whole model it knows, it has ideas of its own
-        about which modules are meant."""
+        Only the list of blocks is shown to peft: where it sees the config of a whole model it knows, it has ideas of
+        its own about which modules are meant."""
         self.model = model
         self.paths = list(paths)
         self.ranks = ranks
