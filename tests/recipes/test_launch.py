@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from billhook.plan import processes
+from billhook.plan.errors import InputError
 from billhook.plan.record import Run
+from billhook.recipes import training
+from billhook.recipes.compress import compress
+from billhook.recipes.opened import opened
 from billhook.recipes.workplace import workplace
 from billhook.surgery.reopen import load
 
@@ -55,10 +60,22 @@ def test_cut_and_healed_by_two(tiny_lm: Path, tmp_path: Path) -> None:
     assert not any(workplace(tmp_path / name).exists() for name in ("cut", "healed"))
 
 
-def test_what_several_cannot_share_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from billhook.plan.errors import InputError
-    from billhook.recipes.compress import compress
+def test_processes_on_several_devices_share_what_is_kept(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each has a device of its own."""
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    known = training._of(model)
+    monkeypatch.setattr(training, "environment", lambda _: {**known[1], "device": "cpu:1"})
+    assert training._of(model) == known
+    assert [processes.local(device) for device in ("cuda", "cpu")] == ["cuda", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("RANK", "3")
+    assert processes.local("cuda") == "cuda" and processes.is_first(), "one process is alone, whatever else is set"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not processes.is_first()
+    assert [processes.local(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
 
+
+def test_what_several_cannot_share_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="share a healing by training alone, which closed-form is not; start one"):
         compress(tiny_lm, budget="params=0.8", out=tmp_path / "out")

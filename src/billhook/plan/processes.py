@@ -11,9 +11,9 @@ def count() -> int:
 
 def is_first() -> bool:
     """Whether this is the one that writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def local(device: str) -> str:
-    """Where several processes were started on a host, ``cuda`` is another device for each; any other word stays."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+    """Where several processes were started, ``cuda`` is another device for each of a host; any other word stays."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and count() > 1 else device

@@ -174,8 +174,9 @@ def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: P
 
 
 def _of(model: Opened) -> list[Any]:
-    """What all that is kept depends on: what another model left there must not be taken for this one's."""
-    return [fingerprint(model.model), environment(model)]
+    """What all that is kept depends on: what another model left there must not be taken for this one's. Which of
+    several devices it was computed on is no such thing: processes that work together have one each."""
+    return [fingerprint(model.model), {**environment(model), "device": model.model.device.type}]
 
 
 def _digest(healing: Healing) -> str:
