@@ -65,7 +65,7 @@ def test_only_the_chosen_are_trained() -> None:
     names = [f"{path}.{name}" for path in student.paths for name, _ in model.get_submodule(path).named_parameters()]
     before = {name: model.get_parameter(name).detach() for name in names}
     for method, blocks in (("lisa", {2}), ("ist", {2}), ("fpf", {5})):
-        layers = Layers(student, Weights(model, names), before, quick(method))
+        layers = Layers(student, Weights(model, student.paths, names), before, quick(method))
         layers.choose(0, text(2).ids)
         asking = {name.split(".")[2] for name in names if model.get_parameter(name).requires_grad}
         assert {len(asking)} == blocks

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from billhook.anatomy import discover
+from billhook.heal.as_saved import merged
 from billhook.heal.lora import LEAST, Adapters, linears, ranks_by_loss
 
 CAUSAL = ["llama", "gpt2", "phi3", "qwen3_moe", "falcon", "bloom", "opt", "deepseek_v3", "cohere"]
@@ -25,7 +26,9 @@ def test_merged_is_unmerged(name: str) -> None:
     inputs = FAMILIES[name].inputs(model, 2, None)
     dense = model(**inputs).logits
     paths = [path for block in stack.blocks for path in linears(model, block, block.path, block.path)]
-    adapters = Adapters(model, stack.path, {path: 2 + i % 3 for i, path in enumerate(paths)}, seed=0)
+    adapters = Adapters(
+        model, [block.path for block in stack.blocks], {path: 2 + i % 3 for i, path in enumerate(paths)}, seed=0
+    )
     assert torch.equal(model(**inputs).logits, dense), "B begins at zero"
     generator = torch.Generator().manual_seed(3)
     for parameter in adapters.parameters.values():
@@ -36,7 +39,7 @@ def test_merged_is_unmerged(name: str) -> None:
         torch.testing.assert_close(model(**inputs).logits, unmerged, atol=2e-4, rtol=2e-4)
     assert torch.equal(model(**inputs).logits, unmerged)
     plain = build(name)
-    plain.load_state_dict(adapters.merged(), strict=False)
+    plain.load_state_dict(merged(adapters), strict=False)
     torch.testing.assert_close(plain(**inputs).logits, unmerged, atol=2e-4, rtol=2e-4)
 
 
@@ -46,7 +49,7 @@ def test_every_linear_has_its_rank_and_no_other_module_an_adapter() -> None:
     paths = [path for block in stack.blocks for path in linears(model, block, block.path, block.path)]
     assert sum("mlp" in path for path in paths) == 2 * 3, "fused experts and the router have none"
     ranks = {path: 3 + i for i, path in enumerate(paths)}
-    adapters = Adapters(model, stack.path, ranks, seed=0)
+    adapters = Adapters(model, [block.path for block in stack.blocks], ranks, seed=0)
     found = {name.partition(".lora_A")[0]: p.shape[0] for name, p in adapters.parameters.items() if ".lora_A" in name}
     assert found == ranks
     assert {parameter.dtype for parameter in adapters.parameters.values()} == {torch.float32}
@@ -56,7 +59,7 @@ def test_the_seed_decides() -> None:
     def first(seed: int) -> torch.Tensor:
         model = build("llama")
         path = "model.layers.0.mlp.down_proj"
-        return next(iter(Adapters(model, "model.layers", {path: 4}, seed).parameters.values())).detach()
+        return next(iter(Adapters(model, ["model.layers.0"], {path: 4}, seed).parameters.values())).detach()
 
     before = torch.random.get_rng_state()
     assert torch.equal(first(1), first(1)) and not torch.equal(first(1), first(2))

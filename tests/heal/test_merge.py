@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from billhook.data import Windows
 from billhook.export.huggingface import save
 from billhook.heal import healed, merge
 from billhook.heal.alike import aligned, averaged, grouped
+from billhook.heal.judge import divergences
 from billhook.measure.routing import Routing
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -70,6 +72,26 @@ def test_what_is_kept_is_nearer_on_text_that_no_fit_saw(name: str) -> None:
     assert any(refit.taken and "down" in refit.weight for refit in found.refits)
     assert all(refit.after == refit.before for refit in found.refits if not refit.taken)
     assert not found.left_alone and found.work > 0 and found.tokens == WINDOWS.tokens
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+@torch.no_grad()
+def test_refits_stay_only_where_the_whole_model_gains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("billhook.heal.merge")
+    model = build(name)
+    anatomy = discover(model)
+    plan = plan_of(name, anatomy)
+    found = merge(model, anatomy, plan, WINDOWS)
+    with monkeypatch.context() as without:
+        without.setattr(module, "solve", lambda *_: None)
+        plain = merge(model, anatomy, plan, WINDOWS)
+    was, now = divergences(model, anatomy, plan, [plain, found], WINDOWS.ids[14:])
+    assert (now < was) == any(refit.taken for refit in found.refits)
+    monkeypatch.setattr(module, "divergence", lambda *_: [1.0, 1.0])
+    undone = merge(model, anatomy, plan, WINDOWS)
+    assert undone.tensors.keys() == plain.tensors.keys()
+    assert all(torch.equal(undone.tensors[key], tensor) for key, tensor in plain.tensors.items())
+    assert undone.refits and not any(refit.taken or refit.after < refit.before for refit in undone.refits)
 
 
 @torch.no_grad()

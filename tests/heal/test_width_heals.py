@@ -47,8 +47,8 @@ def test_biases_make_up_for_the_mean_and_are_saved_and_reopened(name: str, tmp_p
     healing = bias_compensation(open_.model, anatomy, plan, windows())
     before = {key: value.clone() for key, value in open_.model.state_dict().items()}
     config = open_.model.config.to_dict()
-    small, record = applied(open_, plan, healing, "bias")
-    assert record.method == "bias" and healing.tensors
+    small = applied(open_, plan, healing)
+    assert healing.tensors
     assert before.keys() == open_.model.state_dict().keys() and open_.model.config.to_dict() == config
     inputs = FAMILIES[name].inputs(open_.model, 2, None)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_biases_make_up_for_the_mean_and_are_saved_and_reopened(name: str, tmp_p
         reopened = load(tmp_path).model
         again = differing(reopened, open_, plan, tmp_path)
         assert again.tensors.keys() >= healing.tensors.keys()
-        torch.testing.assert_close(applied(open_, plan, again, "bias")[0](**inputs)[0], expected)
+        torch.testing.assert_close(applied(open_, plan, again)(**inputs)[0], expected)
 
 
 def test_the_bias_is_what_the_lost_neurons_wrote_on_average() -> None:
@@ -86,7 +86,7 @@ def test_a_checkpoint_with_added_biases_is_cut_again(tmp_path: Path) -> None:
     open_ = bed("llama")
     keeps = narrowed(open_.anatomy)
     plan = Plan.of([], "remote", keeps)
-    small, _ = applied(open_, plan, bias_compensation(open_.model, open_.anatomy, plan, windows()), "bias")
+    small = applied(open_, plan, bias_compensation(open_.model, open_.anatomy, plan, windows()))
     save(small, open_.anatomy, plan, tmp_path / "one") if (tmp_path / "one").mkdir() is None else None
     once = load(tmp_path / "one").model
     more = Plan.of(["decoder.1", "decoder.2.attention"], "remote")
@@ -115,7 +115,7 @@ def test_without_data_a_neuron_that_is_the_multiple_of_another_is_rebuilt(name: 
                 rows[piece.start] = rows[piece.start + 1]
     plan = Plan.of([], keeps=[Keep(unit=UNIT, inner="neuron", indices=tuple(range(1, count)))])
     healing = data_free(model, anatomy, plan)
-    small = applied(open_, plan, healing, "data-free")[0]
+    small = applied(open_, plan, healing)
     inputs = FAMILIES[name].inputs(model, 2, None)
     with torch.no_grad():
         wanted, cut, healed = (m(**inputs)[0] for m in (model, apply(model, anatomy, plan), small))

@@ -13,8 +13,9 @@ from billhook.data.builtin import builtin
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
+from billhook.plan.record import HealStep
 from billhook.recipes import compress as walk
-from billhook.recipes.heal import healing_text, mended
+from billhook.recipes.heal import applied, healing_text, new_weights, record_of
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import HEALING_TOKENS
 from billhook.recipes.workplace import workplace
@@ -37,7 +38,10 @@ def test_the_record_says_on_what_and_the_dense_model_stays(tiny_lm: Path, tmp_pa
     model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
     before = {name: weight.clone() for name, weight in model.model.state_dict().items()}
     windows = healing_text(model, "builtin", 0, None)
-    compressed, record = mended(model, Plan.of([Address("decoder", 2)]), "closed-form", windows, None)
+    plan = Plan.of([Address("decoder", 2)])
+    healing = new_weights(model, plan, "closed-form", windows, None)
+    steps = [HealStep(method=method, text="builtin", seed=0) for method in ("distill", "closed-form")]
+    compressed, record = applied(model, plan, healing), record_of(healing, *steps)
     assert (record.method, record.tokens) == ("closed-form", windows.tokens)
     assert record.work > 0
     assert all(torch.equal(weight, before[name]) for name, weight in model.model.state_dict().items())

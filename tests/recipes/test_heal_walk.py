@@ -48,6 +48,24 @@ SMALL
 walk.heal(sys.argv[1], out=sys.argv[2], calibration=sys.argv[3], tokens=int(sys.argv[4]))
 """
 
+CTRL_C = """
+import os, signal, sys
+from billhook.cli import main
+from billhook.heal import loop
+from billhook.recipes import heal as walk
+from billhook.recipes import proof, training
+
+keep, calls = loop.keep, []
+def interrupted(*args):
+    keep(*args)
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+loop.keep = interrupted
+SMALL
+main()
+"""
+
 SIZES = {
     (training, "TRAINING_LENGTH"): 64,
     (walk, "CALIBRATION_LENGTH"): 64,
@@ -104,6 +122,25 @@ def test_killed_and_run_again(cut: Path, words: Path, tmp_path: Path) -> None:
     assert again.healing == expected.healing
     assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     assert not workplace(out).exists()
+
+
+@pytest.mark.usefixtures("unproven")
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(cut: Path, words: Path, tmp_path: Path) -> None:
+    """A process of its own, with the signal that a terminal sends."""
+    out = tmp_path / "out"
+    asked = ["heal", cut, "--out", out, "--calibration", words, "--tokens", str(TOKENS)]
+    command = [sys.executable, "-c", CTRL_C.replace("SMALL", SMALL), *map(str, asked)]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    said = [line for line in stopped.stderr.splitlines() if " of " not in line]  # how far it has come, now and then
+    assert said == ["billhook: interrupted; run the same command again to resume"] and stopped.stdout == ""
+    assert not out.exists() and not list(tmp_path.glob("*.part"))
+    steps: list[int] = []
+    heal(
+        cut, out=out, calibration=str(words), tokens=TOKENS,
+        progress=lambda label, done, _: steps.extend([done] if label == "training" else []),
+    )  # fmt: skip
+    assert steps == [3, 4] and (out / WEIGHTS).exists() and not workplace(out).exists()
 
 
 def test_the_whole_walk(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

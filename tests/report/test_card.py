@@ -75,7 +75,7 @@ def test_commands_can_be_pasted() -> None:
 
 def test_commands_name_every_healing_in_turn() -> None:
     def lines(*steps: HealStep) -> list[str]:
-        healing = HealRecord(method=steps[-1].method, tokens=8, work=1, refits=(), steps=steps)
+        healing = HealRecord(tokens=8, work=1, refits=(), steps=steps)
         text = card(example_run().model_copy(update={"healing": healing}))
         return [line for line in text.splitlines() if line.startswith("billhook ")]
 

@@ -9,6 +9,7 @@ import typer
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
+from billhook.plan import processes
 
 _BUDGET = (
     "What the result may cost: a fraction of dense (params=0.8) or a number with its unit (size=100MB). "
@@ -61,6 +62,8 @@ def compress(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
+    if not processes.is_first():
+        return
     if as_json:
         print_json(run_json(run, out))
         return

@@ -10,6 +10,7 @@ import typer
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
+from billhook.plan import processes
 
 
 class Method(StrEnum):
@@ -81,6 +82,8 @@ def heal(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
+    if not processes.is_first():
+        return
     if as_json:
         print_json(run_json(run, out))
         return

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from billhook.plan import processes
+
 Callback = Callable[[str, int, int], None]
 
 _HEARTBEAT = 10.0  # seconds between lines where standard error is no terminal
@@ -21,8 +23,11 @@ def bars() -> Iterator[Callback]:
     """Yield a callback (label, done, total) that draws one bar a label.
 
     The bars stay when all is done and vanish on an exception, so that its one line stands alone. Where standard error
-    is no terminal there is a plain line every ten seconds instead.
+    is no terminal there is a plain line every ten seconds instead. Of several processes the first one draws.
     """
+    if not processes.is_first():
+        yield lambda _label, _done, _total: None
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _heartbeat(console)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from billhook.anatomy.types import Anatomy
-from billhook.heal.stepping import Stepper
+from billhook.heal.stepping import Batches
 from billhook.plan.errors import InputError
 
 HELD_BACK = 1 / 8
@@ -29,13 +29,13 @@ def held_back(rows: list[int]) -> list[Tensor]:
 
 
 def divergence(
-    stepper: Stepper, anatomy: Anatomy, chosen: list[Tensor], changes: Iterable[AbstractContextManager[Any]]
+    stepper: Batches, anatomy: Anatomy, chosen: list[Tensor], changes: Iterable[AbstractContextManager[Any]]
 ) -> list[float]:
     """For each change (a context in which the model is changed) the mean distance of a token from the dense model.
 
     Of a language model that predicts the next token, the Kullback-Leibler divergence of its distribution from the dense
     one, in nats; of any other, |stream - dense stream|^2 / |dense stream|^2 after the last block. Taken over the rows
-    ``chosen`` (bool [rows] a batch) of the batches of a stepper that has walked the stack, padding left out. Infinite
+    ``chosen`` (bool [rows] a batch) of batches that were walked through the stack, padding left out. Infinite
     where the stream is not finite.
 
     Only the stream after the last block is kept, dense and changed; final norm and head run on pieces of it, in the
@@ -58,7 +58,7 @@ def divergence(
     return found
 
 
-def _distance(stepper: Stepper, ids: Tensor | None, dense: Tensor, now: Tensor) -> float:
+def _distance(stepper: Batches, ids: Tensor | None, dense: Tensor, now: Tensor) -> float:
     """The sum over positions; ``ids`` [c] where the model predicts the next token."""
     if not now.isfinite().all():
         return math.inf
@@ -72,7 +72,7 @@ def _distance(stepper: Stepper, ids: Tensor | None, dense: Tensor, now: Tensor) 
     return total
 
 
-def _speaks(stepper: Stepper, anatomy: Anatomy) -> bool:
+def _speaks(stepper: Batches, anatomy: Anatomy) -> bool:
     inputs = stepper.batches[0]
     given = "input_ids" in inputs and "decoder_input_ids" not in inputs
     return given and stepper.stack.causal and anatomy.head is not None

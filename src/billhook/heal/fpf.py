@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from billhook.heal.sharding import whole
+
 
 def fpf(before: Mapping[str, Tensor], now: Mapping[str, Tensor], count: int) -> list[str]:
     """The ``count`` names whose tensors changed most, |now - before| / |before|.
@@ -14,7 +16,7 @@ def fpf(before: Mapping[str, Tensor], now: Mapping[str, Tensor], count: int) -> 
     change is followed over tasks; here over the first period of one training.
     """
     change = {
-        name: ((now[name].float() - old.float()).norm() / old.float().norm().clamp(min=1e-12)).item()
+        name: (whole((now[name].float() - old.float()).norm()) / whole(old.float().norm()).clamp(min=1e-12)).item()
         for name, old in before.items()
     }
     return sorted(sorted(change, key=lambda name: (-change[name], name))[:count])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from billhook.anatomy.types import Anatomy
-from billhook.heal.healing import Healing, healed
+from billhook.data import Windows
+from billhook.heal.divergence import HELD_BACK
+from billhook.heal.healing import UNTOUCHED, Healing, healed
 from billhook.heal.student import Student
+from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply
+
+Progress = Callable[[str, int, int], None]
+Way = Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]
 
 
 @torch.no_grad()
@@ -27,3 +34,20 @@ def divergences(model: Any, anatomy: Anatomy, plan: Plan, candidates: Sequence[H
         student = Student(cut, model, [], "dense")
         found.append(sum(student.parts(row[None].to(model.device))[0].item() for row in ids) / len(ids))
     return found
+
+
+def judged_apart(way: Way) -> Way:
+    """A way to heal that holds nothing back itself, judged: it is given all windows but the last eighth, and on these
+    the healed model must be nearer to the dense one than the cut alone; else the healing is refused, its tensors gone.
+    Cost: beside its own, two forwards of the dense model and of what is left. InputError for fewer than two windows."""
+
+    def judged(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress: Progress | None) -> Healing:
+        back = max(1, round(HELD_BACK * len(windows.ids)))
+        if len(windows.ids) < 2:
+            raise InputError("healing needs at least two windows: one to fit on and one to hold back")
+        found = way(model, anatomy, plan, Windows.of(windows.ids[:-back], windows.name), progress)
+        cut, now = divergences(model, anatomy, plan, [UNTOUCHED, found], windows.ids[-back:])
+        found = replace(found, cut=cut, healed=now)
+        return replace(found, tensors={}) if found.refused else found
+
+    return judged

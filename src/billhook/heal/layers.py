@@ -21,7 +21,7 @@ class Layers:
     remember across a crash."""
 
     def __init__(self, student: Student, weights: Weights, before: Mapping[str, Tensor], training: Training) -> None:
-        """``before``: the tensors that the training began with, by name."""
+        """``before``: for fpf the tensors that the training began with, by name."""
         self.facts: dict[str, Any] = {"chosen": [], "importance": [0.0] * len(student.blocks)}
         self._student, self._weights, self._before, self._training = student, weights, before, training
         prefixes = [f"{path}." for path in student.paths]
@@ -42,9 +42,11 @@ class Layers:
             )
             names = self._in(most_important(self.facts["importance"], training.blocks))
         elif period == 0:
-            names = list(self._before)
+            names = list(self._weights.parameters)
         elif period == 1:
-            names = fpf(self._before, self._weights.parameters, len(self._before) * training.blocks // blocks)
+            names = fpf(
+                self._before, self._weights.parameters, len(self._weights.parameters) * training.blocks // blocks
+            )
         else:
             return
         self.resume({**self.facts, "chosen": names})

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from billhook.heal.as_saved import merged
 from billhook.heal.damage import sample
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.drawing import lap, lap_length
+from billhook.heal.launch import require_precision, sharded
 from billhook.heal.random_skips import stepped_around
+from billhook.heal.sharding import part, whole
 from billhook.heal.state import keep, kept
 from billhook.heal.student import Student
 from billhook.heal.subject import Subject
@@ -47,6 +51,8 @@ class Loop:
         some = training.trains in ("lisa", "ist", "fpf") or training.skips > 0
         layered = DistributedDataParallelKwargs(find_unused_parameters=some)
         on_cpu = ids.device.type == "cpu"
+        require_precision(student.dense.dtype)
+        self._sharded = sharded()
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
         self._student, self._training, self._state, self._progress = student, training, state, progress
         self.fit, self._held = split(ids)
@@ -60,6 +66,13 @@ class Loop:
                 f"{training.rows} windows a step cannot be shared by {self.accelerator.num_processes} processes"
             )
 
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """Over all processes, where each is to hold a part of every block."""
+        if not self._sharded:
+            return None
+        return init_device_mesh(self.fit.device.type, (self.accelerator.num_processes,))
+
     def through(self, subject: Subject) -> tuple[dict[str, Tensor], TrainingRecord]:
         """Go on to the end; the new tensors by name in the smaller model (none where the untouched model was the best),
         and the record."""
@@ -69,7 +82,9 @@ class Loop:
         if not self.curve:
             self.curve.append(Look(step=0, loss=None, held=self._look(subject)))
             best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        wrapped, stepping = self.accelerator.prepare(self._student, optimizer)
+        wrapped, stepping = self._student, optimizer
+        if not self._sharded:
+            wrapped, stepping = self.accelerator.prepare(wrapped, stepping)
         losses: list[float] = []
         for step in range(self.curve[-1].step, self._steps):
             if self._ended():
@@ -98,7 +113,7 @@ class Loop:
             for name, parameter in parameters.items():
                 parameter.copy_(best[name])
         record = self._record(subject)
-        return subject.holder.merged() if record.best else {}, record
+        return merged(subject.holder) if record.best else {}, record
 
     def _record(self, subject: Subject) -> TrainingRecord:
         best = min(self.curve, key=lambda look: look.held)
@@ -135,10 +150,14 @@ class Loop:
     def _look(self, subject: Subject) -> float:
         """The mean loss over the held-back windows, of the model as it would be saved now."""
         total = torch.zeros((), dtype=torch.float64, device=self._held.device)
+        count, together = len(self._held), self.accelerator.num_processes
+        turns = range(self.accelerator.process_index, -(-count // together) * together, together)
         with subject.holder.saved():
-            for row in self._mine(list(range(len(self._held)))):
+            for turn in turns:  # as many for each process: shards are gathered by all at once
+                row = turn % count
                 with self._some_missing(f"held {row}"):
-                    total += self._student.parts(self._held[row : row + 1])[0].double()
+                    loss = self._student.parts(self._held[row : row + 1])[0].double()
+                total += loss if turn < count else 0
         summed: Tensor = self.accelerator.reduce(total, reduction="sum")
         return summed.item() / len(self._held)
 
@@ -157,13 +176,17 @@ class Loop:
         return len(held) - 1 - held.index(min(held)) >= self._training.patience
 
     def _keep(self, subject: Subject, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in subject.holder.parameters.items():
+            moments = optimizer.state.get(parameter, {})
+            found = {"best": best[name], "now": parameter.detach()}
+            found |= {key: moments[key] for key in _MOMENTS if key in moments}
+            for key, tensor in found.items():
+                gathered = whole(tensor)
+                if self.accelerator.is_main_process:
+                    tensors[f"{key} {name}"] = gathered.cpu()
         if not self.accelerator.is_main_process:
             return
-        tensors = {f"best {name}": tensor for name, tensor in best.items()}
-        for name, parameter in subject.holder.parameters.items():
-            tensors[f"now {name}"] = parameter.detach()
-            moments = optimizer.state.get(parameter, {})
-            tensors |= {f"{key} {name}": moments[key] for key in _MOMENTS if key in moments}
         curve = [look.model_dump() for look in self.curve]
         layers = subject.layers.facts if subject.layers is not None else None
         keep(self._state, tensors, {**self._facts, "curve": curve, "layers": layers})
@@ -176,16 +199,16 @@ class Loop:
         parameters = subject.holder.parameters
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(tensors[f"now {name}"])
+                parameter.copy_(part(tensors[f"now {name}"], parameter))
                 if f"step {name}" in tensors:
                     moments = {key: tensors[f"{key} {name}"] for key in _MOMENTS}
                     optimizer.state[parameter] = {
-                        key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in moments.items()
+                        key: tensor if key == "step" else part(tensor, parameter) for key, tensor in moments.items()
                     }
         if subject.layers is not None:
             subject.layers.resume(facts["layers"])
         self.curve = [Look(**look) for look in facts["curve"]]
-        return {name: tensors[f"best {name}"].to(parameter.device) for name, parameter in parameters.items()}
+        return {name: part(tensors[f"best {name}"], parameter) for name, parameter in parameters.items()}
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from billhook.anatomy.types import Block
-from billhook.anatomy.undo import Undo
-from billhook.heal.healing import put
+from billhook.heal.as_saved import saved
 
 LEAST = 4  # rank of a block that lost nothing
 _NAME = "default"  # how peft calls an adapter
@@ -23,13 +22,23 @@ class Adapters:
     """LoRA (Hu et al., arXiv 2106.09685) on linears of a model, in place: W x becomes W x + 2 B A x with A [r, in],
     B [out, r] in float32; B begins at zero. ``parameters`` are A and B by name."""
 
-    def __init__(self, model: nn.Module, blocks: str, ranks: dict[str, int], seed: int) -> None:
-        """``blocks``: path of the list of blocks; ``ranks``: module path of a linear in them -> its rank.
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        ranks: dict[str, int],
+        seed: int,
+        shard: Callable[[str], None] | None = None,
+    ) -> None:
+        """``paths`` of all blocks of a stack; ``ranks``: module path of a linear in them -> its rank. ``shard`` is
+        called for each block when it has its adapters.
 
-        Only the list is shown to peft: where it sees the config of a whole model it knows, it has ideas of its own
-        about which modules are meant."""
+        Only the list of blocks is shown to peft: where it sees the config of a whole model it knows, it has ideas of
+        its own about which modules are meant."""
         self.model = model
+        self.paths = list(paths)
         self.ranks = ranks
+        blocks = paths[0].rpartition(".")[0]
         names = {path.removeprefix(f"{blocks}."): rank for path, rank in ranks.items()}
         pattern = {f"^{re.escape(name)}": rank for name, rank in names.items()}
         config = LoraConfig(
@@ -43,37 +52,40 @@ class Adapters:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model.get_submodule(blocks))
-        self.parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = ".lora_" in name
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-                self.parameters[name] = parameter
+        adapters = [name for name, _ in model.named_parameters() if ".lora_" in name]
+        model.requires_grad_(False)
+        for name in adapters:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.float()
+            parameter.requires_grad = True
+        if shard is not None:
+            for path in paths:
+                shard(path)
+        self.parameters = {name: model.get_parameter(name) for name in adapters}
 
-    @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """The weights with their adapters added, by name in the model without adapters, in the model's dtype."""
+    def merged_in(self, path: str) -> dict[str, Tensor]:
+        """The weights of a block with their adapters added, by name in the model without adapters."""
         new = {}
-        for path in self.ranks:
-            layer: Any = self.model.get_submodule(path)
+        for linear in (linear for linear in self.ranks if linear.startswith(f"{path}.")):
+            layer: Any = self.model.get_submodule(linear)
             old = layer.get_base_layer().weight
-            new[f"{path}.weight"] = (old.float() + layer.get_delta_weight(_NAME).float()).to(old.dtype)
+            new[f"{linear}.weight"] = (old.float() + layer.get_delta_weight(_NAME).float()).to(old.dtype)
         return new
+
+    def place(self, name: str) -> str:
+        linear, _, leaf = name.rpartition(".")
+        return f"{linear}.base_layer.{leaf}"
 
     @contextmanager
     def saved(self) -> Iterator[None]:
         """Inside the context the model computes with the merged weights, exactly as it will be saved."""
-        undo = Undo()
-        layers: list[Any] = [self.model.get_submodule(path) for path in self.ranks]
+        layers: list[Any] = [self.model.get_submodule(linear) for linear in self.ranks]
         try:
-            for name, tensor in self.merged().items():
-                path, _, leaf = name.rpartition(".")
-                put(self.model, f"{path}.base_layer.{leaf}", tensor, undo)
             for layer in layers:
                 layer.enable_adapters(False)
-            yield
+            with saved(self):
+                yield
         finally:
-            undo.restore()
             for layer in layers:
                 layer.enable_adapters(True)
 

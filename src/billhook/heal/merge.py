@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.alike import averaged, grouped
 from billhook.heal.closed_form import require_healable
-from billhook.heal.divergence import held_back
+from billhook.heal.divergence import divergence, held_back
 from billhook.heal.healing import Healing, put
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.spans import Spans
+from billhook.heal.verdict import healed_and_cut
 from billhook.heal.widths import whole
 from billhook.heal.writes import NOT_ADDED, scale_of
 from billhook.measure.batches import Batch, batches_of
@@ -53,7 +55,9 @@ def merge(
     4. *write*: the down projection of each merged expert is refitted by least squares to what the stream of the merged
        model lacks of the dense one, one expert after the other, twice.
 
-    3 and 4 are kept where they lower the error on the last eighth of the windows, which no fit sees.
+    3 and 4 are kept where they lower the error behind the block on the last eighth of the windows, which no fit sees,
+    and all of them together only if the whole model predicts more like the dense one there than with 1 and 2 alone (by
+    ``divergence``).
 
     Source: M-SMoE (arXiv 2310.01334): 1 and 2. There the router keeps the rows of all experts and sends those of a
     group to the same weights, which no ordinary checkpoint can say: hence 3. There the merged model is trained further
@@ -77,18 +81,25 @@ def merge(
         walk.through(block, next((keeps[s.address] for s in block.sublayers if s.address in keeps), None))
         if progress is not None:
             progress("merging", number + 1, len(stack.blocks))
-    tensors = whole(model, anatomy, keeps.values(), walk.tensors)
     tokens = sum(stream.shape[0] * stream.shape[1] for stream in walk.dense)
-    return Healing(tensors, tuple(walk.refits), walk.left, tokens, walk.spans.work)
+    merged, refitted = (whole(model, anatomy, keeps.values(), tensors) for tensors in (walk.plain, walk.tensors))
+    found = Healing(refitted, tuple(walk.refits), walk.left, tokens, walk.spans.work)
+    undone = tuple(refit.model_copy(update={"after": refit.before, "penalty": None}) for refit in walk.refits)
+    plain = replace(found, tensors=merged, refits=undone)
+    narrower = Plan.of([], keeps=keeps.values())
+    changes = [healed_and_cut(model, anatomy, narrower, healing) for healing in (plain, found)]
+    before, after = divergence(walk.spans, anatomy, walk.held, changes)
+    return found if after < before else plain
 
 
 class _Walk:
-    """The two streams, and what has been found so far; the model is changed within calls only."""
+    """The two streams, and what has been found so far, ``plain`` without refits; the model is changed in calls only."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, spans: Spans) -> None:
         self.model, self.anatomy, self.spans = model, anatomy, spans
         self.dense = self.merged = [spans.enter(i) for i in range(len(spans.batches))]
         self.held = held_back([len(stream) for stream in self.dense])
+        self.plain: dict[str, Tensor] = {}
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
         self.left: dict[str, str] = {}
@@ -138,11 +149,12 @@ class _Walk:
         for name, tensor in averaged(old, neuron_axes(self.model, mixture), groups, routing.slots).items():
             put(self.model, name, tensor, undo)
         narrow(self.model, self.anatomy, [keep], undo.set)
+        names = (*mixture.tensors, mixture.rows[0])
+        self.plain |= {name: self.model.get_parameter(name).detach() for name in names}
         wanted = [torch.stack([logits[:, m].float().logsumexp(-1) for m in groups.values()], 1) for logits, _ in heard]
         self._route(number, mixture, wanted, ahead, undo)
         after = self._write(number, mixture, ahead, undo)
-        for name in (*mixture.tensors, mixture.rows[0]):
-            self.tensors[name] = self.model.get_parameter(name).detach()
+        self.tensors |= {name: self.model.get_parameter(name).detach() for name in names}
         return after
 
     def _route(self, number: int, mixture: Mixture, wanted: list[Tensor], ahead: list[Tensor], undo: Undo) -> None:

@@ -55,7 +55,7 @@ def alignments(student: Student, ids: Tensor, target: Tensor, progress: Progress
     options = subsets(student.model, student.paths)
     if not options:
         raise InputError("no biases or norms are left whose gradients could be compared; select text by dsir instead")
-    weights = Weights(student.model, options[-1])
+    weights = Weights(student.model, student.paths, options[-1])
     try:
         parameters = list(weights.parameters.values())
         total = len(target) + len(ids)

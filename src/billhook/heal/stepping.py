@@ -55,6 +55,31 @@ class Batches:
         """Which positions are no padding: bool [rows, tokens]."""
         return real_tokens(self.batches[batch], self.stack.name, stream)
 
+    def last(self, batch: int) -> Tensor:
+        """The stream after the last block that the model has now, whatever has been done to it."""
+        block = next(reversed(list(self.model.get_submodule(self.stack.path).children())))
+        own = block.forward
+        seen: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            seen.append(stream_out(own(*args, **kwargs)))
+            raise Reached
+
+        self._forward(batch, [(block, stop)])
+        return seen[0]
+
+    def logits(self, ids: Tensor, stream: Tensor) -> Tensor:
+        """What the dense model makes of a piece of the stream after its last block: [c] and [c, hidden] -> [c, v].
+
+        Final norm, head and whatever the model does to logits are its own: it runs over these ids and every block
+        hands on, with what it returned beside the stream when it was run."""
+        tails = [self._tails[0].get(i) for i in range(len(self._blocks))]
+        blocks = [(block, partial(hand_on, tail=tail)) for block, tail in zip(self._blocks, tails, strict=True)]
+        blocks[-1] = self._blocks[-1], partial(put_in, stream=stream[None], tail=tails[-1])
+        cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
+        with observing(self.model), overridden(blocks):
+            return torch.as_tensor(self.model(input_ids=ids[None], **cached).logits)[0]
+
     def _forward(
         self,
         batch: int,
@@ -108,31 +133,6 @@ class Stepper(Batches):
         if place.block.lends and any(sublayer.kind == "attention" for sublayer in place.sublayers):
             self._lent[batch][place.number] = stream
         return self._finite(batch, stream_out(output), f"out of {place.block.address}")
-
-    def last(self, batch: int) -> Tensor:
-        """The stream after the last block that the model has now, whatever has been done to it."""
-        block = next(reversed(list(self.model.get_submodule(self.stack.path).children())))
-        own = block.forward
-        seen: list[Tensor] = []
-
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            seen.append(stream_out(own(*args, **kwargs)))
-            raise Reached
-
-        self._forward(batch, [(block, stop)])
-        return seen[0]
-
-    def logits(self, ids: Tensor, stream: Tensor) -> Tensor:
-        """What the dense model makes of a piece of the stream after its last block: [c] and [c, hidden] -> [c, v].
-
-        Final norm, head and whatever the model does to logits are its own: it runs over these ids and every block
-        hands on, with what it returned beside the stream when it was run."""
-        tails = [self._tails[0].get(i) for i in range(len(self._blocks))]
-        blocks = [(block, partial(hand_on, tail=tail)) for block, tail in zip(self._blocks, tails, strict=True)]
-        blocks[-1] = self._blocks[-1], partial(put_in, stream=stream[None], tail=tails[-1])
-        cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
-        with observing(self.model), overridden(blocks):
-            return torch.as_tensor(self.model(input_ids=ids[None], **cached).logits)[0]
 
     def _before(self, batch: int, number: int) -> Iterator[tuple[nn.Module, Forward]]:
         """What stands in the place of the blocks before one."""

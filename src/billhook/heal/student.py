@@ -38,6 +38,14 @@ class Student(nn.Module):
         self._ends = ends
 
     @property
+    def dense(self) -> Any:
+        """The model to learn from."""
+        return self._dense[0]
+
+    def learn_from(self, dense: Any) -> None:
+        self._dense = (dense,)
+
+    @property
     def paths(self) -> list[str]:
         """Of the blocks that stay, in ``model``."""
         return [path for path, _ in self._ends]
@@ -55,7 +63,7 @@ class Student(nn.Module):
 
     def computing(self) -> torch.autocast:
         """Weights that are trained are kept in float32 and computed with in the dtype of the model."""
-        dense: Any = self._dense[0]
+        dense = self.dense
         return torch.autocast(dense.device.type, dtype=dense.dtype, enabled=dense.dtype != torch.float32)
 
     def parts(self, ids: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -69,7 +77,7 @@ class Student(nn.Module):
         return divergence(hidden, head, dense_hidden[:, :-1].flatten(0, 1), dense_head), streams, wanted
 
     def _taught(self, ids: Tensor) -> Any:
-        dense = self._dense[0]
+        dense = self.dense
         ends = list(dict.fromkeys(path for _, path in self._ends))
         with observing(dense):
             hidden, head, found = halves(dense, ids, [dense.get_submodule(path) for path in ends])

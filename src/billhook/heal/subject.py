@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from billhook.anatomy.types import Anatomy, Stack
 from billhook.heal.damage import Damage, damage, feature_weights, sample
 from billhook.heal.layers import Layers
 from billhook.heal.lora import Adapters, linears, ranks_by_loss
+from billhook.heal.sharding import part
 from billhook.heal.student import Student
 from billhook.heal.training import Training
 from billhook.heal.tune import least_expressive, subsets
@@ -36,10 +38,18 @@ class Subject:
 
 
 def subject_of(
-    student: Student, taught: Student, anatomy: Anatomy, stack: Stack, left: list[int], ids: Tensor, training: Training
+    student: Student,
+    taught: Student,
+    anatomy: Anatomy,
+    stack: Stack,
+    left: list[int],
+    ids: Tensor,
+    training: Training,
+    shard: Callable[[str], None] | None = None,
 ) -> Subject:
     """Make ready what ``training`` trains, and give the student its feature terms. ``taught`` is the same student
     learning from the dense model; ``left`` are the original numbers of its blocks; ``ids`` windows to measure on.
+    ``shard`` is called for the path of each block of the student as soon as it has what is trained (see ``Shards``).
 
     InputError where the model has nothing of the kind."""
     few = sample(ids, range(len(ids)))
@@ -48,21 +58,28 @@ def subject_of(
         student.weights = feature_weights(found, training.features)
     if training.trains == "lora":
         assert found is not None
-        return _adapted(student, anatomy, stack, left, found, training)
+        return _adapted(student, anatomy, stack, left, found, training, shard)
     if training.trains == "tune":
         options = subsets(student.model, student.paths)
         if not options:
             raise InputError("no biases or norms are left to tune; train with lora or distill")
         names = least_expressive(options, lambda subset: _gain(student, subset, few, training))
-        return Subject(Weights(student.model, names))
+        return Subject(Weights(student.model, student.paths, names, shard))
     names = [f"{path}.{name}" for path in student.paths for name in _names(student, path)]
-    before = {name: student.model.get_parameter(name).detach() for name in names}
-    weights = Weights(student.model, names)
+    before = {name: student.model.get_parameter(name).detach() for name in names} if training.trains == "fpf" else {}
+    weights = Weights(student.model, student.paths, names, shard)
+    before = {name: part(tensor, weights.parameters[name]) for name, tensor in before.items()}
     return Subject(weights, Layers(student, weights, before, training))
 
 
 def _adapted(
-    student: Student, anatomy: Anatomy, stack: Stack, left: list[int], found: Damage, training: Training
+    student: Student,
+    anatomy: Anatomy,
+    stack: Stack,
+    left: list[int],
+    found: Damage,
+    training: Training,
+    shard: Callable[[str], None] | None,
 ) -> Subject:
     ranks = ranks_by_loss(found.errors, training.rank)
     by_path: dict[str, int] = {}
@@ -71,12 +88,13 @@ def _adapted(
         by_path |= dict.fromkeys(linears(student.model, block, block.path, new), rank)
     if not by_path:
         raise InputError(f"a {anatomy.family} model cut like this has no linears left that adapters go on")
-    return Subject(Adapters(student.model, stack.path, by_path, training.seed), ranks=tuple(ranks))
+    adapters = Adapters(student.model, student.paths, by_path, training.seed, shard)
+    return Subject(adapters, ranks=tuple(ranks))
 
 
 def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -> float:
     """By how much a few steps with these parameters lower the loss on the windows that they were made on."""
-    weights = Weights(student.model, names)
+    weights = Weights(student.model, student.paths, names)
     try:
         optimizer = torch.optim.AdamW(list(weights.parameters.values()), lr=training.rate, weight_decay=0.0)
         losses: list[float] = []

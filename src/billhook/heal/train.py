@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, healed
 from billhook.heal.loop import Loop
+from billhook.heal.sharding import Shards, resting
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.heal.subject import subject_of
 from billhook.heal.training import Training
@@ -55,9 +57,14 @@ def train(
     number of the step alone, and no step has chance in it.
 
     Under ``accelerate launch`` each process takes its share of every step's windows and gradients are averaged: the
-    same result but for rounding. Memory: the model once, float32 copies of what is trained with two moments and the
-    best state, the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal)
-    and about two to three of what is left. Raises InputError for drops in several stacks and too little text.
+    same result but for rounding. With ``--use_fsdp --fsdp_version 2`` each also holds only its part of the blocks of
+    both models, of what is trained and of its moments; the model itself rests in the memory of the host meanwhile. The
+    state is the same file either way: what several processes began one can end.
+
+    Memory of one process alone: the model once, float32 copies of what is trained with two moments and the best state,
+    the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal) and about two
+    to three of what is left. Raises InputError for drops in several stacks, too little text, and a launch that asks for
+    what would not be done (see ``launch``).
     """
     require_own_weights(plan)
     stack = _stack(anatomy)
@@ -77,11 +84,34 @@ def train(
         student = Student(cut, model, ends, training.goal)
         loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights)
         taught = Student(cut, model, ends, "dense")
-        subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training)
-        found, record = loop.through(subject)
+        blocks = {path: stack.blocks[old].path for path, old in zip(student.paths, left, strict=True)}
+        mesh = loop.mesh
+        shards = None if mesh is None else _shards(student, model, anatomy, mesh)
+        shard = None if shards is None else (lambda path: shards.take(path, blocks[path]))
+        subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training, shard)
+        if shards is None:
+            found, record = loop.through(subject)
+        else:
+            shards.close(block.path for block in stack.blocks)
+            with resting(_inside(model, stack, start)):
+                found, record = loop.through(subject)
     named = original_names(anatomy, drops, found)
     new = whole(model, anatomy, keeps_of(plan, anatomy), {named[name]: tensor for name, tensor in found.items()})
     return replace(start, tensors={**start.tensors, **new}), record
+
+
+def _shards(student: Student, model: Any, anatomy: Anatomy, mesh: DeviceMesh) -> Shards:
+    """Of the student and a twin of the dense model: the model itself stays whole, for what comes after."""
+    teacher = apply(model, anatomy, ()) if student.goal == "dense" else None
+    if teacher is not None:
+        student.learn_from(teacher)
+    return Shards(student.model, teacher, mesh)
+
+
+def _inside(model: Any, stack: Stack, start: Healing) -> list[Tensor]:
+    """What need not lie on the device while shards of it do: each tensor once."""
+    blocks = [parameter for block in stack.blocks for parameter in model.get_submodule(block.path).parameters()]
+    return list({id(tensor): tensor for tensor in (*blocks, *start.tensors.values())}.values())
 
 
 def _stack(anatomy: Anatomy) -> Stack:

@@ -30,13 +30,14 @@ def judged(
     Cost: three runs of the batches that hold such rows."""
     if not healing.tensors:
         return healing
-    changes = [simulate(model, anatomy, plan), _both(model, anatomy, plan, healing)]
+    changes = [simulate(model, anatomy, plan), healed_and_cut(model, anatomy, plan, healing)]
     before, now = divergence(stepper, anatomy, held, changes)
     found = replace(healing, cut=before, healed=now)
     return replace(found, tensors={}) if found.refused else found
 
 
 @contextmanager
-def _both(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
+def healed_and_cut(model: nn.Module, anatomy: Anatomy, plan: Plan, healing: Healing) -> Iterator[None]:
+    """Inside the context the model is cut, with the tensors of a healing."""
     with healed(model, healing), simulate(model, anatomy, plan):
         yield

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.undo import Undo
+from billhook.heal.as_saved import saved
 from billhook.heal.healing import put
 
 
 class Weights:
-    """Copies in float32 of the named parameters of a model, put in their place. ``parameters`` by name; those that are
-    not ``chosen`` ask for no gradient."""
+    """Copies in float32 of parameters of a model, put in their place. ``parameters`` by name; those that are not
+    ``chosen`` ask for no gradient."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        paths: Sequence[str],
+        names: Sequence[str],
+        shard: Callable[[str], None] | None = None,
+    ) -> None:
+        """``names`` of parameters in the blocks at ``paths``. ``shard`` is called for each block as soon as it has its
+        copies, so that no more than one block is ever whole in float32; such a holder cannot be removed."""
         self.model = model
-        self._undo = Undo()
+        self.paths = list(paths)
+        self._of = {path: [name for name in names if name.startswith(f"{path}.")] for path in paths}
         self._dtypes = {name: model.get_parameter(name).dtype for name in names}
-        for name in self._dtypes:
-            put(model, name, model.get_parameter(name).detach().float().clone(), self._undo)
-        self.parameters = {name: model.get_parameter(name) for name in self._dtypes}
+        self._undo = Undo()
+        for path in paths:
+            for name in self._of[path]:
+                put(model, name, model.get_parameter(name).detach().float().clone(), self._undo)
+            if shard is not None:
+                shard(path)
+                self._undo = Undo()  # the old tensors are not kept for its sake
+        self.parameters = {name: model.get_parameter(name) for name in names}
         self.choose(self.parameters)
 
     def choose(self, names: Iterable[str]) -> None:
@@ -32,21 +46,17 @@ class Weights:
             parameter.requires_grad = name in chosen
             parameter.grad = None
 
-    @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
-        """As they are to be saved, in the model's dtype."""
-        return {name: parameter.detach().to(self._dtypes[name]) for name, parameter in self.parameters.items()}
+    def merged_in(self, path: str) -> dict[str, Tensor]:
+        return {name: self.model.get_parameter(name).detach().to(self._dtypes[name]) for name in self._of[path]}
+
+    def place(self, name: str) -> str:
+        return name
 
     @contextmanager
     def saved(self) -> Iterator[None]:
         """Inside the context the model computes with the weights as they will be saved."""
-        undo = Undo()
-        try:
-            for name, tensor in self.merged().items():
-                put(self.model, name, tensor, undo)
+        with saved(self):
             yield
-        finally:
-            undo.restore()
 
     def remove(self) -> None:
         """Put the old parameters back."""

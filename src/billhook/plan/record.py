@@ -242,9 +242,8 @@ class HealRecord(_Record):
     with the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone.
     ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
     ``refused``: the healed one was no nearer, so the model is left as cut. ``training`` came after the refits, if any.
-    ``steps``: all that was done one after the other, of which this is the last."""
+    ``steps``: all that was done one after the other, at least one; the rest is said of the last."""
 
-    method: str
     tokens: int
     work: int
     refits: tuple[Refit, ...]
@@ -252,14 +251,19 @@ class HealRecord(_Record):
     grafts: tuple[Graft, ...] = ()
     divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
-    steps: tuple[HealStep, ...] = ()
+    steps: tuple[HealStep, ...]
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 
     @property
+    def method(self) -> str:
+        """The way to the new weights: that of the last step."""
+        return self.steps[-1].method
+
+    @property
     def combined(self) -> bool:
         """Whether the new weights are the act of the recipe itself, which no option asks for."""
-        return self.method in _ACTS
+        return self.steps[-1].combined
 
 
 class Measures(_Record):

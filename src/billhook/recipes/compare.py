@@ -29,7 +29,7 @@ from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Choice, find, pose_for
-from billhook.recipes.heal import applied, healing_text, mended
+from billhook.recipes.heal import applied, healing_text, new_weights
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
@@ -258,14 +258,14 @@ def _acted(
     calibration text."""
     plan = choice.plan(target)
     if choice.healing is not None:
-        return applied(model, plan, choice.healing, "second-order")[0]
+        return applied(model, plan, choice.healing)
     if recipe.act in ("drop", "share"):
         return apply(model.model, model.anatomy, plan)
-    return mended(model, plan, recipe.act, windows, progress)[0]
+    return applied(model, plan, new_weights(model, plan, recipe.act, windows, progress))
 
 
 def _healed(model: Opened, plan: Plan, text: Windows, progress: Progress | None) -> Any:
-    return mended(model, plan, "closed-form", text, progress)[0]
+    return applied(model, plan, new_weights(model, plan, "closed-form", text, progress))
 
 
 def _searched(

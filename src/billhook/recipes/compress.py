@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from billhook.heal import UNTOUCHED, require_healable
 from billhook.heal.gains import require_gains
 from billhook.heal.mask_tuning import NOTHING
 from billhook.models import building, check_out, fingerprint, stored_as
+from billhook.plan import processes
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
@@ -27,9 +29,9 @@ from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
-from billhook.recipes.find import Task, find, pose_for, require_path
+from billhook.recipes.find import Choice, Task, find, pose_for, require_path
 from billhook.recipes.flattening import require_flattening
-from billhook.recipes.heal import applied, healing_text, mended
+from billhook.recipes.heal import applied, healing_text, new_weights, record_of
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
@@ -74,7 +76,8 @@ def compress(
     ``select``: which text a healing by training reads (see ``heal``).
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
-    ``out`` at once.
+    ``out`` at once. Under ``accelerate launch`` the first process searches, all share the training, and the first one
+    alone proves and writes the result; what the others return is without proof.
     """
     check_out(out, overwrite, source)
     limits = Budget.parse(budget)
@@ -83,6 +86,12 @@ def compress(
         require_path(candidate, limits)
     way = _way(candidates[0], heal)  # the default recipes are at one in this
     wanted = asked(select, way)
+    device = processes.local(device)
+    several = processes.count() > 1
+    if several and way not in TRAINED:
+        raise InputError(
+            f"several processes were started, and they share a healing by training alone, which {way} is not; start one"
+        )
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -110,7 +119,7 @@ def compress(
         prepared(model.model, tokenizer, prompt, max_new_tokens)
     posed(model.model, tokenizer)
 
-    with claimed(out) as place:
+    with _workplace(out, device, several) as (place, first):
         with clock.step("measure"):
             windows = windows_of(
                 calibration,
@@ -133,8 +142,12 @@ def compress(
             read = [windows, longer, lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows]
             texts = judged_on(model, calibration, [text for text in read if text is not None], seed, progress)
             seen = watch(model, windows, progress)
+
+        def search() -> Choice:
+            return find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+
         with clock.step("search"):
-            choice = find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+            choice = _of_the_first(search) if several else search()
 
         plan = choice.plan(aim).model_copy(
             update={
@@ -150,21 +163,24 @@ def compress(
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
+        step = HealStep(
+            method=way if choice.healing is None else "second-order",
+            text=calibration,
+            seed=seed,
+            select="" if wanted is None else select,
+        )
         if choice.healing is not None:
-            compressed, healing = applied(model, plan, choice.healing, "second-order")
+            compressed, healing = applied(model, plan, choice.healing), record_of(choice.healing, step)
         elif longer is not None:
             with clock.step("heal"):
                 if lessons is None:
-                    compressed, healing = mended(model, plan, way, longer, progress)
+                    found = new_weights(model, plan, way, longer, progress)
+                    compressed, healing = applied(model, plan, found), record_of(found, step)
                 else:
                     done = training.taught(
-                        model, plan, way, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, seed, place, progress
+                        model, plan, step, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        if healing is not None:
-            selected = "" if wanted is None else select
-            step = HealStep(method=healing.method, text=calibration, seed=seed, select=selected)
-            healing = healing.model_copy(update={"steps": (step,)})
         costs = costs_of(plan, outline)
         run = Run(
             model=os.fspath(source),
@@ -178,6 +194,8 @@ def compress(
             healing=healing,
             environment=environment(model),
         )
+        if not first:
+            return run
         run = proven(run, model, cut, compressed, plan, texts, max_new_tokens, clock, progress, begun)
         run = run.model_copy(update={"seconds": clock.seconds})
         with building(out, overwrite) as folder, stored_as(compressed, model.stored):
@@ -185,6 +203,25 @@ def compress(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+@contextmanager
+def _workplace(out: str | os.PathLike[str], device: str, several: bool) -> Iterator[tuple[Path, bool]]:
+    """The place of this run, or of all that share it, and whether this process is the one that writes."""
+    if several:
+        from billhook.recipes.together import shared
+
+        with shared(out, device) as found:
+            yield found
+    else:
+        with claimed(out) as place:
+            yield place, True
+
+
+def _of_the_first(search: Callable[[], Choice]) -> Choice:
+    from billhook.recipes.together import of_the_first
+
+    return of_the_first(search)
 
 
 def _way(recipe: Recipe, heal: Heal | None) -> str:

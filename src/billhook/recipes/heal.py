@@ -35,10 +35,12 @@ from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import require_no_masks
+from billhook.heal.judge import judged_apart
 from billhook.heal.low_rank import rejoined
 from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
+from billhook.plan import processes
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, HealStep, Run
@@ -63,8 +65,8 @@ def _average(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progres
 
 METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
     "closed-form": closed_form,
-    "bias": bias_compensation,
-    "data-free": data_free,
+    "bias": judged_apart(bias_compensation),
+    "data-free": judged_apart(data_free),
     "scales": mask_tuning,
     "average": _average,
     "fuse": fuse,
@@ -103,10 +105,12 @@ def heal(
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
 
     An interrupted training goes on from its last look at held-back text when the same call is made again. Under
-    ``accelerate launch`` its processes share the training; the first one alone proves and writes the result.
+    ``accelerate launch`` its processes share the training (see ``heal.train``); the first one alone proves and writes
+    the result, and what the others return is without proof.
     """
-    from billhook.recipes import training  # with peft and accelerate: seconds that the other walks need not wait
+    from billhook.recipes import together, training  # with peft and accelerate: seconds that others need not wait
 
+    device = processes.local(device)
     check_out(out, overwrite, source)
     if tokens < 1 or method == "none":
         raise InputError("nothing to heal with: give a method and at least 1 token")
@@ -126,7 +130,7 @@ def heal(
     text_name = calibration or calibrated_on
     wanted = asked(select, method, calibrated_on, text_name)
     done_before = known.healing.steps if known.healing else ()
-    step: HealStep | None = HealStep(
+    step = HealStep(
         method=method,
         text=text_name,
         seed=seed,
@@ -146,7 +150,7 @@ def heal(
     start = differing(small.model, model, plan, source)
     del small
 
-    with training.shared(out) as (place, first):
+    with together.shared(out, device) as (place, first):
         with clock.step("measure"):
             text = healing_text(model, text_name, seed, progress)
             lessons, chosen = text, None
@@ -160,20 +164,17 @@ def heal(
         begun = None
         with clock.step("heal"):
             if method not in TRAINED:
-                refit = METHODS[method](model.model, model.anatomy, plan, text, progress)
+                refit = new_weights(model, plan, method, text, progress)
                 back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
                 best = training.better(model, plan, start, refit, text.ids[-back:])
-                compressed, healing = applied(model, plan, best, method)
+                compressed, healing = applied(model, plan, best), record_of(best, *done_before, step)
                 if best is start:
                     healing = known.healing or healing.model_copy(update={"refused": True})
-                    step = None if known.healing else step
             else:
                 done = training.taught(
-                    model, plan, method, start, known.healing, text, chosen or lessons, tokens, seed, place, progress
+                    model, plan, step, start, known.healing, text, chosen or lessons, tokens, place, progress
                 )
                 compressed, begun, healing = done.compressed, done.begun, done.record
-        if step is not None:
-            healing = healing.model_copy(update={"steps": (*done_before, step)})
         run = known.model_copy(
             update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
         )
@@ -227,22 +228,19 @@ def healing_text(model: Opened, calibration: str, seed: int, progress: Progress 
     )
 
 
-def mended(
-    model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None
-) -> tuple[Any, HealRecord]:
-    """The cut model with new weights of its own for what was refitted; the dense model stays as it is. ``method`` is a
-    way to heal in closed form, or an act that combines blocks."""
-    return applied(model, plan, METHODS[method](model.model, model.anatomy, plan, windows, progress), method)
+def new_weights(model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None) -> Healing:
+    """By a way to heal in closed form, or an act that combines blocks."""
+    return METHODS[method](model.model, model.anatomy, plan, windows, progress)
 
 
-def applied(model: Opened, plan: Plan, healing: Healing, method: str) -> tuple[Any, HealRecord]:
-    """The cut model with the tensors of a healing, and the record of it."""
+def applied(model: Opened, plan: Plan, healing: Healing) -> Any:
+    """The cut model with the tensors of a healing as its own; the dense model stays as it is."""
     healing = storable(model, healing)
     known = dict(model.model.named_parameters(remove_duplicate=False))
     with healed(model.model, healing):
         compressed = apply(model.model, model.anatomy, plan)
     note_biases(compressed.config, model.anatomy, [name for name in healing.tensors if name not in known])
-    return compressed, record_of(healing, method)
+    return compressed
 
 
 def storable(model: Opened, healing: Healing) -> Healing:
@@ -253,10 +251,10 @@ def storable(model: Opened, healing: Healing) -> Healing:
     return replace(healing, tensors=rounded)
 
 
-def record_of(healing: Healing, method: str) -> HealRecord:
-    """What there is to say of new weights, by the way they were found."""
+def record_of(healing: Healing, *steps: HealStep) -> HealRecord:
+    """What there is to say of new weights, after all that was done one after the other."""
     return HealRecord(
-        method=method,
+        steps=steps,
         tokens=healing.tokens,
         work=healing.work,
         refits=healing.refits,

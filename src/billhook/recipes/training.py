@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,11 @@ from billhook.heal.train import train
 from billhook.heal.training import METHODS
 from billhook.models import fingerprint
 from billhook.plan.plan import Plan
-from billhook.plan.record import Graft, HealRecord, Refit, SelectionRecord
+from billhook.plan.record import Graft, HealRecord, HealStep, Refit, SelectionRecord
 from billhook.recipes.heal import record_of, storable
 from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
-from billhook.recipes.workplace import claimed, workplace
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -53,28 +50,28 @@ class Taught:
 def taught(
     model: Opened,
     plan: Plan,
-    method: str,
+    step: HealStep,
     start: Healing,
     known: HealRecord | None,
     text: Windows,
     wanted: Windows | Selection,
     tokens: int,
-    seed: int,
     place: Path,
     progress: Progress | None,
 ) -> Taught:
-    """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by a method of that name.
+    """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by the method of ``step``.
 
     Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
     begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
     model. What takes long is kept in ``place``.
     """
+    method, seed = step.method, step.seed
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
     if known is None:
         refit = _refitted(model, plan, text, place, progress)
         begun = better(model, plan, start, refit, split(lessons.ids)[1])
-        known = record_of(refit, method)
+        known = record_of(refit)
         if begun is start and not refit.refused:
             known = known.model_copy(update={"refused": True})
     weights, selected = None, None
@@ -100,7 +97,7 @@ def taught(
         before = apply(model.model, model.anatomy, plan)
     with healed(model.model, after):
         compressed = apply(model.model, model.anatomy, plan)
-    return Taught(compressed, before, known.model_copy(update={"method": method, "training": record}))
+    return Taught(compressed, before, known.model_copy(update={"steps": (*known.steps, step), "training": record}))
 
 
 def training_text(
@@ -158,17 +155,6 @@ def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Ten
     return after if now <= was else before
 
 
-@contextmanager
-def shared(out: str | os.PathLike[str]) -> Iterator[tuple[Path, bool]]:
-    """The workplace of ``out``, held by the first process of all that work on it together (see ``claimed``), and
-    whether this is the first one."""
-    if PartialState().is_main_process:
-        with claimed(out) as place:
-            yield place, True
-    else:
-        yield workplace(out), False
-
-
 def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: Progress | None) -> Healing:
     """``closed_form``, kept in ``place``: the training that follows may be interrupted."""
     path = place / f"refitted-{_key([*_of(model), text.fingerprint, _edits(plan)])}.safetensors"
@@ -188,8 +174,9 @@ def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: P
 
 
 def _of(model: Opened) -> list[Any]:
-    """What all that is kept depends on: what another model left there must not be taken for this one's."""
-    return [fingerprint(model.model), environment(model)]
+    """What all that is kept depends on: what another model left there must not be taken for this one's. Which of
+    several devices it was computed on is no such thing: processes that work together have one each."""
+    return [fingerprint(model.model), {**environment(model), "device": model.model.device.type}]
 
 
 def _digest(healing: Healing) -> str:

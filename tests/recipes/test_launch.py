@@ -1,0 +1,82 @@
+"""The walks under a real ``accelerate launch``: two processes cut and heal one model, and one of them writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from billhook.plan import processes
+from billhook.plan.errors import InputError
+from billhook.plan.record import Run
+from billhook.recipes import training
+from billhook.recipes.compress import compress
+from billhook.recipes.opened import opened
+from billhook.recipes.workplace import workplace
+from billhook.surgery.reopen import load
+
+LAUNCH = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"]
+SHARDED = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+
+SCRIPT = """
+import sys
+from billhook.recipes import compress, heal, proof, training
+from billhook.cli import app
+training.TRAINING_LENGTH = compress.CALIBRATION_LENGTH = heal.CALIBRATION_LENGTH = proof.EVALUATION_LENGTH = 64
+compress.CALIBRATION_TOKENS = compress.TRAINING_TOKENS = heal.HEALING_TOKENS = 1024
+proof.EVALUATION_TOKENS = 512
+proof.bench = proof.probes = lambda *_, **__: ()
+place, *commands = sys.argv[1:]
+for command in commands:
+    app(command.split(), standalone_mode=False)
+"""
+
+
+def test_cut_and_healed_by_two(tiny_lm: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    same = "--max-new-tokens 2 --json"
+    commands = [
+        f"compress {tiny_lm} --recipe shortgpt --budget blocks=4 --heal lora --out {tmp_path}/cut {same}",
+        f"heal {tmp_path}/cut --method lisa --tokens 1024 --out {tmp_path}/healed {same}",
+    ]
+    done = subprocess.run(
+        [sys.executable, *SHARDED, str(script), str(tmp_path), *commands],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == 2, "the first process alone prints"
+    runs = [Run.model_validate_json((tmp_path / name / "billhook.json").read_text()) for name in ("cut", "healed")]
+    trained = [run.healing.training for run in runs if run.healing is not None and run.healing.training is not None]
+    assert [record.trains for record in trained] == ["lora", "lisa"]
+    assert all(record.curve[-1].step == 4 for record in trained)
+    assert all(len(load(tmp_path / name).model.model.layers) == 4 for name in ("cut", "healed"))
+    assert not any(workplace(tmp_path / name).exists() for name in ("cut", "healed"))
+
+
+def test_processes_on_several_devices_share_what_is_kept(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each has a device of its own."""
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    known = training._of(model)
+    monkeypatch.setattr(training, "environment", lambda _: {**known[1], "device": "cpu:1"})
+    assert training._of(model) == known
+    assert [processes.local(device) for device in ("cuda", "cpu")] == ["cuda", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("RANK", "3")
+    assert processes.local("cuda") == "cuda" and processes.is_first(), "one process is alone, whatever else is set"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not processes.is_first()
+    assert [processes.local(device) for device in ("cuda", "cuda:1", "cpu")] == ["cuda:3", "cuda:1", "cpu"]
+
+
+def test_what_several_cannot_share_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="share a healing by training alone, which closed-form is not; start one"):
+        compress(tiny_lm, budget="params=0.8", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()
