@@ -148,8 +148,9 @@ def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_all_that_come_along_take_part_but_those_of_single_weights(tiny_lm: Path, tmp_path: Path) -> None:
+    """And those that cut nothing."""
     found = compare(tiny_lm, budgets="params=0.8", out=tmp_path / "out")
-    apart = {name for name in catalogue.names() if catalogue.load(name).unit in ("expert", "weight")}
+    apart = {recipe.name for recipe in catalogue.recipes() if recipe.unit in ("expert", "weight") or recipe.returns}
     assert {entry.recipe for entry in found.entries} == set(catalogue.names()) - apart != set()
     assert {e.target for e in found.entries} == {Target.UNIFORM, Target.REMOTE}
 

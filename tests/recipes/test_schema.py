@@ -44,6 +44,7 @@ def test_the_recipes_that_come_along() -> None:
         *("svd", "asvd", "svd-llm", "low-rank"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
+        *("restore-layers", "lines"),
         "random",
         "evenly-spaced",
         "first",

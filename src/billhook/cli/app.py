@@ -23,6 +23,7 @@ from billhook.cli.inspect import inspect
 from billhook.cli.output import printable
 from billhook.cli.policies import policies
 from billhook.cli.recipes import recipes
+from billhook.cli.restore import restore
 from billhook.cli.tune_policy import tune_policy
 from billhook.plan.errors import InputError
 
@@ -82,6 +83,7 @@ app.command("inspect", no_args_is_help=True)(inspect)
 app.command("compress", no_args_is_help=True)(compress)
 app.command("compare", no_args_is_help=True)(compare)
 app.command("heal", no_args_is_help=True)(heal)
+app.command("restore", no_args_is_help=True)(restore)
 app.command("apply", no_args_is_help=True)(apply)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)

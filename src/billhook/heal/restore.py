@@ -16,11 +16,11 @@ def restore(model: nn.Module, anatomy: Anatomy, base: nn.Module, blocks: Iterabl
     """The parameters of these blocks as they are in ``base``.
 
     Source: selective layer restoration ("Not All Layers Need Tuning"), which puts a contiguous range of layers of a
-    post-trained model back to their pretrained weights to win back diversity. It chooses the range on a proxy task of
-    random characters; which blocks is here the caller's choice. Cost: none. InputError unless both models have the same
-    parameters, and for anything but whole blocks.
+    post-trained model back to their pretrained weights to win back diversity. Which blocks is here the caller's choice;
+    ``search.restored_span`` finds a range. Cost: none. InputError unless both models have the same parameters, and for
+    anything but whole blocks.
     """
-    _require_same(model, base)
+    require_same(model, base)
     tensors: dict[str, Tensor] = {}
     for address in sorted(set(blocks)):
         if address.sublayer is not None or address.block >= len(anatomy.stack(address.stack).blocks):
@@ -43,27 +43,36 @@ def scale_updates(
     else outside of them (last norm, head) as the last; an embedding that is the head too, as the first. Each stack has
     a depth of its own. Cost: the weights once. InputError unless both models have the same parameters.
     """
-    _require_same(model, base)
-    depth: dict[str, float] = {}
-    for stack in anatomy.stacks:
-        for number, block in enumerate(stack.blocks):
-            inside = [name for name, _ in model.get_submodule(block.path).named_parameters()]
-            depth |= {f"{block.path}.{name}": number / max(len(stack.blocks) - 1, 1) for name in inside}
+    require_same(model, base)
+    share: dict[str, float] = {}
+    for address, kept in shares(anatomy, alpha, beta).items():
+        path = anatomy.block(address).path
+        share |= {f"{path}.{name}": kept for name, _ in model.get_submodule(path).named_parameters()}
     embedding = f"{anatomy.embedding}." if anatomy.embedding else None
     tensors = {}
     for name, parameter in model.named_parameters():
-        place = depth.get(name, 0.0 if _before(name, embedding) else 1.0)
+        kept = share.get(name, alpha if _before(name, embedding) else alpha + beta)
         origin = base.get_parameter(name).detach().float()
         change = parameter.detach().float() - origin
-        tensors[name] = (origin + (alpha + beta * place) * change).to(parameter.dtype)
+        tensors[name] = (origin + kept * change).to(parameter.dtype)
     return Healing(tensors, (), {}, 0, 0)
+
+
+def shares(anatomy: Anatomy, alpha: float = 0.0, beta: float = 1.0) -> dict[Address, float]:
+    """What ``scale_updates`` keeps of the change in each block."""
+    return {
+        block.address: alpha + beta * number / max(len(stack.blocks) - 1, 1)
+        for stack in anatomy.stacks
+        for number, block in enumerate(stack.blocks)
+    }
 
 
 def _before(name: str, embedding: str | None) -> bool:
     return (embedding is not None and name.startswith(embedding)) or "embed" in name.rpartition(".")[0]
 
 
-def _require_same(model: nn.Module, base: nn.Module) -> None:
+def require_same(model: nn.Module, base: nn.Module) -> None:
+    """InputError unless both models have parameters of the same names and shapes."""
     ours, theirs = ({name: p.shape for name, p in m.named_parameters()} for m in (model, base))
     odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if odd:

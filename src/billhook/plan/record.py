@@ -266,6 +266,17 @@ class HealRecord(_Record):
         return self.steps[-1].combined
 
 
+class Returned(_Record):
+    """A model taken part of the way back to the ``base`` that it was trained from: of what that training changed in
+    each block (by address), the ``kept`` share. ``validity`` and ``diversity`` before and after: of answers that are to
+    be one random character, where the choice went by them (see ``measure.characters``)."""
+
+    base: str
+    kept: dict[str, float]
+    validity: tuple[float, float] | None = None
+    diversity: tuple[float, float] | None = None
+
+
 class Measures(_Record):
     """What was measured of the dense model: for each score, unit address -> importance (high is important), and the
     angular distance between the inputs of block i and of block i + n, ``angular[stack][n - 1][i]`` (ragged)."""
@@ -298,6 +309,7 @@ class Run(_Record):
     measures: Measures | None = None
     audits: dict[str, StackAudit] = {}
     healing: HealRecord | None = None
+    returned: Returned | None = None
     evidence: tuple[TextEvidence, ...] = ()
     probes: tuple[ProbeEvidence, ...] = ()
     generations: tuple[Generation, ...] = ()

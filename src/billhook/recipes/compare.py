@@ -28,7 +28,7 @@ from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
-from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.find import Choice, find, pose_for, require_cut
 from billhook.recipes.heal import applied, healing_text, new_weights
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
@@ -67,10 +67,9 @@ def compare(
     progress: Progress | None = None,
     told: Callable[[Entry], None] | None = None,
 ) -> Comparison:
-    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights, and those of experts
-    where there are none) and the baselines at each budget, judge every result against the dense model on the same text,
-    and leave ``comparison.json`` and
-    ``comparison.html`` in ``out``.
+    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights or that
+    cut nothing, and those of experts where there are none) and the baselines at each budget, judge every result against
+    the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
     random baseline is drawn several times. By default nothing is healed, so that methods are judged by what they cut;
@@ -175,6 +174,7 @@ def _distinct(sources: Sequence[str | os.PathLike[str]]) -> list[Recipe]:
     found: dict[str, Recipe] = {}
     for source in sources:
         recipe = catalogue.load(source)
+        require_cut(recipe)
         if found.setdefault(recipe.name, recipe) != recipe:
             raise InputError(
                 f"two different recipes are called {recipe.name}, and every comparison has the baselines "
@@ -184,9 +184,9 @@ def _distinct(sources: Sequence[str | os.PathLike[str]]) -> list[Recipe]:
 
 
 def _standard() -> list[str]:
-    """All but those of single weights: zeros save parameters alone, so beside cuts that save file and time they would
-    win for nothing."""
-    return [recipe.name for recipe in catalogue.recipes() if recipe.unit != "weight"]
+    """All but those of single weights (zeros save parameters alone, so beside cuts that save file and time they would
+    win for nothing) and those that cut nothing."""
+    return [recipe.name for recipe in catalogue.recipes() if recipe.unit != "weight" and not recipe.returns]
 
 
 #: Stand in every comparison.

@@ -29,7 +29,7 @@ from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
-from billhook.recipes.find import Choice, Task, find, pose_for, require_path
+from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
 from billhook.recipes.flattening import require_flattening
 from billhook.recipes.heal import applied, healing_text, new_weights, record_of
 from billhook.recipes.measures import measures, watch
@@ -267,6 +267,7 @@ def _settled(
             recipes = [recipe for recipe in recipes if not recipe.wide]
         return tuple(recipes), aim or Target.REMOTE
     chosen = catalogue.load(recipe)
+    require_cut(chosen)
     aim = aim or chosen.aim
     if aim in (Target.UNIFORM, Target.DECI) and chosen.act == "share":
         raise InputError(

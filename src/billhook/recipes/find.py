@@ -198,6 +198,15 @@ def _narrowed(
     return Choice(Found(drops, record.steps, record.work, record.evaluations), record, importance, keeps)
 
 
+def require_cut(recipe: Recipe) -> None:
+    """InputError for a recipe that cuts nothing, which no budget asks for."""
+    if recipe.returns:
+        raise InputError(
+            f"recipe {recipe.name} takes a model back to its base and cuts nothing, so it has no budget and stands "
+            f"in no comparison: use billhook restore MODEL --base BASE --recipe {recipe.name}"
+        )
+
+
 def require_path(recipe: Recipe, budget: Budget) -> None:
     """InputError for ``until=cliff`` with a choice that does not go one unit at a time by what it knows of them."""
     if budget.until_cliff and not isinstance(recipe.choice, Greedy | OneShot):

@@ -26,7 +26,7 @@ Heal = Literal[
     "none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf", "skips"
 ]
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips")
-Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten"]
+Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
@@ -218,6 +218,23 @@ class BiMask(_Words):
     steps: Annotated[int, Field(ge=4)]
 
 
+class RestoredSpan(_Words):
+    """The run of adjacent blocks which, put back to the base, makes answers that are to be one random character most
+    diverse. The ``validity`` is the share of the valid answers that must be left."""
+
+    word: Literal["restored-span"]
+    validity: Annotated[float, Field(gt=0, le=1)]
+
+
+class Graded(_Words):
+    """Every block by its depth: what training changed is kept to a share that goes evenly from that of the ``first``
+    block to that of the ``last``."""
+
+    word: Literal["graded"]
+    first: Annotated[float, Field(ge=0)]
+    last: Annotated[float, Field(ge=0)]
+
+
 class Baseline(_Words):
     """A choice that looks at nothing."""
 
@@ -252,6 +269,8 @@ class Recipe(_Words):
         | BiMask
         | Masks
         | Ranks
+        | RestoredSpan
+        | Graded
         | Baseline,
         Field(discriminator="word"),
     ]
@@ -274,6 +293,11 @@ class Recipe(_Words):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
             raise ValueError("linears in two parts are healed in closed form, or not")
+        ways_back = {"restored-span": "restore", "graded": "scale"}
+        if ways_back.get(self.choice.word) != (self.act if self.returns else None):
+            raise ValueError("act restore goes with the choice restored-span, act scale with graded, and others do not")
+        if self.returns and (self.unit != "block" or self.heal != "none"):
+            raise ValueError(f"act {self.act} takes whole blocks back to a base: unit must be block, and heal none")
         narrowing = self.choice.word in ("widths", "bi-mask")
         if self.wide != narrowing and not (self.wide and self.choice.word in BLIND_WIDTHS):
             raise ValueError(
@@ -318,6 +342,11 @@ class Recipe(_Words):
     def wide(self) -> bool:
         """Whether units inside sublayers go."""
         return self.unit in get_args(InnerUnit)
+
+    @property
+    def returns(self) -> bool:
+        """Whether it takes a model part of the way back to its base, and cuts nothing."""
+        return self.act in ("restore", "scale")
 
     @property
     def aim(self) -> Target:

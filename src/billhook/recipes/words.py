@@ -6,7 +6,17 @@ import inspect
 import re
 from collections.abc import Iterable
 
-from billhook.heal import average, branch_gains, closed_form, flatten, fuse, mask_tuning, merge
+from billhook.heal import (
+    average,
+    branch_gains,
+    closed_form,
+    flatten,
+    fuse,
+    mask_tuning,
+    merge,
+    restore,
+    scale_updates,
+)
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.training import METHODS
@@ -21,6 +31,7 @@ from billhook.recipes.schema import (
     Masks,
     Ranks,
     Recipe,
+    RestoredSpan,
     Sampled,
     Score,
     Screen,
@@ -38,6 +49,8 @@ ACTS = {
     "gains": branch_gains,
     "merge": merge,
     "share": share,
+    "restore": restore,
+    "scale": scale_updates,
 }
 UNITS = {
     "block": "One transformer block, all of its sublayers at once.",
@@ -63,18 +76,21 @@ KEPT_LOW: dict[Kind, str] = {
 }
 NEEDS = (
     "Needs, healing included: data is calibration text; gradients take backward passes over it; training has weights "
-    "of its own."
+    "of its own; base is the model that yours was trained from."
 )
 PASSES = (
     "Passes of the search: roughly how often all blocks run over the calibration text; a unit is a part that may go, "
-    "a step or round reads one window. Methods that rest on the trace of the dense model, which a run takes once for "
-    "all, are charged its 2 passes."
+    "a step or round reads one window, a run of blocks a few questions. Methods that rest on the trace of the dense "
+    "model, which a run takes once for all, are charged its 2 passes."
 )
 TRACE = 2  # passes: the stream after each block, and after its first sublayer alone
 
 
 def needs(recipe: Recipe) -> str:
-    """The most that a recipe asks for (see ``NEEDS``): ``nothing``, ``data``, ``gradients`` or ``training``."""
+    """The most that a recipe asks for (see ``NEEDS``): ``nothing``, ``data``, ``gradients`` or ``training``; or the
+    ``base`` of the model."""
+    if recipe.returns:
+        return "base"
     choice, rests_on = recipe.choice, named(recipe.score.word).needs if recipe.score is not None else ""
     stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
     if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
@@ -92,13 +108,15 @@ def _blind(recipe: Recipe) -> bool:
     by_weights = (isinstance(choice, Masks) and choice.by == "magnitude") or (
         isinstance(choice, Ranks) and choice.inputs == "none"
     )
-    return by_weights or choice.word in BASELINES
+    return by_weights or choice.word == "graded" or choice.word in BASELINES
 
 
 def passes(recipe: Recipe) -> str:
     """The order of the work (see ``PASSES``). What dropping a unit does is felt in half of the blocks on average."""
     if _blind(recipe):
         return "0"
+    if isinstance(recipe.choice, RestoredSpan):
+        return "⅔ a run"
     if isinstance(recipe.choice, Greedy):
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):

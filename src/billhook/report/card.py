@@ -46,6 +46,8 @@ def _front(run: Run) -> dict[str, object]:
         front["base_model"] = run.model
     if loading.is_language_model(run.outline):
         front["pipeline_tag"] = "text-generation"
+    if run.returned:
+        return front | {"tags": ["billhook", "restored", f"target-{run.plan.target}"]}
     edited = run.plan.keeps or run.plan.sparsities or run.plan.factors or run.plan.schedule
     ways = ["depth-pruning"] if run.plan.drops or not edited else []
     ways += ["width-pruning"] if run.plan.keeps else []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from billhook.plan.address import Address
 from billhook.plan.budget import Budget, within
-from billhook.plan.record import Run, TextEvidence, Timing
+from billhook.plan.record import Returned, Run, TextEvidence, Timing
 from billhook.report.answers import accuracy
 from billhook.report.cuts import counts
-from billhook.report.numbers import number, percent, quantity, spread
+from billhook.report.numbers import number, percent, quantity, ranges, spread
 
 BUDGETS = {
     "params": "block parameters",
@@ -48,6 +49,8 @@ def asked_fractions(run: Run) -> dict[str, float]:
 
 def title(run: Run) -> str:
     """What the page is about, for the browser's tab and the model card."""
+    if run.returned:
+        return f"{run.model}, part of the way back to {run.returned.base}"
     if run.plan.empty:
         return f"{run.model}: what it may not need"
     if "params" in run.realised and _only_sparse(run):
@@ -59,6 +62,8 @@ def title(run: Run) -> str:
 
 def verdict(run: Run) -> str:
     """One sentence computed from the numbers; the text is the one furthest from the calibration."""
+    if run.returned:
+        return _returned(run, run.returned)
     if run.plan.empty:
         blocks = sum(1 for _ in run.outline.blocks())
         size = quantity(run.outline.block_params, "parameters")
@@ -74,6 +79,28 @@ def verdict(run: Run) -> str:
         less = "sparser" if _only_sparse(run) else "smaller"
         return f"{sentence}, the model is {less}; how well it still works was not measured."
     return f"{sentence}, {' and '.join(facts)}."
+
+
+def _returned(run: Run, returned: Returned) -> str:
+    """What became of a model on its way back; on the rest of the page the model as it was is the dense one."""
+    same = [Address.parse(name) for name, share in returned.kept.items() if share == 0]
+    if set(returned.kept.values()) <= {0.0, 1.0}:
+        where = ranges(block.block for block in same)
+        what = f"With {len(same)} of {len(returned.kept)} blocks as in {returned.base} ({where})"
+    else:
+        shares = list(returned.kept.values())
+        what = f"With {percent(shares[0])} (first block) to {percent(shares[-1])} (last) of what training changed"
+    facts = []
+    if returned.diversity and returned.validity:
+        (before, after), (valid, still) = returned.diversity, returned.validity
+        facts.append(
+            f"the diversity of random characters goes from {number(before)} to {number(after)} and the share of valid "
+            f"ones from {percent(valid)} to {percent(still)}"
+        )
+    text = furthest(run.evidence)
+    facts += [_quality_fact(text)] if text else []
+    rest = "Nothing was cut; what is called dense below is the model as it was, and compressed is the result."
+    return f"{what}, {' and '.join(facts)}. {rest}" if facts else f"{what}. {rest}"
 
 
 def _only_sparse(run: Run) -> bool:

@@ -81,6 +81,10 @@ def commands(run: Run) -> str:
     """The commands that make the same result again: from the plan exactly (unless it was healed: a plan does not hold
     the new weights), and by a new search where there was one, then healing by healing."""
     model = shlex.quote(run.model)
+    if run.returned:
+        made = run.plan.provenance
+        back = {"base": run.returned.base, "recipe": made.recipe, "seed": str(made.seed or 0)}
+        return f"billhook restore {model} {_options(back)} --out DIR"
     lines = [] if run.healing else [f"billhook apply {model} billhook.json --out DIR"]
     if not run.asked:
         return "\n".join(lines)

@@ -79,7 +79,7 @@ def _context(run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "title": headline.title(run),
-        "inspection": run.plan.empty,
+        "inspection": run.plan.empty and run.returned is None,
         "verdict": headline.verdict(run),
         "tiles": headline.tiles(run),
         "columns": columns,

@@ -18,6 +18,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("fingerprint of the calibration", made.calibration if calibration != made.calibration and calibration else ""),
         ("calibration tokens", f"{measures.tokens:,}" if measures and measures.tokens else ""),
         ("recipe", made.recipe),
+        ("base", run.returned.base if run.returned else ""),
         ("budget asked", run.asked or ""),
         *((f"{budget_name(name)} kept", percent(value)) for name, value in run.realised.items()),
         ("target", "" if run.plan.empty else str(run.plan.target)),
