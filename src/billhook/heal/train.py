@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
+from billhook.anatomy import discover
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, healed
+from billhook.heal.kv_routing import Routes
 from billhook.heal.loop import Loop
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.heal.subject import subject_of
@@ -57,7 +59,8 @@ def train(
     Under ``accelerate launch`` each process takes its share of every step's windows and gradients are averaged: the
     same result but for rounding. Memory: the model once, float32 copies of what is trained with two moments and the
     best state, the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal)
-    and about two to three of what is left. Raises InputError for drops in several stacks and too little text.
+    and about two to three of what is left. Raises InputError for drops in several stacks, too little text, and no keys
+    and values to share where they are to be.
     """
     require_own_weights(plan)
     stack = _stack(anatomy)
@@ -74,7 +77,8 @@ def train(
     with frozen(model), healed(model, start):
         cut = apply(model, anatomy, plan)
         student = Student(cut, model, ends, training.goal)
-        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights)
+        routes = Routes(cut, discover(cut)) if training.routes else None
+        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights, routes)
         taught = Student(cut, model, ends, "dense")
         subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training)
         found, record = loop.through(subject)
