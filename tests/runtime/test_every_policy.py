@@ -62,8 +62,8 @@ def test_what_leaves_out_nothing_changes_nothing(name: str) -> None:
     model, anatomy, prompt = ready(name)
     before, plain = state(model), generate(model, prompt)
     policies = quiet(anatomy)
-    # self-speculation always leaves the text as it is: test_speculate
-    assert {policy.name for policy in policies} | {"expert-skip"} == set(POLICIES) - {"self-speculation"}
+    # self-speculation always leaves the text as it is: test_speculate; kv-share is for decoders: test_kv_share
+    assert {policy.name for policy in policies} | {"expert-skip", "kv-share"} == set(POLICIES) - {"self-speculation"}
     if any(inner.kind == "expert" for units in anatomy.inner.values() for inner in units):
         policies.append(policy_of("expert-skip:text=1e-9"))  # its comparison runs, and leaves out nothing
     for policy in policies:

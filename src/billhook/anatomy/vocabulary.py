@@ -20,6 +20,12 @@ WRITES = frozenset(
 #: Leaf names of the linears that make queries alone: without them an attention still makes its keys and values.
 QUERIES = frozenset(("q_proj", "q", "q_a_proj"))
 
+#: Leaf names of the linears that make keys or values alone: an attention that reads another's needs none of them.
+KEYS_VALUES = frozenset(("k_proj", "v_proj", "k", "v", "kv_a_proj_with_mqa"))
+
+#: How attentions call the cache among their arguments.
+CACHES = ("cache", "past_key_values", "layer_past")
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -27,13 +27,15 @@ class Method(StrEnum):
     IST = "ist"
     FPF = "fpf"
     SKIPS = "skips"
+    KV_ROUTING = "kv-routing"
 
 
 _METHOD = (
     "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]distill[/]: adapters learn from the dense model; [bold]lora[/]: they "
     "learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few blocks at "
-    "a time; [bold]skips[/]: adapters, with blocks missing at random, so that skipping hurts less."
+    "a time; [bold]skips[/]: adapters, with blocks missing at random, so that skipping hurts less; "
+    "[bold]kv-routing[/]: adapters, with keys and values of earlier blocks at random, so that kv-share hurts less."
 )
 _AGAINST = "The dense model, where it is not where DIR's record says."
 _CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."

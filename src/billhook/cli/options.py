@@ -50,6 +50,7 @@ class HealName(StrEnum):
     IST = "ist"
     FPF = "fpf"
     SKIPS = "skips"
+    KV_ROUTING = "kv-routing"
 
 
 Model = Annotated[
@@ -95,7 +96,7 @@ Heal = Annotated[
         help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/], "
         "[bold]data-free[/] or [bold]scales[/]; [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
-        "[bold]ist[/], [bold]fpf[/], [bold]skips[/]. Else the recipe says.",
+        "[bold]ist[/], [bold]fpf[/], [bold]skips[/], [bold]kv-routing[/]. Else the recipe says.",
     ),
 ]
 Select = Annotated[

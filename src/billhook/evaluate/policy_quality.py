@@ -22,7 +22,7 @@ from billhook.plan.policy_record import Savings
 from billhook.plan.record import TextEvidence
 from billhook.runtime.counts import Counts
 from billhook.runtime.policy import Policy
-from billhook.runtime.silence import idle_params
+from billhook.runtime.silence import idle_params, key_value_params
 
 Progress = Callable[[str, int, int], None]
 
@@ -139,6 +139,9 @@ def savings(counts: Counts, model: PreTrainedModel, anatomy: Anatomy, tokens: in
         flops += (ran - 1) * whole["flops"]
         if projected:
             flops += projected * (whole["flops"] - 2 * idle_params(model, anatomy.sublayer(unit)) * tokens)
+        if unit in counts.borrowing:
+            flops -= 2 * key_value_params(model, anatomy.sublayer(unit)) * tokens
+            kv -= whole["kv_bytes"]
         kv += (ran - 1 + projected) * whole["kv_bytes"]  # neither computed nor projected: no entry
         if ran != 1:
             runs[str(unit)] = ran

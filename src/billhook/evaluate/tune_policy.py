@@ -46,12 +46,12 @@ class Goal:
 
 @dataclass(frozen=True)
 class Tried:
-    """One setting of the dial, of both where there are two, and what it gave."""
+    """One setting of the dial, of both where there are two, what it gave and what it costs (see ``Policy.spares``)."""
 
     value: float
     second: float | None
     figure: float
-    flops: float
+    cost: float
     met: bool
 
 
@@ -61,8 +61,8 @@ def tune(
     """Bisect the policy's dial between leaving out nothing and all that may be, ``STEPS`` times; two dials are turned
     along the edge of what the goal allows (see ``frontier``).
 
-    ``judge`` gives the evidence and the FLOPs of a policy. The answer is the setting with the fewest FLOPs among those
-    tried that meet the goal, so it meets it even where quality does not fall evenly along the dial. InputError for a
+    ``judge`` gives the evidence and the cost of a policy. The answer is the setting that costs least among those tried
+    that meet the goal, so it meets it even where quality does not fall evenly along the dial. InputError for a
     policy without a dial, and where not even its quiet end meets the goal.
     """
     if not policy.dials:
@@ -77,13 +77,13 @@ def tune(
         key = setting.model_dump_json()
         if key not in found:
             try:
-                evidence, flops = judge(setting)
+                evidence, cost = judge(setting)
             except InputError:
                 if values == quiet:
                     raise
                 return False  # the model cannot be run like that: the dial goes too far
             second = values[1] if len(values) > 1 else None
-            found[key] = Tried(values[0], second, goal.of(evidence), flops, goal.met(evidence))
+            found[key] = Tried(values[0], second, goal.of(evidence), cost, goal.met(evidence))
             settings[key] = setting
         return found[key].met
 
@@ -99,5 +99,5 @@ def tune(
                 middle = (low + high) / 2
                 low, high = (middle, high) if meets(middle) else (low, middle)
     good = (key for key, tried in found.items() if tried.met)
-    best = min(good, key=lambda key: (found[key].flops, abs(found[key].value - quiet[0])))
+    best = min(good, key=lambda key: (found[key].cost, abs(found[key].value - quiet[0])))
     return settings[best], list(found.values())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from billhook.heal.as_saved import merged
 from billhook.heal.damage import sample
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.drawing import lap, lap_length
+from billhook.heal.kv_routing import Routes
 from billhook.heal.launch import require_precision, sharded
 from billhook.heal.random_skips import stepped_around
 from billhook.heal.sharding import part, whole
@@ -35,7 +36,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 class Loop:
     """One training of a student over windows ``ids`` [n, length], as far as it has come. ``facts`` say whose it is.
-    ``weights``: how often each window that is not held back is to be read (see ``lap``)."""
+    ``weights``: how often each window that is not held back is to be read (see ``lap``). ``routes``: where keys
+    and values can go, if the training is to send them there."""
 
     def __init__(
         self,
@@ -47,8 +49,9 @@ class Loop:
         facts: Mapping[str, Any],
         progress: Progress | None,
         weights: Tensor | None = None,
+        routes: Routes | None = None,
     ) -> None:
-        some = training.trains in ("lisa", "ist", "fpf") or training.skips > 0
+        some = training.trains in ("lisa", "ist", "fpf") or training.skips > 0 or routes is not None
         layered = DistributedDataParallelKwargs(find_unused_parameters=some)
         on_cpu = ids.device.type == "cpu"
         require_precision(student.dense.dtype)
@@ -56,7 +59,7 @@ class Loop:
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
         self._student, self._training, self._state, self._progress = student, training, state, progress
         self.fit, self._held = split(ids)
-        self._weights = weights
+        self._weights, self._routes = weights, routes
         self._steps = max(1, tokens // (training.rows * ids.shape[1]))
         self._every = math.ceil(self._steps / training.checks)
         self._facts = dict(facts)
@@ -93,7 +96,7 @@ class Loop:
                 subject.layers.choose(step // self._training.period, sample(self.fit, self._rows(step)))
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(step)
-            with self._some_missing(f"step {step}"):
+            with self._disturbed(f"step {step}"):
                 loss = wrapped(self.fit[self._mine(self._rows(step))])
             stepping.zero_grad()
             self.accelerator.backward(loss)
@@ -155,14 +158,21 @@ class Loop:
         with subject.holder.saved():
             for turn in turns:  # as many for each process: shards are gathered by all at once
                 row = turn % count
-                with self._some_missing(f"held {row}"):
+                with self._disturbed(f"held {row}"):
                     loss = self._student.parts(self._held[row : row + 1])[0].double()
                 total += loss if turn < count else 0
         summed: Tensor = self.accelerator.reduce(total, reduction="sum")
         return summed.item() / len(self._held)
 
-    def _some_missing(self, when: str) -> AbstractContextManager[None]:
-        return stepped_around(self._student.blocks, self._training.skips, f"{self._training.seed} {when}")
+    @contextmanager
+    def _disturbed(self, when: str) -> Iterator[None]:
+        """What the student is to learn to bear: blocks missing, or keys and values of others."""
+        training, draw = self._training, f"{self._training.seed} {when}"
+        with ExitStack() as disturbances:
+            disturbances.enter_context(stepped_around(self._student.blocks, training.skips, draw))
+            if self._routes is not None:
+                disturbances.enter_context(self._routes.drawn(training.routes, draw))
+            yield
 
     def _mean(self, loss: Tensor) -> float:
         value: Tensor = self.accelerator.reduce(loss.double(), reduction="mean")

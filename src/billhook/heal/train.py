@@ -11,10 +11,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from billhook.anatomy import discover
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, healed
+from billhook.heal.kv_routing import Routes
 from billhook.heal.loop import Loop
 from billhook.heal.sharding import Shards, resting
 from billhook.heal.student import Student, ends_of, frozen
@@ -63,8 +65,8 @@ def train(
 
     Memory of one process alone: the model once, float32 copies of what is trained with two moments and the best state,
     the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal) and about two
-    to three of what is left. Raises InputError for drops in several stacks, too little text, and a launch that asks for
-    what would not be done (see ``launch``).
+    to three of what is left. Raises InputError for drops in several stacks, too little text, no keys and
+    values to share where they are to be, and a launch that asks for what would not be done (see ``launch``).
     """
     require_own_weights(plan)
     stack = _stack(anatomy)
@@ -82,7 +84,8 @@ def train(
         with healed(model, start):
             cut = apply(model, anatomy, plan)
         student = Student(cut, model, ends, training.goal)
-        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights)
+        routes = Routes(cut, discover(cut)) if training.routes else None
+        loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights, routes)
         taught = Student(cut, model, ends, "dense")
         blocks = {path: stack.blocks[old].path for path, old in zip(student.paths, left, strict=True)}
         mesh = loop.mesh

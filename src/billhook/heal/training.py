@@ -22,7 +22,7 @@ class Training:
     falling to a tenth along a cosine. The held-back windows are looked at ``checks`` times; after ``patience`` looks
     without a better one it ends. ``rank`` is the mean rank of the adapters, ``blocks`` how many are trained at once.
     ``skips``: the share of the blocks stepped around in each step, others every time; held-back windows are looked at
-    with blocks missing too.
+    with blocks missing too. ``routes``: likewise the share of the blocks that read keys and values of an earlier one.
     """
 
     trains: Trains
@@ -37,6 +37,7 @@ class Training:
     blocks: int = 4
     period: int = 10
     skips: float = 0.0
+    routes: float = 0.0
     seed: int = 0
 
     @property
@@ -45,6 +46,8 @@ class Training:
         towards = "the dense model's next tokens" if self.goal == "dense" else "the next token of the text"
         stream = {"none": "", "all": " and its stream", "tail": " and its last stream"}[self.features]
         missing = f", with {self.skips:.0%} of the blocks missing, others every time" if self.skips else ""
+        if self.routes:
+            missing += f", with {self.routes:.0%} of the blocks on keys and values of an earlier one, others every time"
         return f"Refitted in closed form, then trained towards {towards}{stream}: {_WHAT[self.trains]}{missing}."
 
 
@@ -64,4 +67,5 @@ METHODS = {
     "ist": Training("ist", "dense", rate=1e-4),
     "fpf": Training("fpf", "dense", rate=1e-4),
     "skips": Training("lora", "dense", skips=0.2),
+    "kv-routing": Training("lora", "dense", routes=0.5),
 }

@@ -90,11 +90,11 @@ def tune_policy(
     fitted = fit_on_text(chosen, model, text, seed)
     judge = Judge(model.model, model.anatomy, seen, progress=progress)
 
-    def judged_by_flops(setting: Policy) -> tuple[TextEvidence, float]:
+    def priced(setting: Policy) -> tuple[TextEvidence, float]:
         evidence, saved = judge(setting)
-        return evidence, saved.flops
+        return evidence, getattr(saved, setting.spares)
 
-    best, tried = tune(fitted, judged_by_flops, goal)
+    best, tried = tune(fitted, priced, goal)
     report = _report(source, best, model, _judged(best, model, held_back(model, text, seed), progress))
     write_policy(best, out, {"target": str(goal), "model": os.fspath(source), "text": seen.name,
                              "fingerprint": seen.fingerprint, "tried": [vars(t) for t in tried]})  # fmt: skip

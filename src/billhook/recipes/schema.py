@@ -23,9 +23,21 @@ class _Words(BaseModel):
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Per = Literal["unit", "budget"]
 Heal = Literal[
-    "none", "closed-form", "bias", "data-free", "scales", "tune", "lora", "distill", "lisa", "ist", "fpf", "skips"
+    "none",
+    "closed-form",
+    "bias",
+    "data-free",
+    "scales",
+    "tune",
+    "lora",
+    "distill",
+    "lisa",
+    "ist",
+    "fpf",
+    "skips",
+    "kv-routing",
 ]
-TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips")
+TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips", "kv-routing")
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
 

@@ -18,6 +18,7 @@ from billhook.runtime.expert_skip import ExpertSkip
 from billhook.runtime.ffn_skip import FfnSkip
 from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
+from billhook.runtime.kv_share import KvShare
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.policy import Policy
 from billhook.runtime.self_speculation import SelfSpeculation
@@ -28,8 +29,8 @@ from billhook.runtime.voids import Voids
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, FirstRouter, Scheduled,
-        SelfSpeculation,
+        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, FirstRouter, KvShare,
+        Scheduled, SelfSpeculation,
     )
 }  # fmt: skip
 

@@ -26,6 +26,8 @@ class Counts:
     picked: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
     left_out: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
     """Of a mixture, the experts that its router picked, summed over tokens, and those of them that were left out."""
+    borrowing: frozenset[Address] = frozenset()
+    """Attentions that run on keys and values of an earlier block and keep none."""
 
     @property
     def tables(self) -> tuple[dict[Address, int], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +24,8 @@ class Policy(BaseModel, ABC):
 
     ``name`` is its name on the command line and in files; ``kv`` its rule for keys and values of what is left out;
     ``paper`` its source. ``dial`` is the parameter that ``tune-policy`` turns, with the value at which nothing is left
-    out and the one at which all is that may be; None where there is none. ``wants_text``: ``fitted`` must look at text
+    out and the one at which all is that may be; None where there is none; ``spares`` is what it turns for: the work of
+    a token, or its cache. ``wants_text``: ``fitted`` must look at text
     first, at ``appetite`` times as much as is usual.
     """
 
@@ -34,6 +35,7 @@ class Policy(BaseModel, ABC):
     paper: ClassVar[str]
     kv: ClassVar[str]
     dial: ClassVar[Dial | None] = None
+    spares: ClassVar[Literal["flops", "kv_bytes"]] = "flops"
     wants_text: ClassVar[bool] = False
     appetite: ClassVar[int] = 1
 

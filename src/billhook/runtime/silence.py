@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Sublayer
 from billhook.anatomy.undo import Undo
-from billhook.anatomy.vocabulary import QUERIES
+from billhook.anatomy.vocabulary import KEYS_VALUES, QUERIES
 
 Forward = Callable[..., Any]
 
@@ -104,17 +104,30 @@ def idle_params(model: nn.Module, sublayer: Sublayer) -> int:
     return sum(model.get_parameter(name).numel() for name in _idle_names(sublayer))
 
 
+def key_value_params(model: nn.Module, sublayer: Sublayer) -> int:
+    """Weights that a token does not multiply with where an attention reads another's keys and values."""
+    return sum(model.get_parameter(name).numel() for name in _named(sublayer, KEYS_VALUES))
+
+
+def without_keys_and_values(model: nn.Module, sublayer: Sublayer) -> Iterator[tuple[nn.Module, Forward]]:
+    """The linears of an attention that make nothing but keys or values, and for each a forward that gives zeros."""
+    return (_zeros(model, name) for name in _named(sublayer, KEYS_VALUES))
+
+
 def _idle_names(sublayer: Sublayer) -> list[str]:
-    queries = [name for name in sublayer.reads if name.removesuffix(".weight").rpartition(".")[2] in QUERIES]
-    return [*queries, *sublayer.writes]
+    return [*_named(sublayer, QUERIES), *sublayer.writes]
+
+
+def _named(sublayer: Sublayer, leaves: frozenset[str]) -> list[str]:
+    return [name for name in sublayer.reads if name.removesuffix(".weight").rpartition(".")[2] in leaves]
 
 
 def _idle(model: nn.Module, sublayer: Sublayer) -> list[Detour]:
     """The linears of an attention whose output does not reach the cache."""
-    return [_zero(model, name) for name in _idle_names(sublayer)]
+    return [Detour(*_zeros(model, name)) for name in _idle_names(sublayer)]
 
 
-def _zero(model: nn.Module, name: str) -> Detour:
+def _zeros(model: nn.Module, name: str) -> tuple[nn.Module, Forward]:
     linear = model.get_submodule(name.rpartition(".")[0])
     weight = model.get_parameter(name)
     width = weight.shape[1] if type(linear).__name__ == "Conv1D" else weight.shape[0]
@@ -122,7 +135,7 @@ def _zero(model: nn.Module, name: str) -> Detour:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.new_zeros(*x.shape[:-1], width)
 
-    return Detour(linear, forward)
+    return linear, forward
 
 
 class Masked:
