@@ -76,6 +76,8 @@ TRACE = 2  # passes: the stream after each block, and after its first sublayer a
 def needs(recipe: Recipe) -> str:
     """The most that a recipe asks for (see ``NEEDS``): ``nothing``, ``data``, ``gradients`` or ``training``."""
     choice, rests_on = recipe.choice, named(recipe.score.word).needs if recipe.score is not None else ""
+    if recipe.trains:
+        return "training"
     stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
     if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
         return "training"
@@ -113,6 +115,8 @@ def passes(recipe: Recipe) -> str:
         return f"{2 * recipe.choice.screen:.1g} a sublayer"
     if isinstance(recipe.choice, Masks):
         return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
+    if recipe.trains:
+        return f"{3 + (recipe.objective == 'kl')} a step"
     if isinstance(recipe.choice, Ranks):
         return "1"
     rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"
