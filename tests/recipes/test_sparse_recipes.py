@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import VOCABULARY, build
 from transformers import AutoModelForCausalLM
 
@@ -22,12 +23,14 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.recipes.apply import apply as apply_on_disk
-from billhook.recipes.catalogue import load, names
+from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.compare import compare
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import heal
+from billhook.recipes.learned_weights import after, kept_of
 from billhook.recipes.schema import Recipe
 from billhook.recipes.words import explained, needs, passes
+from billhook.search.sparse_steps import Sparsified
 from billhook.surgery import apply
 
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(2)), "noise")
@@ -36,8 +39,11 @@ SPARSE = [name for name in names() if load(name).unit == "weight"]
 
 def carried_out(name: str, model: Any, place: Path, budget: str = "params=0.5") -> Choice:
     about: Any = SimpleNamespace(model=model, anatomy=discover(model))
-    problem = pose_for(load(name), about.anatomy.outline, Budget.parse(budget), Target.UNIFORM)
-    return find(load(name), about, problem, WINDOWS, Trace(), seed=0, place=place, progress=None)
+    recipe = load(name)
+    if recipe.trains:
+        recipe = recipe.model_copy(update={"choice": recipe.choice.model_copy(update={"steps": 5})})
+    problem = pose_for(recipe, about.anatomy.outline, Budget.parse(budget), Target.UNIFORM)
+    return find(recipe, about, problem, WINDOWS, Trace(), seed=0, place=place, progress=None)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -49,7 +55,7 @@ def test_the_budget_is_met_and_again(name: str, tmp_path: Path) -> None:
     share = cost(discover(model).outline, zeros=zeros)["params"] / discover(model).outline.block_params
     assert 0.49 < share <= 0.5 and found.record.steps[-1].realised["params"] == pytest.approx(share)
     assert {edit.pattern for edit in plan.sparsities} == {load(name).choice.pattern}  # type: ignore[union-attr]
-    assert (found.healing is not None) == name.startswith("sparsegpt")
+    assert (found.healing is not None) == (name.startswith("sparsegpt") or name in ("pst", "gradient-flow"))
     assert carried_out(name, build("llama"), tmp_path) == found
     applied = apply(model, discover(model), plan)  # counts and patterns are checked
     left = sum(int((p != 0).sum()) for n, p in applied.named_parameters() if ".layers." in n)
@@ -91,6 +97,47 @@ def test_all_the_way(tiny_lm: Path, tmp_path: Path) -> None:
         heal(out, out=tmp_path / "healed")
 
 
+def _short(name: str, place: Path) -> Path:
+    """A recipe that is trained, with few steps."""
+    content = yaml.safe_load(source_of(name))
+    path = place / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**content, "choice": {**content["choice"], "steps": 3}}), encoding="utf-8")
+    return path
+
+
+def test_learned_masks_begin_with_those_of_an_earlier_result(tiny_lm: Path, tmp_path: Path) -> None:
+    """And keep most of them: three steps change little."""
+    recipe, earlier = _short("maskllm", tmp_path), tmp_path / "earlier"
+    about: dict[str, Any] = {"budget": "params=0.5", "max_new_tokens": 1}
+    first = billhook.compress(tiny_lm, out=earlier, recipe="magnitude-2-4", **about)
+    run = billhook.compress(tiny_lm, out=tmp_path / "out", recipe=recipe, prior=earlier, **about)
+    assert run.search is not None and run.search.prior == str(earlier) and first.search is not None
+    assert run.search.objective == "divergence from dense" and run.search.steps[-1].objective is not None
+    one, two = (AutoModelForCausalLM.from_pretrained(at).state_dict() for at in (earlier, tmp_path / "out"))
+    alike = [((one[key] == 0) == (two[key] == 0)).float().mean().item() for key in one if ".layers." in key]
+    assert sum(alike) / len(alike) > 0.95
+    assert f"--prior {earlier}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="recipe wanda learns none"):
+        billhook.compress(tiny_lm, out=tmp_path / "no", recipe="wanda", prior=earlier, **about)
+    dropped = tmp_path / "dropped.json"
+    dropped.write_text(Plan.of(["decoder.1"]).model_dump_json(), encoding="utf-8")
+    with pytest.raises(InputError, match="sets no weights to zero"):
+        billhook.compress(tiny_lm, out=tmp_path / "no", recipe=recipe, prior=dropped, **about)
+
+
+def test_a_prior_of_another_budget_is_filled_up_or_thinned(tmp_path: Path) -> None:
+    """By magnitude: what the prior keeps comes first."""
+    model = build("llama")
+    about: Any = SimpleNamespace(model=model, anatomy=discover(model))
+    sparser = carried_out("magnitude-2-4", model, tmp_path, "params=0.3").plan(Target.UNIFORM)
+    held = Sparsified(model, about.anatomy, "decoder", WINDOWS, "kl")
+    before, filled = kept_of(sparser, about, held), after(sparser, about, held, 0.5, (2, 4))
+    thinned = after(sparser, about, held, 0.25, (2, 4))
+    for name, kept in filled.items():
+        assert kept.float().mean() == 0.5 and not (before[name] & ~kept).any()
+        assert thinned[name].float().mean() == 0.25 and not (thinned[name] & ~before[name]).any()
+
+
 def test_methods_side_by_side(tiny_lm: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = compare(tiny_lm, budgets="params=0.6", recipes=["wanda", "sparsegpt"], out=out)
@@ -116,6 +163,9 @@ def test_what_is_asked_in_vain_is_refused(tiny_lm: Path, tmp_path: Path) -> None
         ({"choice": {"word": "masks", "by": "wanda", "pattern": "4:4"}}, "N:M"),
         ({"choice": {"word": "masks", "by": "wanda", "pattern": "2:4", "allocation": "zeroth-order"}}, "uniform"),
         ({"score": {"word": "magnitude"}}, "no other choice has one"),
+        ({"choice": {"word": "learned-masks", "by": "wanda", "pattern": "2:4", "steps": 4}}, "needs an objective"),
+        ({"choice": {"word": "learned-masks", "by": "wanda", "pattern": "unstructured", "steps": 4}}, "8 weights"),
+        ({"objective": "kl"}, "no other has one"),
     ],
 )
 def test_words_that_do_not_go_together(changed: dict[str, Any], message: str) -> None:
@@ -126,4 +176,5 @@ def test_words_that_do_not_go_together(changed: dict[str, Any], message: str) ->
 def test_what_is_said_of_them() -> None:
     assert needs(load("magnitude-sparse")) == "nothing" and passes(load("magnitude-2-4")) == "0"
     assert needs(load("wanda")) == "data" and passes(load("sparsegpt")) == "2"
+    assert needs(load("maskllm")) == "training" and passes(load("maskllm")) == "4 a step"
     assert "zero" in explained(load("ecoflap"))["choice masks"]

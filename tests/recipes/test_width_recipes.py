@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import VOCABULARY, build
 
 import billhook
@@ -24,7 +25,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.recipes import heal as heal_walk
-from billhook.recipes.catalogue import load, names
+from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, differing
 from billhook.recipes.opened import opened
@@ -35,6 +36,8 @@ WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (3, 12), generator=torch.Gener
 
 
 def carried_out(recipe: Recipe, model: Any, place: Path) -> Choice:
+    if recipe.trains:
+        recipe = recipe.model_copy(update={"choice": recipe.choice.model_copy(update={"steps": 4})})
     opened: Any = SimpleNamespace(model=model, anatomy=discover(model))
     problem = pose_for(recipe, opened.anatomy.outline, Budget.parse("params=0.85"), Target.REMOTE)
     seen = trace(model, opened.anatomy, WINDOWS, ("block", "sublayer", "angular"))
@@ -88,6 +91,24 @@ def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     parameters = sum(p.numel() for p in again.model.parameters())
     dense = sum(p.numel() for p in billhook.load(tiny_lm).model.parameters())
     assert dense - parameters == run.costs["params"].dense - run.costs["params"].compressed
+
+
+def test_what_is_trained_while_it_narrows_comes_with_its_weights(tiny_lm: Path, tmp_path: Path) -> None:
+    """And is proven as it is saved, next to the cut alone; it leaves nothing to heal with."""
+    content = yaml.safe_load(source_of("hesso"))
+    recipe, out = tmp_path / "short.yaml", tmp_path / "out"
+    recipe.write_text(yaml.safe_dump({**content, "choice": {**content["choice"], "steps": 3}}), encoding="utf-8")
+    run = billhook.compress(tiny_lm, budget="params=0.8", out=out, recipe=recipe, max_new_tokens=1)
+    assert run.plan.keeps and run.realised["params"] <= 0.8 and run.healing is not None
+    assert run.healing.method == "group-sparse" and run.healing.unhealed and run.healing.divergence is not None
+    assert run.search is not None and run.search.objective == "divergence from dense"
+    assert "--heal" not in (out / "README.md").read_text(encoding="utf-8")
+    assert sum(p.numel() for p in billhook.load(out).model.parameters()) < sum(
+        p.numel() for p in billhook.load(tiny_lm).model.parameters()
+    )
+    for wrong, message in (({"heal": "closed-form"}, "trains what is left itself"), ({"target": "uniform"}, "widths")):
+        with pytest.raises(InputError, match=message):
+            billhook.compress(tiny_lm, budget="params=0.8", out=tmp_path / "no", recipe=recipe, **wrong)  # type: ignore[arg-type]
 
 
 def test_unequal_widths_are_no_ordinary_checkpoint(tiny_lm: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,10 @@ def compress(
     select: options.Select = "none",
     target: options.Target = None,
     calibration: options.Calibration = "builtin",
+    prior: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", show_default=False, help="Learned masks begin with those of this earlier result."),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 40,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -60,6 +65,7 @@ def compress(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             max_new_tokens=max_new_tokens,
+            prior=prior,
             progress=progress,
         )
     if not processes.is_first():

@@ -113,13 +113,15 @@ class Step(_Record):
 
 
 class SearchRecord(_Record):
-    """``work`` counts block-token forwards: blocks executed times tokens, exact on any machine."""
+    """``work`` counts block-token forwards: blocks executed times tokens, exact on any machine. ``prior``: the earlier
+    result that the search began with, if any."""
 
     recipe: str
     objective: str
     steps: tuple[Step, ...]
     work: int
     evaluations: int
+    prior: str = ""
 
 
 class Refit(_Record):
@@ -212,7 +214,7 @@ class Graft(_Record):
     groups: int = 0
 
 
-_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge")
+_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge", "sparse-training", "group-sparse")
 
 
 class HealStep(_Record):

@@ -40,6 +40,7 @@ from billhook.recipes.settings import (
     COMPARED_LENGTH,
     COMPARED_QUESTIONS,
     COMPARED_TOKENS,
+    TRAINING_TOKENS,
 )
 from billhook.recipes.workplace import claimed, keep
 from billhook.report.comparison import write_comparison
@@ -111,10 +112,15 @@ def compare(
                 progress=progress,
             )
             longer = healing_text(model, calibration, seed, progress) if heal != "none" else None
+            drill: Windows | None = None
+            if any(recipe.trains for recipe in chosen):
+                from billhook.recipes import training  # with peft and accelerate: seconds
+
+                drill = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
             texts = judged_on(
                 model,
                 calibration,
-                [windows, longer or windows],
+                [windows, longer or windows, drill or windows],
                 seed,
                 progress,
                 tokens=COMPARED_TOKENS,
@@ -136,12 +142,14 @@ def compare(
         for number, (recipe, drawn) in enumerate(draws):
             if progress is not None:
                 progress("recipes", number, len(draws))
-            kept = place / f"{_key(recipe, asked, drawn, model, windows, texts, longer)}.json"
+            kept = place / f"{_key(recipe, asked, drawn, model, windows, drill, texts, longer)}.json"
             if kept.exists():
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(recipe, asked, drawn, model, windows, seen, longer, judge, probe, place, progress)
+                    new = _judged(
+                        recipe, asked, drawn, model, windows, drill, seen, longer, judge, probe, place, progress
+                    )
                 keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -215,6 +223,7 @@ def _judged(
     seed: int,
     model: Opened,
     windows: Windows,
+    drill: Windows | None,
     seen: Trace,
     longer: Windows | None,
     judge: Judge,
@@ -222,12 +231,13 @@ def _judged(
     place: Path,
     progress: Progress | None,
 ) -> list[Entry]:
-    """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be."""
+    """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be, ``drill`` what a choice
+    that is trained reads."""
     target = recipe.aim
     entries: list[Entry] = []
     choices: list[Choice | None] = []
     for budget in budgets:
-        entry, choice = _searched(recipe, budget, seed, target, model, windows, seen, place, progress)
+        entry, choice = _searched(recipe, budget, seed, target, model, windows, drill, seen, place, progress)
         entries.append(entry)
         choices.append(choice)
     cut: list[Any] = []
@@ -237,7 +247,7 @@ def _judged(
             continue
         try:
             acted = _acted(recipe, model, choice, target, windows, progress)
-            heals = longer is not None and recipe.act == "drop" and recipe.unit != "weight"
+            heals = longer is not None and recipe.act == "drop" and recipe.unit != "weight" and not recipe.trains
             healed = [_healed(model, choice.plan(target), longer, progress)] if heals and longer is not None else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
@@ -275,6 +285,7 @@ def _searched(
     target: Target,
     model: Opened,
     windows: Windows,
+    drill: Windows | None,
     seen: Trace,
     place: Path,
     progress: Progress | None,
@@ -289,7 +300,9 @@ def _searched(
             problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
             if recipe.act not in ("drop", "share"):
                 require_healable(model.anatomy)
-            choice = find(recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+            choice = find(
+                recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress, lessons=drill
+            )
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None
     plan = choice.plan(target)
@@ -316,6 +329,7 @@ def _key(
     seed: int,
     model: Opened,
     windows: Windows,
+    drill: Windows | None,
     texts: Sequence[tuple[Domain, Windows]],
     longer: Windows | None,
 ) -> str:
@@ -327,6 +341,7 @@ def _key(
         "model": fingerprint(model.model),
         "environment": environment(model),
         "calibration": windows.fingerprint,
+        "trained on": drill.fingerprint if drill is not None and recipe.trains else "",
         "texts": [text.fingerprint for _, text in texts],
         "questions": COMPARED_QUESTIONS,
         "healed on": longer.fingerprint if longer is not None else "",

@@ -24,18 +24,20 @@ from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Provenance
+from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.costs import costs_of
+from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
 from billhook.recipes.flattening import require_flattening
 from billhook.recipes.heal import applied, healing_text, new_weights, record_of
+from billhook.recipes.learned_weights import require_prior
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, BiMask, Heal, Recipe
+from billhook.recipes.schema import TRAINED, BiMask, GroupSparse, Heal, LearnedMasks, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.sharing import require_sharing
@@ -65,6 +67,7 @@ def compress(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_new_tokens: int = 40,
+    prior: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
@@ -73,7 +76,8 @@ def compress(
     blocks and equally many experts (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe``
     the first of the default ones for the target (``catalogue``) is taken that can meet the budget on this model;
     ``heal`` is what the recipe says unless told, and an act that combines blocks or experts stands in its place.
-    ``select``: which text a healing by training reads (see ``heal``).
+    ``select``: which text a healing by training reads (see ``heal``). ``prior``: an earlier result, with whose masks a
+    recipe that learns masks begins.
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
     ``out`` at once. Under ``accelerate launch`` the first process searches, all share the training, and the first one
@@ -92,6 +96,9 @@ def compress(
         raise InputError(
             f"several processes were started, and they share a healing by training alone, which {way} is not; start one"
         )
+    begins = None if prior is None else Plan.read(prior)
+    if begins is not None and not isinstance(candidates[0].choice, LearnedMasks):
+        raise InputError(f"--prior is what learned masks begin with, and recipe {candidates[0].name} learns none")
     clock = Stopwatch()
     with clock.step("load"):
         model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -106,6 +113,8 @@ def compress(
     require_sharing(chosen, model, limits)
     require_flattening(chosen, model)
     require_weights(chosen, model)
+    if begins is not None:
+        require_prior(begins, model)
     if way in ("bias", "data-free", "scales") and not chosen.wide:
         raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
     if way == "bias" and aim in (Target.UNIFORM, Target.DECI):
@@ -132,19 +141,41 @@ def compress(
             )
             longer = healing_text(model, calibration, seed, progress) if way != "none" else None
             lessons: Windows | Selection | None = None
-            if way in TRAINED:
+            drill: Windows | None = None
+            if way in TRAINED or chosen.trains:
                 from billhook.recipes import training  # with peft and accelerate: seconds
-
+            if chosen.trains:
+                drill = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
+            if way in TRAINED:
                 if wanted is None:
                     lessons = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
                 else:
                     lessons = training.selection(model, calibration, wanted, TRAINING_TOKENS, seed, place, progress)
-            read = [windows, longer, lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows]
-            texts = judged_on(model, calibration, [text for text in read if text is not None], seed, progress)
+            read = [
+                windows,
+                longer,
+                drill,
+                lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows,
+            ]
+            before = () if prior is None else calibrated_with(prior)
+            texts = judged_on(
+                model, calibration, [text for text in read if text is not None], seed, progress, read_before=before
+            )
             seen = watch(model, windows, progress)
 
         def search() -> Choice:
-            return find(chosen, model, problem, windows, seen, seed=seed, place=place, progress=progress)
+            return find(
+                chosen,
+                model,
+                problem,
+                windows,
+                seen,
+                seed=seed,
+                place=place,
+                progress=progress,
+                lessons=drill,
+                prior=begins,
+            )
 
         with clock.step("search"):
             choice = _of_the_first(search) if several else search()
@@ -164,7 +195,7 @@ def compress(
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
         step = HealStep(
-            method=way if choice.healing is None else "second-order",
+            method=way if choice.healing is None else chosen.makes,
             text=calibration,
             seed=seed,
             select="" if wanted is None else select,
@@ -189,7 +220,7 @@ def compress(
             asked=str(limits),
             realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             costs=costs,
-            search=choice.record,
+            search=choice.record.model_copy(update={"prior": "" if prior is None else os.fspath(prior)}),
             measures=measures(model, calibration, windows, seen, choice.importance),
             healing=healing,
             environment=environment(model),
@@ -230,6 +261,8 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
         if heal not in (None, "none"):
             raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
         return "none"
+    if recipe.trains and heal not in (None, "none"):
+        raise InputError(f"recipe {recipe.name} trains what is left itself; leave out --heal {heal}")
     if heal == "scales" and not recipe.wide:
         raise InputError(f"recipe {recipe.name} drops {recipe.unit}s: {NOTHING}")
     if recipe.act == "drop":
@@ -274,7 +307,10 @@ def _settled(
             f"recipe {chosen.name} has blocks share weights, which target {aim} cannot carry; use target remote or any"
         )
     if aim is Target.UNIFORM and chosen.wide:
-        if isinstance(chosen.choice, BiMask) or getattr(chosen.choice, "allocation", "uniform") != "uniform":
+        if (
+            isinstance(chosen.choice, BiMask | GroupSparse)
+            or getattr(chosen.choice, "allocation", "uniform") != "uniform"
+        ):
             raise InputError(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"

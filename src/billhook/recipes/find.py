@@ -32,20 +32,23 @@ from billhook.recipes.schema import (
     Bandit,
     Evolve,
     Greedy,
+    GroupSparse,
     Knapsack,
+    LearnedMasks,
     Masks,
     OneShot,
     Ranks,
     Recipe,
     Sampled,
     Span,
+    SparseTraining,
     Trained,
     Widths,
 )
 from billhook.recipes.scored import scored
 from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin
-from billhook.recipes.widths import narrow
+from billhook.recipes.widths import drive, narrow
 from billhook.search import Found, Ledger, Memo, Problem
 from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.sparsity import WeightProblem, pose_weights
@@ -99,7 +102,7 @@ Task = Problem | WidthProblem | WeightProblem | RankProblem
 
 def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Task:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
-    if isinstance(recipe.choice, Masks):
+    if isinstance(recipe.choice, Masks | LearnedMasks | SparseTraining):
         return pose_weights(outline, budget)
     if recipe.wide:
         multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Widths) else 1
@@ -119,8 +122,12 @@ def find(
     seed: int,
     place: Path,
     progress: Progress | None,
+    lessons: Windows | None = None,
+    prior: Plan | None = None,
 ) -> Choice:
-    """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
+    """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``. A
+    choice that is trained reads ``lessons``, the calibration where there are none, and begins with the masks of
+    ``prior`` where there is one.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
@@ -132,9 +139,14 @@ def find(
     require_flattening(recipe, model)
     choice = recipe.choice
     if isinstance(problem, WeightProblem):
-        sparse, record, mean = thin(recipe, model, problem, windows, seed=seed, progress=progress)
+        sparse, record, mean = thin(
+            recipe, model, problem, windows, lessons or windows, prior, seed=seed, progress=progress
+        )
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, mean, sparsities=sparse.edits, arrays=sparse.arrays, healing=sparse.healing)
+    if isinstance(problem, WidthProblem) and isinstance(choice, GroupSparse):
+        keeps, record, importance, healing = drive(recipe, model, problem, lessons or windows, progress=progress)
+        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
     if isinstance(problem, RankProblem):

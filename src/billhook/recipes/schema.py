@@ -37,6 +37,7 @@ Heal = Literal[
     "skips",
     "kv-routing",
 ]
+GOALS = {"kl": "divergence from dense", "loss": "loss"}
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips", "kv-routing")
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
 BLIND_WIDTHS = ("random", "evenly-spaced")
@@ -211,6 +212,51 @@ class Masks(_Words):
         return self
 
 
+class LearnedMasks(_Words):
+    """Learn for each M inputs of an output which mask of the ``pattern`` N:M they get, the weights fixed, in so many
+    ``steps`` of training on a window each. It begins with the masks ``by`` magnitude, wanda or second-order (see
+    ``search.sparsity``), or with those of an earlier result."""
+
+    word: Literal["learned-masks"]
+    by: By
+    pattern: str
+    steps: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        pattern = parse_pattern(self.pattern)
+        if pattern is None or pattern[1] > 8:
+            raise ValueError("masks are learned in a pattern N:M of 8 weights or fewer, such as 2:4")
+        return self
+
+
+class SparseTraining(_Words):
+    """Train weights and masks together, a window a step for so many ``steps``, by a ``rule``. The ``rule``
+    low-rank-scores: few numbers learn which weights stay and how they change; decaying-flow: all weights train, and the
+    smallest of each M inputs fade (see ``search.sparse_training``). What goes is in a ``pattern``: unstructured, within
+    each linear, or N:M."""
+
+    word: Literal["sparse-training"]
+    rule: Literal["low-rank-scores", "decaying-flow"]
+    pattern: str = "unstructured"
+    steps: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if parse_pattern(self.pattern) is None and self.rule == "decaying-flow":
+            raise ValueError("the flow decays within groups of weights: rule decaying-flow needs a pattern N:M")
+        return self
+
+
+class GroupSparse(_Words):
+    """Train all that holds inner units while those that are to go shrink to zero, for so many ``steps`` on a window
+    each; before, candidates are shrunk on trial and looked at again, for at most so many ``cycles``."""
+
+    word: Literal["group-sparse"]
+    steps: Annotated[int, Field(ge=2)]
+    cycles: Annotated[int, Field(ge=1)]
+
+
 class Ranks(_Words):
     """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
     directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``). The
@@ -257,9 +303,9 @@ class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
     A one-shot choice, a knapsack and widths have a ``score``; a greedy, evolutionary or learned one (gates, sampled
-    masks, bandit: those by ``loss`` only) has an ``objective``, which the drops are to keep low: the divergence from
-    the dense model's next tokens ``kl``, the ``loss`` on the text, the error of the last ``stream``, or one of three
-    distances of the output (see ``measure.distances``).
+    masks, bandit: those by ``loss`` only; what is trained by ``loss`` or ``kl``) has an ``objective``, which is to be
+    kept low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error of the
+    last ``stream``, or one of three distances of the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -280,6 +326,9 @@ class Recipe(_Words):
         | Widths
         | BiMask
         | Masks
+        | LearnedMasks
+        | SparseTraining
+        | GroupSparse
         | Ranks
         | RestoredSpan
         | Graded
@@ -297,10 +346,13 @@ class Recipe(_Words):
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
-        if (self.unit == "weight") != (self.choice.word == "masks"):
-            raise ValueError("single weights go with the choice masks, and masks with the unit weight")
+        if (self.unit == "weight") != isinstance(self.choice, Masks | LearnedMasks | SparseTraining):
+            raise ValueError(
+                "single weights go with the choices masks, learned-masks and sparse-training, and masks with the unit "
+                "weight"
+            )
         if self.unit == "weight" and (self.heal != "none" or self.act != "drop"):
-            raise ValueError("masks go with heal none and act drop: what stays gets new weights by second-order alone")
+            raise ValueError("masks go with heal none and act drop: what stays gets new weights by the choice alone")
         if (self.unit == "linear") != (self.choice.word == "ranks"):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
@@ -310,22 +362,26 @@ class Recipe(_Words):
             raise ValueError("act restore goes with the choice restored-span, act scale with graded, and others do not")
         if self.returns and (self.unit != "block" or self.heal != "none"):
             raise ValueError(f"act {self.act} takes whole blocks back to a base: unit must be block, and heal none")
-        narrowing = self.choice.word in ("widths", "bi-mask")
+        narrowing = isinstance(self.choice, Widths | BiMask | GroupSparse)
         if self.wide != narrowing and not (self.wide and self.choice.word in BLIND_WIDTHS):
             raise ValueError(
-                "units inside sublayers (neuron, group, width, expert) go with the choices widths, bi-mask, random and "
-                "evenly-spaced, and others do not go with widths or bi-mask"
+                "units inside sublayers (neuron, group, width, expert) go with the choices widths, bi-mask, "
+                "group-sparse, random and evenly-spaced, and others do not go with the first three"
             )
         if self.choice.word == "bi-mask" and self.unit == "expert":
             raise ValueError("a bi-mask is of what linears are given: unit must be neuron, group or width")
+        if isinstance(self.choice, GroupSparse) and (self.unit == "expert" or self.heal != "none"):
+            raise ValueError("group-sparse trains neurons and groups, and what is left: it goes with heal none")
         if self.score is not None and named(self.score.word).wide != self.wide:
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
         if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s: experts have those of their router")
         if self.score is not None and named(self.score.word).needs == "knockouts" and self.unit != "group":
             raise ValueError(f"score {self.score.word} takes a pass for each unit: unit must be group")
-        if (self.objective is not None) != (learned or self.choice.word in ("greedy", "evolve")):
+        if (self.objective is not None) != (learned or self.trains or self.choice.word in ("greedy", "evolve")):
             raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
+        if self.trains and self.objective not in ("kl", "loss"):
+            raise ValueError(f"choice {self.choice.word} is trained: objective must be kl or loss")
         if learned and self.objective != "loss":
             raise ValueError(f"choice {self.choice.word} learns from the loss alone: objective must be loss")
         if self.choice.word == "span" and self.unit != "block":
@@ -349,6 +405,16 @@ class Recipe(_Words):
         if self.score is not None:
             named(self.score.word).check(self.score_parameters)
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the choice is a training, which reads more text than a measurement."""
+        return isinstance(self.choice, LearnedMasks | SparseTraining | GroupSparse)
+
+    @property
+    def makes(self) -> str:
+        """What new weights that come with the choice are called in a record."""
+        return self.choice.word if self.trains else "second-order"
 
     @property
     def wide(self) -> bool:

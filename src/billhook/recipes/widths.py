@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from billhook.data import Windows
+from billhook.heal import Healing
 from billhook.measure.ablation import Ablator
 from billhook.measure.batches import batches_of
 from billhook.measure.channels import channels
@@ -20,13 +22,16 @@ from billhook.plan.budget import realised
 from billhook.plan.check import units
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.learned_weights import goal_of
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import BiMask, Recipe, Widths
+from billhook.recipes.schema import GOALS, BiMask, GroupSparse, Recipe, Widths
 from billhook.recipes.scored import scored
 from billhook.scores import named
 from billhook.search.bimask import bimask
 from billhook.search.blind_widths import even_widths, random_widths
 from billhook.search.coarse import coarse
+from billhook.search.exchanged import Exchanged
+from billhook.search.group_sparse import group_sparse, names_of
 from billhook.search.levels import prices
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
@@ -86,6 +91,27 @@ def narrow(
         means = {str(address): scores[address].mean().item() for address in scores}
         importance[f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}"] = means
     return drops, keeps, record, importance
+
+
+def drive(
+    recipe: Recipe, model: Opened, problem: WidthProblem, lessons: Windows, *, progress: Progress | None
+) -> tuple[tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]], Healing]:
+    """Carry out a choice that drives units to zero while it trains on ``lessons``: what is kept, its record, the mean
+    score in each sublayer, and the new weights of what is left."""
+    choice = recipe.choice
+    assert isinstance(choice, GroupSparse)
+    inner = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
+    names = names_of(inner, dict(model.model.named_parameters()))
+    goal = goal_of(recipe)
+    held = Exchanged(model.model, model.anatomy, problem.spaces[0].address.stack, names, lessons, goal)
+    found = group_sparse(held, problem, inner, steps=choice.steps, cycles=choice.cycles, progress=progress)
+    means = {str(address): scores.mean().item() for address, scores in sorted(found.scores.items())}
+    begun, best = found.looks[0].held, min(look.held for look in found.looks)
+    record = _record(recipe, problem, found.keeps, found.costs, GOALS[goal], held.work)
+    healing = Healing(found.weights, (), {}, lessons.tokens, held.work)
+    if goal == "kl":
+        healing = replace(healing, cut=begun, healed=best)
+    return found.keeps, record, {"mean score of a unit while candidates shrink": means}, healing
 
 
 def _record(

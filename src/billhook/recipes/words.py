@@ -92,6 +92,8 @@ def needs(recipe: Recipe) -> str:
     if recipe.returns:
         return "base"
     choice, rests_on = recipe.choice, named(recipe.score.word).needs if recipe.score is not None else ""
+    if recipe.trains:
+        return "training"
     stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
     if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
         return "training"
@@ -131,6 +133,8 @@ def passes(recipe: Recipe) -> str:
         return f"{2 * recipe.choice.screen:.1g} a sublayer"
     if isinstance(recipe.choice, Masks):
         return "2" if recipe.choice.allocation == "uniform" else "2 + 1 a block"
+    if recipe.trains:
+        return f"{3 + (recipe.objective == 'kl')} a step"
     if isinstance(recipe.choice, Ranks):
         return "1"
     rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"

@@ -100,6 +100,7 @@ def commands(run: Run) -> str:
         "target": str(run.plan.target),
         "recipe": run.plan.provenance.recipe,
         "calibration": calibration,
+        "prior": run.search.prior if run.search else "",
         **(_way(steps[0]) if together else {"heal": "none"}),
         "seed": "" if seed is None else str(seed),
     }

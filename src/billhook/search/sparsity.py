@@ -124,9 +124,7 @@ def sparsify(
         state.undo.restore()
     work = 2 * tokens * len(blocks)
     healing = Healing(state.tensors, (), {}, tokens, 0) if by == "second-order" else None
-    label = "unstructured" if pattern is None else f"{pattern[0]}:{pattern[1]}"
-    edits = tuple(Sparsify(unit=unit, pattern=label, zeros=zeros) for unit, zeros in sorted(state.zeros.items()))
-    return Sparse(edits, Arrays(state.arrays), state.saliency, work, healing)
+    return Sparse(edits_of(state.zeros, pattern), Arrays(state.arrays), state.saliency, work, healing)
 
 
 def require_sparsifiable(model: nn.Module, anatomy: Anatomy, stack: str, *, by: By, pattern: Pattern = None) -> None:
@@ -142,6 +140,22 @@ def require_sparsifiable(model: nn.Module, anatomy: Anatomy, stack: str, *, by: 
             )
         if by != "magnitude" and weight.ndim == 3:
             raise InputError(f"{linear.name} are fused experts: what each is given is not seen; use magnitude-sparse")
+
+
+def edits_of(zeros: Mapping[Address, dict[str, int]], pattern: Pattern) -> tuple[Sparsify, ...]:
+    """The edits of sublayers, from how many weights of each linear go."""
+    label = "unstructured" if pattern is None else f"{pattern[0]}:{pattern[1]}"
+    return tuple(Sparsify(unit=unit, pattern=label, zeros=mine) for unit, mine in sorted(zeros.items()))
+
+
+def note(
+    zeros: dict[Address, dict[str, int]], arrays: dict[str, NDArray[Any]], unit: Address, linear: Linear, kept: Tensor
+) -> None:
+    """Add the mask of a linear (bool, in the shape of its weight) to what goes, unless it keeps everything."""
+    gone = kept.numel() - int(kept.sum())
+    if gone:
+        zeros.setdefault(unit, {})[linear.inside] = gone
+        arrays[f"{unit}/{linear.inside}"] = pack(np.asarray(kept.cpu()))
 
 
 def _linears(model: nn.Module, block: Block) -> dict[Address, tuple[Linear, ...]]:
@@ -184,11 +198,7 @@ class _State:
                 kept = linear.whole(mask, old)
                 put(self.model, linear.name, torch.where(kept, self.tensors.get(linear.name, old), 0), self.undo)
                 total, count = total + saliency.sum(dtype=torch.float64).item(), count + saliency.numel()
-                gone = kept.numel() - int(kept.sum())
-                if gone:
-                    edit = self.zeros.setdefault(unit, {})
-                    edit[linear.inside] = gone
-                    self.arrays[f"{unit}/{linear.inside}"] = pack(np.asarray(kept.cpu()))
+                note(self.zeros, self.arrays, unit, linear, kept)
             self.saliency[unit] = total / max(count, 1)
 
 
