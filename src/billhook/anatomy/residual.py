@@ -1,8 +1,8 @@
 """The residual stream itself: which tensors have an entry for each of its channels, and what else knows their number.
 
-Everything that writes to the stream has them on its output side, everything that reads it on its input side, every norm
-on it along its only axis. Stated once, as data (``Residual``); simulation, cut, cut on disk and cost work on it. A model
-in which a parameter outside the blocks is not accounted for has a rigid stream, and the reason is kept.
+Everything that writes to the stream has them on its output side, everything that reads it on its input side, every
+norm on it along its only axis. Stated once, as data (``Residual``); simulation, cut, cut on disk and cost work on it. A
+model in which a parameter outside the blocks is not accounted for has a rigid stream, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -89,10 +89,9 @@ def _outside(model: PreTrainedModel, anatomy: Anatomy, stack: Stack, count: int)
             name = f"{path}.{leaf}" if path else leaf
             if isinstance(module, nn.Embedding) and parameter.shape[1] == count:
                 yield name, 1
-            elif isinstance(module, nn.Linear) and module.in_features == count != module.out_features:
-                if leaf == "weight":
-                    yield name, 1
-            elif isinstance(module, nn.Linear) and path == anatomy.head and module.in_features == count:
+            elif isinstance(module, nn.Linear) and module.in_features == count:
+                if module.out_features == count and path != anatomy.head:
+                    raise NotUnderstood(f"what {name} puts out is as wide as the stream, and may be a part of it")
                 if leaf == "weight":
                     yield name, 1
             elif isinstance(module, nn.Conv2d) and module.out_channels == count:

@@ -54,10 +54,9 @@ def check_channels(plan: Plan, outline: Outline) -> None:
         other = "makes weights sparse" if plan.sparsities else "takes linears apart"
         raise InputError(f"the plan both cuts hidden channels and {other}; cut them first, and go on from the result")
     sublayers = dict(outline.sublayers())
-    for keep in plan.keeps:
-        if keep.unit in sublayers and keep.inner in sublayers[keep.unit].inner:
-            if sublayers[keep.unit].inner[keep.inner].divides:
-                raise InputError(
-                    f"the plan cuts both hidden channels and {keep.inner}s of {keep.unit}, and the config of this "
-                    f"{outline.family} model ties their numbers; cut one of them"
-                )
+    for keep in plan.keeps:  # checked before
+        if sublayers[keep.unit].inner[keep.inner].divides:
+            raise InputError(
+                f"the plan cuts both hidden channels and {keep.inner}s of {keep.unit}, and the config of this "
+                f"{outline.family} model ties their numbers; cut one of them"
+            )

@@ -142,7 +142,8 @@ class SublayerOutline(_Record):
 
 class BlockOutline(_Record):
     """One block: its sublayers in order of execution, and the parameters that belong to no single one of them
-    (norms on the stream itself, or shared by both sublayers), ``rest_channel_params`` for each channel of the stream."""
+    (norms on the stream itself, or shared by both sublayers); ``rest_channel_params`` of those are for each channel of
+    the stream."""
 
     sublayers: dict[str, SublayerOutline]
     rest_params: int = 0

@@ -21,7 +21,8 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     """Inside the context ``model`` is the compressed model; leaving it, also by an exception, restores it exactly.
 
     Works in place by swapping modules, narrower tensors and config values. Costs next to no time, and no memory but for
-    what stays of tensors that get narrower (of a narrower stream: the whole smaller model), a copy of those that lose single weights, and linears that become two.
+    what stays of tensors that get narrower (with a narrower stream that is the whole smaller model), a copy of those
+    that lose single weights, and linears that become two.
     Raises InputError if the plan is not possible on this model; the model is untouched then.
     """
     drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)

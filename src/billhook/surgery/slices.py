@@ -91,9 +91,7 @@ def on_stream(
                 f"{list(shape)}; its hidden channels cannot be cut on disk"
             )
         if name in each and stored.dtype not in FLOATS:
-            raise InputError(
-                f"{stored.file}: {stored.name} is stored as {stored.dtype}, which cannot be scaled on disk"
-            )
+            raise InputError(f"{stored.file}: {stored.name} is stored as {stored.dtype}: no scale fits in on disk")
         return replace(stored, kept=(*stored.kept, (place, entries)), each=each.get(name))
 
     return {path: ({n: note(s) for n, s in tensors.items()}, extra) for path, (tensors, extra) in headers.items()}
