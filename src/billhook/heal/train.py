@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.gaps import require_own_weights
-from billhook.heal.healing import Healing, healed
+from billhook.heal.healing import Healing, healed, require_no_channels
 from billhook.heal.loop import Loop
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.heal.subject import subject_of
@@ -60,6 +60,7 @@ def train(
     and about two to three of what is left. Raises InputError for drops in several stacks and too little text.
     """
     require_own_weights(plan)
+    require_no_channels(plan, "training")
     stack = _stack(anatomy)
     drops = drops_of(plan, anatomy)
     ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)

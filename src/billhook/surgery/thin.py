@@ -57,9 +57,10 @@ def _tell(model: nn.Module, anatomy: Anatomy, residual: Residual, left: int, put
             put(resolve(model, path), name, value)
 
 
-def scalings(residual: Residual, left: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What becomes of the entries of a tensor when so many channels are left, by the name of the tensor."""
-    root = (residual.count / left) ** 0.5
+def scalings(residual: Residual, left: int, *, back: bool = False) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What becomes of the entries of a tensor when so many channels are left, by the name of the tensor; or what they
+    were before (``back``)."""
+    root = (left / residual.count if back else residual.count / left) ** 0.5
     return {name: _Scaling(root**power, offset) for name, power, offset in residual.scales}
 
 
