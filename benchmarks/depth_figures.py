@@ -43,7 +43,7 @@ def main(source: str = "demo", text: str = "wiki_calib.txt.gz", skip: str = "0",
     print(f"{'dense':<24} {'':<12} {1:>8} {b.perplexity():>10.2f} {b.perplexity(test=c4):>7.2f}", flush=True)
     asked = [("block-influence", f"blocks={n}") for n in (27, 24, 22)]
     names = recipes or sorted(
-        (r.name for r in catalogue.recipes() if r.unit not in ("weight", "linear")),
+        (r.name for r in catalogue.recipes() if r.unit not in ("weight", "linear", "channel")),
         key=lambda name: (name in DEAR, name not in FIRST, name),
     )
     asked += [(name, "params=0.8") for name in names]

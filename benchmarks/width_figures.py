@@ -6,7 +6,7 @@
 Another text of the test data, or other windows of the same (after ``skip`` of them), say how far a figure depends on
 what it was calibrated on.
 
-Every recipe of width, then two choices that look at nothing: the same widths as the first recipe's, with units at
+Every recipe of width, those of hidden channels included, then two choices that look at nothing: the same widths as the first recipe's, with units at
 random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many
 times faster; say so with the figures. Two hundred passes of a window: minutes to an hour, by the machine."""
 
@@ -46,17 +46,20 @@ def main(source: str = "demo", tokens: str = str(CALIBRATION_TOKENS), dtype: str
     seen = watch(b.model, windows, None)
     print(f"calibrated on {windows.tokens} tokens of {given['text']} from window {given['skip']} on, {dtype}, {BUDGET}")
     print(f"{'recipe':<24} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}  units left", flush=True)
-    show(b, "dense", (), c4, 0.0)
+    show(b, "dense", Plan.of([]), c4, 0.0)
     first: tuple[Keep, ...] = ()
-    for name in recipes or [n for n in catalogue.names() if catalogue.load(n).wide]:
+    for name in recipes or [
+        n for n in catalogue.names() if catalogue.load(n).wide or catalogue.load(n).unit == "channel"
+    ]:
         recipe = catalogue.load(name)
         problem = pose_for(recipe, b.anatomy.outline, Budget.parse(BUDGET), Target.REMOTE)
         begun = now()
-        keeps = find(recipe, b.model, problem, windows, seen, seed=0, place=WORK, progress=None).keeps
-        show(b, name, keeps, c4, now() - begun)
-        first = first or keeps
-    for name, choose in (("random", at_random), ("evenly-spaced", evenly_spaced)):
-        show(b, f"{name}, widths as above", tuple(choose(b, keep) for keep in first), c4, 0.0)
+        choice = find(recipe, b.model, problem, windows, seen, seed=0, place=WORK, progress=None)
+        show(b, name, choice.plan(Target.REMOTE), c4, now() - begun)
+        first = first or choice.keeps
+    for name, choose in (("random", at_random), ("evenly-spaced", evenly_spaced)) if first else ():
+        blind = Plan.of([], Target.REMOTE, [choose(b, keep) for keep in first])
+        show(b, f"{name}, widths as above", blind, c4, 0.0)
 
 
 def at_random(b: Bed, keep: Keep) -> Keep:
@@ -74,12 +77,13 @@ def count_of(b: Bed, keep: Keep) -> int:
     return dict(b.anatomy.outline.sublayers())[keep.unit].inner[keep.inner].count
 
 
-def show(b: Bed, name: str, keeps: tuple[Keep, ...], c4: Windows, seconds: float) -> None:
+def show(b: Bed, name: str, plan: Plan, c4: Windows, seconds: float) -> None:
     costs = CostModel(b.anatomy.outline)
-    share = costs.of((), keeps)["params"] / costs.dense["params"]
-    with simulate(b.live, b.anatomy, Plan.of([], Target.REMOTE, keeps)):
+    share = costs.of((), plan.keeps, channels=plan.channels)["params"] / costs.dense["params"]
+    with simulate(b.live, b.anatomy, plan):
         figures = f"{b.perplexity():>10.2f} {b.perplexity(test=c4):>8.2f}"
-    left = " ".join(f"{keep.unit.block}.{keep.inner[0]}{len(keep.indices)}" for keep in keeps)
+    left = " ".join(f"{keep.unit.block}.{keep.inner[0]}{len(keep.indices)}" for keep in plan.keeps)
+    left += " ".join(f"{len(edit.indices)} hidden channels" for edit in plan.channels)
     print(f"{name:<24} {share:>8.3f} {figures} {seconds:>8.1f}  {left}", flush=True)
 
 

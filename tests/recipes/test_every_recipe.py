@@ -45,7 +45,9 @@ def carried_out(recipe: Recipe, problem: Problem, model: Any, place: Path) -> Ch
     return find(recipe, opened, problem, WINDOWS, seen, seed=0, place=place, progress=None)
 
 
-DROPPING = [n for n in names() if not (load(n).wide or load(n).returns) and load(n).unit not in ("weight", "linear")]
+DROPPING = [
+    n for n in names() if not (load(n).wide or load(n).returns) and load(n).unit not in ("weight", "linear", "channel")
+]
 
 
 @pytest.mark.parametrize("name", DROPPING)

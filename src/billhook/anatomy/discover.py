@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import PINNED, refusal, refused_targets
 from billhook.anatomy.outline import draw
+from billhook.anatomy.residual import with_residuals
 from billhook.anatomy.roles import NotUnderstood, looks_like_block, read_block
 from billhook.anatomy.types import Anatomy, Block, Counter, Stack
 from billhook.anatomy.width import widened
@@ -70,7 +71,7 @@ def discover(model: PreTrainedModel) -> Anatomy:
         head=_path_of(model, _call(model, "get_output_embeddings")),
         outline=outline,
     )
-    return widened(model, anatomy)
+    return with_residuals(model, widened(model, anatomy))
 
 
 def _all_lists(model: PreTrainedModel) -> list[str]:

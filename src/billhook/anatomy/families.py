@@ -76,6 +76,23 @@ HEAD_WIDTH_STATED: dict[str, bool] = {
 #: Config values that an attention looks up while it runs.
 LOOKED_UP: dict[str, tuple[str, ...]] = {"phi3": ("num_attention_heads",)}
 
+#: Families whose norms multiply by 1 + weight.
+NORMS_FROM_ONE = frozenset({"gemma2", "gemma3_text"})
+
+_MLP_FOLLOWS = "the width of its MLPs follows from hidden_size, with no value of its own in the config"
+_HEADS_FOLLOW = "the width of its heads follows from hidden_size, with no value of its own in the config"
+
+#: Why the stream of a family cannot get narrower, where its config states the width of a head or the reason is another.
+RIGID_STREAM = {
+    "dinov2": _MLP_FOLLOWS,
+    "gemma4_text": "every block is given an embedding of its own, made of the stream",
+}
+
+
+def rigid_stream(model_type: str) -> str | None:
+    """Why the residual stream of a family cannot get narrower; None where it can."""
+    return RIGID_STREAM.get(model_type, None if model_type in HEAD_WIDTH_STATED else _HEADS_FOLLOW)
+
 
 def ambiguous_norms(model_type: str, names: frozenset[str]) -> bool:
     """Whether norms of these names mean different things in different families."""

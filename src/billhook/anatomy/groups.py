@@ -127,13 +127,17 @@ def _holder(name: str) -> str:
 
 def head_width(work: Work, read: str) -> int:
     """Channels a head, from the module that holds the projection ``read``, else from the config."""
-    core: Any = work.modules[read.rpartition(".")[0].rpartition(".")[0]]
-    for source in (core, work.config):
+    return width_in(work.modules[read.rpartition(".")[0].rpartition(".")[0]], work.config)
+
+
+def width_in(core: Any, config: Any) -> int:
+    """Channels a head, from the module of an attention, else from the config."""
+    for source in (core, config):
         for name in HEAD_WIDTH:
             value = getattr(source, name, None)
             if isinstance(value, int) and value > 0:
                 return value
-    return int(work.config.hidden_size // work.config.num_attention_heads)
+    return int(config.hidden_size // config.num_attention_heads)
 
 
 def _keys(

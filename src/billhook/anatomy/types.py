@@ -68,6 +68,29 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The hidden channels of a residual stream, and all that has to be cut together with one.
+
+    ``axes`` maps each tensor that has an entry a channel to the axis along which it has it. ``scales`` are those that
+    are multiplied as well when channels go, as (parameter, power, offset): with r = sqrt(channels before / after), w
+    becomes r^power (offset + w) - offset. ``attributes`` are numbers that modules keep of the channels (module path,
+    attribute), ``shapes`` tuples of that one number; ``roots`` are the embeddings that the model multiplies by the root
+    of it. ``states`` are values that the config must then state outright. The number left must be a multiple of
+    ``multiple``.
+    """
+
+    stack: str
+    count: int
+    axes: tuple[tuple[str, int], ...]
+    scales: tuple[tuple[str, int, float], ...] = ()
+    attributes: tuple[tuple[str, str], ...] = ()
+    shapes: tuple[tuple[str, str], ...] = ()
+    roots: tuple[str, ...] = ()
+    states: tuple[tuple[str, int], ...] = ()
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """One attention, cross-attention or MLP (mixture of experts included).
 
@@ -129,7 +152,8 @@ class Stack:
 class Anatomy:
     """Everything Billhook knows of a model's structure. ``head`` is the output linear, ``embedding`` the input one;
     either may be absent (vision towers, bare encoders). ``inner`` maps each sublayer to the kinds of inner units that
-    can be cut from it; where there is none, ``rigid`` has the reason."""
+    can be cut from it; where there is none, ``rigid`` has the reason. ``residuals`` maps a stack to the channels of its
+    stream where they can be cut."""
 
     family: str
     stacks: tuple[Stack, ...]
@@ -138,6 +162,7 @@ class Anatomy:
     outline: Outline
     inner: dict[Address, tuple[Inner, ...]] = field(default_factory=dict)
     rigid: dict[Address, str] = field(default_factory=dict)
+    residuals: dict[str, Residual] = field(default_factory=dict)
 
     def stack(self, name: str) -> Stack:
         """The stack of that name. InputError with the list of names if there is none."""

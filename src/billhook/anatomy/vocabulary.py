@@ -95,6 +95,8 @@ ALL_HEADS = ("split_size", "all_head_size", "inner_dim")
 NEURONS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff", "n_inner")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
+STREAM_WIDTH = ("hidden_size", "hidden_dim", "embed_dim", "embedding_dim")
+
 #: Names of a router, and of parts of a mixture that every token runs through.
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_expert_gate")

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from billhook.cli.output import printable
 from billhook.plan.record import Generation, Run
-from billhook.report.cuts import dropped, ranks, sharing, widths, zeros
+from billhook.report.cuts import dropped, ranks, sharing, thinned, widths, zeros
 from billhook.report.loading import FOLDER, loading
 from billhook.report.numbers import duration, percent, ranges
 from billhook.report.palette import kind_name
@@ -55,7 +55,7 @@ def cut_line(run: Run) -> str:
     for (stack, kind), blocks in groups.items():
         name = "blocks" if kind == "block" and len(blocks) > 1 else kind_name(kind)
         parts.append(f"{stack + ' ' if several else ''}{name} {ranges(blocks).replace(',', '')}")
-    details = (*sharing(run.plan, run.outline), *widths(run), *zeros(run), *ranks(run))
+    details = (*sharing(run.plan, run.outline), *widths(run), *thinned(run), *zeros(run), *ranks(run))
     parts += [f"{what} {where}" for what, where in details]
     return " · ".join(parts) or "nothing"
 

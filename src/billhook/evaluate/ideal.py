@@ -23,8 +23,10 @@ def kept_share(dense: PreTrainedModel, plan: Plan) -> float | None:
     anatomy = discover(dense)
     stack = next(s for s in anatomy.stacks if s.causal)
     drops = {a for a in normalise(plan.drops, anatomy.outline) if a.stack == stack.name}
-    if any(a.sublayer is not None for a in drops) or any(
-        unit.stack == stack.name for unit in (*(e.unit for e in plan.keeps), *(e.unit for e in plan.factors))
+    if (
+        plan.channels
+        or any(a.sublayer is not None for a in drops)
+        or any(unit.stack == stack.name for unit in (*(e.unit for e in plan.keeps), *(e.unit for e in plan.factors)))
     ):
         return None
     return len(survivors(drops, anatomy.outline, stack.name)) / len(stack.blocks)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from billhook.anatomy.low_rank import matrix
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
-from billhook.heal.healing import Healing
+from billhook.heal.healing import Healing, require_no_channels
 from billhook.heal.reconstruct import removed
 from billhook.measure.batches import Batch
 from billhook.measure.channels import channels
@@ -38,6 +38,7 @@ def bias_compensation(
     channel of the stream). Means are those of the dense model. Cost: one pass. Raises InputError where nothing gets
     narrower.
     """
+    require_no_channels(plan, "a bias for what is gone")
     drops_of(plan, anatomy)  # checks it
     keeps = keeps_of(plan, anatomy)
     if not keeps:

@@ -9,6 +9,7 @@ from torch import nn
 from billhook.anatomy.discover import READ_LATER
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
+from billhook.heal.channel_form import channel_form
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, require_no_masks
 from billhook.heal.places import places
@@ -21,7 +22,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
-from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.live import channels_of, drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,6 +67,8 @@ def closed_form(
     A linear that becomes two, U of U'W, is taken as their product. Reads are folded into U'W; the change of a write is
     kept within what U puts out, so that U'W takes it up and U stays that of the plan.
 
+    Hidden channels that are gone are a gap everywhere: see ``channel_form``.
+
     In the end the whole is judged on the windows that were held back: where the healed model is no nearer to the dense
     one than the cut one (by the divergence of what they predict, see ``divergence``), the healing is refused.
 
@@ -80,6 +83,8 @@ def closed_form(
     """
     require_no_masks(plan, "healing")
     require_healable(anatomy, plan)
+    if channels_of(plan, anatomy):
+        return channel_form(model, anatomy, plan, source, progress)
     drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
     stack = stack_of(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
     stepper = Stepper(model, stack, list(batches_of(source, model)))

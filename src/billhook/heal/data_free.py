@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import is_conv, matrix
 from billhook.anatomy.types import Anatomy, Inner, Sublayer
-from billhook.heal.healing import Healing
+from billhook.heal.healing import Healing, require_no_channels
 from billhook.heal.reconstruct import gram_of_reads, reconstruction
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -39,6 +39,7 @@ def data_free(
     UDFC (arXiv 2308.07209), section 3, where every removed channel is a combination of the kept ones. Cost: k^3 / 3 for
     k kept neurons. Raises InputError where no MLP gets narrower.
     """
+    require_no_channels(plan, "healing without data")
     drops_of(plan, anatomy)  # checks it
     keeps = keeps_of(plan, anatomy)
     if not any(keep.inner == "neuron" for keep in keeps):

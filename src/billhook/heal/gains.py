@@ -15,7 +15,7 @@ from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.data import Windows
 from billhook.heal.divergence import HELD_BACK
 from billhook.heal.gaps import require_own_weights
-from billhook.heal.healing import UNTOUCHED, Healing, require_no_masks
+from billhook.heal.healing import UNTOUCHED, Healing, require_no_channels, require_no_masks
 from billhook.heal.judge import divergences
 from billhook.heal.writes import NOT_ADDED
 from billhook.measure.gates import Gates
@@ -54,6 +54,7 @@ def branch_gains(
     Raises InputError for fewer than two windows, where the loss is not finite, and as ``require_gains`` does.
     """
     require_no_masks(plan, "a gain")
+    require_no_channels(plan, "a gain")
     if isinstance(plan, Plan) and (plan.keeps or plan.factors):
         raise InputError("gains are of sublayers as they were; the plan makes some narrower or takes linears apart")
     require_own_weights(plan)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from billhook.anatomy.types import Anatomy, Block, Stack
-from billhook.heal.healing import require_no_masks
+from billhook.heal.healing import require_no_channels, require_no_masks
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -21,6 +21,7 @@ def whole_blocks(anatomy: Anatomy, plan: Plan | Iterable[Address], act: str) -> 
     """The stack and the numbers of its blocks that a plan drops. InputError if it drops anything but whole blocks of
     one stack."""
     require_no_masks(plan, act)
+    require_no_channels(plan, act)
     require_own_weights(plan)
     drops = sorted(drops_of(plan, anatomy))
     parts = [unit for unit in drops if unit.sublayer is not None]

@@ -73,6 +73,14 @@ def require_no_masks(plan: object, what: str) -> None:
         )
 
 
+def require_no_channels(plan: object, what: str) -> None:
+    """InputError for a plan that cuts hidden channels: two streams of one width are what is walked here."""
+    if isinstance(plan, Plan) and plan.channels:
+        raise InputError(
+            f"{what} takes plans that leave the stream as wide as it is; hidden channels go by closed-form"
+        )
+
+
 def put(model: nn.Module, name: str, tensor: Tensor, undo: Undo) -> None:
     """Exchange one parameter for another that holds ``tensor``, or give a linear the bias that it lacks."""
     path, _, leaf = name.rpartition(".")

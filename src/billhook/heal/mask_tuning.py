@@ -14,7 +14,7 @@ from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable, stack_of
 from billhook.heal.divergence import held_back
-from billhook.heal.healing import Healing, put
+from billhook.heal.healing import Healing, put, require_no_channels
 from billhook.heal.places import Place, places
 from billhook.heal.stepping import Stepper
 from billhook.heal.unit_scales import in_common, missed, scaled, solved
@@ -63,6 +63,7 @@ def mask_tuning(
     InputError as ``closed_form`` does, and for a plan that narrows nothing.
     """
     require_healable(anatomy, plan)
+    require_no_channels(plan, "tuning of masks")
     drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
     if not keeps:
         raise InputError(NOTHING)

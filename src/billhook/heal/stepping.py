@@ -40,6 +40,10 @@ class Batches:
         self._blocks = [model.get_submodule(block.path) for block in stack.blocks]
         self._tails: list[dict[int, Tail]] = [{} for _ in batches]  # what each block returned beside the stream
 
+    def like(self, other: Batches) -> None:
+        """Take what blocks return beside the stream from another model of the same blocks."""
+        self._tails = other._tails
+
     def enter(self, batch: int) -> Tensor:
         """The stream at the input of the first block [rows, tokens, hidden]."""
         seen: list[Tensor] = []

@@ -15,7 +15,7 @@ from billhook.anatomy import discover
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.heal.gaps import require_own_weights
-from billhook.heal.healing import Healing, healed
+from billhook.heal.healing import Healing, healed, require_no_channels
 from billhook.heal.kv_routing import Routes
 from billhook.heal.loop import Loop
 from billhook.heal.sharding import Shards, resting
@@ -69,6 +69,7 @@ def train(
     values to share where they are to be, and a launch that asks for what would not be done (see ``launch``).
     """
     require_own_weights(plan)
+    require_no_channels(plan, "training")
     stack = _stack(anatomy)
     drops = drops_of(plan, anatomy)
     ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 
 from billhook.plan.address import Address
+from billhook.plan.channels import channel_counts
 from billhook.plan.check import normalise
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
-from billhook.plan.plan import Factorise, Keep
+from billhook.plan.plan import Factorise, HiddenChannels, Keep
 from billhook.plan.record import Quantity
 
 Costs = dict[str, float]
@@ -48,6 +49,7 @@ class CostModel:
 
     def __init__(self, outline: Outline, *, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS) -> None:
         self.outline = outline
+        self._workload = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
         self._prompt, self._new = prompt_tokens, max(new_tokens, 1)
         self._source = next((s.hidden_size for s in outline.stacks if not s.causal), 0)
         crossed = any(_crosses(stack) for stack in outline.stacks)
@@ -69,9 +71,12 @@ class CostModel:
         keeps: Iterable[Keep] = (),
         zeros: Mapping[Address, int] | None = None,
         factors: Iterable[Factorise] = (),
+        channels: Iterable[HiddenChannels] = (),
     ) -> Costs:
-        """The costs with these units dropped, these sublayers narrowed, these linears in two parts, and so many
-        ``zeros`` in the sublayers that stay."""
+        """The costs with these units dropped, these sublayers narrowed, these linears in two parts, these streams
+        narrower, and so many ``zeros`` in the sublayers that stay."""
+        if left := channel_counts(channels):
+            return CostModel(self.outline.thinned(left), **self._workload).of(drops, keeps, zeros, factors)
         costs = self.dense
         for unit in sorted(normalise(drops, self.outline)):
             costs = _plus(costs, self._shares[unit], -1)
@@ -142,14 +147,15 @@ def cost(
     keeps: Iterable[Keep] = (),
     zeros: Mapping[Address, int] | None = None,
     factors: Iterable[Factorise] = (),
+    channels: Iterable[HiddenChannels] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
 ) -> Costs:
-    """Every kind of cost of a model with these units dropped, these sublayers narrowed and these linears in two parts;
-    see CostModel for what is counted."""
+    """Every kind of cost of a model with these units dropped, these sublayers narrowed, these linears in two parts and
+    these streams narrower; see CostModel for what is counted."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    return model.of(drops, keeps, zeros, factors)
+    return model.of(drops, keeps, zeros, factors, channels)
 
 
 def quantities(
@@ -159,6 +165,7 @@ def quantities(
     zeros: Mapping[Address, int] | None = None,
     factors: Iterable[Factorise] = (),
     again: Iterable[Address] = (),
+    channels: Iterable[HiddenChannels] = (),
     *,
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
@@ -166,11 +173,11 @@ def quantities(
     """The costs before and after, for the record of a run. ``again``: blocks that run once more with the same weights
     (named as often as that). They save nothing of FLOPs, cache and blocks, and cost no parameters and no bytes."""
     model = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    drops, keeps, factors = frozenset(drops), tuple(keeps), tuple(factors)
-    after = left = model.of(drops, keeps, zeros, factors)
+    drops, keeps, factors, channels = frozenset(drops), tuple(keeps), tuple(factors), tuple(channels)
+    after = left = model.of(drops, keeps, zeros, factors, channels)
     for block in again:
         own = tuple(factor for factor in factors if factor.unit.parent != block)
-        without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, own)
+        without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, own, channels)
         after = {k: cost + (left[k] - without[k] if k in _RUN else 0.0) for k, cost in after.items()}
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from billhook.plan.address import Address
+from billhook.plan.channels import check_channels
 from billhook.plan.errors import InputError
 from billhook.plan.masks import check_masks
 from billhook.plan.outline import Outline
@@ -64,6 +65,7 @@ def check(plan: Plan, outline: Outline) -> None:
     check_keeps(plan, drops, outline)
     check_masks(plan, drops, outline)
     check_factors(plan, drops, outline)
+    check_channels(plan, outline)
     for stack in outline.stacks:
         first = Address(stack.name, survivors(drops, outline, stack.name)[0], "attention")
         if plan.target is Target.DECI and first in drops:  # the blocks before it are gone, so it comes first

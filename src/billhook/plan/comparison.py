@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Factorise, Keep, Plan, Sparsify
+from billhook.plan.plan import Factorise, HiddenChannels, Keep, Plan, Sparsify
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
@@ -18,8 +18,8 @@ class _Record(BaseModel):
 
 
 class Entry(_Record):
-    """One recipe at one budget: what it dropped, kept in part, made sparse, took apart or had share weights
-    (``schedule``), what finding that took, and how well the model works without it.
+    """One recipe at one budget: what it dropped, kept in part, made sparse, took apart, which ``channels`` of a stream
+    it kept, or had share weights (``schedule``), what finding that took, and how well the model works without it.
 
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
     ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
@@ -38,6 +38,7 @@ class Entry(_Record):
     keeps: tuple[Keep, ...] = ()
     sparsities: tuple[Sparsify, ...] = ()
     factors: tuple[Factorise, ...] = ()
+    channels: tuple[HiddenChannels, ...] = ()
     schedule: Schedule | None = None
     realised: dict[str, float] = {}
     work: int = 0
@@ -49,7 +50,9 @@ class Entry(_Record):
 
     @property
     def plan(self) -> Plan:
-        return Plan.of(self.drops, self.target, self.keeps).model_copy(update={"schedule": self.schedule})
+        return Plan.of(self.drops, self.target, self.keeps, channels=self.channels).model_copy(
+            update={"schedule": self.schedule}
+        )
 
     @property
     def judged(self) -> tuple[TextEvidence, ...]:

@@ -25,7 +25,8 @@ class InnerOutline(_Record):
     only its share of the router), its query heads, its heads in the cache, the cached values per token that are its
     own. ``key`` names the config value that states the size (``config.intermediate_size``), ``amount`` a unit; empty
     where no config value can say it. Where ``divides`` is not 0 that value must divide it. At least ``least`` units
-    must stay, of each of ``parts`` equal runs as many as of the others.
+    must stay, of each of ``parts`` equal runs as many as of the others. ``channel_params`` and ``channel_active`` are
+    how many parameters, and of those that a token multiplies with, a unit has for each channel of the residual stream.
     """
 
     count: int
@@ -39,6 +40,17 @@ class InnerOutline(_Record):
     divides: int = 0
     least: int = 1
     parts: int = 1
+    channel_params: int = 0
+    channel_active: int = 0
+
+    def thinned(self, gone: int) -> InnerOutline:
+        """The same unit with so many channels of the residual stream gone."""
+        return self.model_copy(
+            update={
+                "params": self.params - gone * self.channel_params,
+                "active_params": self.active_params - gone * self.channel_active,
+            }
+        )
 
 
 class LinearOutline(_Record):
@@ -69,7 +81,8 @@ class SublayerOutline(_Record):
     ``active_params`` counts the weights that one token multiplies with: below ``params`` for mixture-of-experts.
     ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the number of cached values
     per token (keys and values together). ``inner`` are the units that can be cut from it, by kind; ``rigid`` says why
-    there are none. ``linears`` are those that can be taken apart, by their path in the block.
+    there are none. ``linears`` are those that can be taken apart, by their path in the block. ``channel_params`` and
+    ``channel_active`` are counted for each channel of the residual stream.
     """
 
     params: int
@@ -86,6 +99,19 @@ class SublayerOutline(_Record):
     inner: dict[str, InnerOutline] = {}
     rigid: str = ""
     linears: dict[str, LinearOutline] = {}
+    channel_params: int = 0
+    channel_active: int = 0
+
+    def thinned(self, gone: int) -> SublayerOutline:
+        """The same sublayer with so many channels of the residual stream gone."""
+        return self.model_copy(
+            update={
+                "params": self.params - gone * self.channel_params,
+                "active_params": self.active_params - gone * self.channel_active,
+                "inner": {kind: unit.thinned(gone) for kind, unit in self.inner.items()},
+                "linears": {},
+            }
+        )
 
     def factorised(self, linear: str, rank: int) -> SublayerOutline:
         """The same sublayer with one of its linears in two, ``rank`` wide in between."""
@@ -103,6 +129,8 @@ class SublayerOutline(_Record):
             update={
                 "params": self.params - gone * unit.params,
                 "active_params": self.active_params - gone * unit.active_params,
+                "channel_params": self.channel_params - gone * unit.channel_params,
+                "channel_active": self.channel_active - gone * unit.channel_active,
                 "heads": self.heads - gone * unit.heads,
                 "kv_heads": self.kv_heads - gone * unit.kv_heads,
                 "cache_width": self.cache_width - gone * unit.cache_width,
@@ -114,10 +142,18 @@ class SublayerOutline(_Record):
 
 class BlockOutline(_Record):
     """One block: its sublayers in order of execution, and the parameters that belong to no single one of them
-    (norms on the stream itself, or shared by both sublayers)."""
+    (norms on the stream itself, or shared by both sublayers); ``rest_channel_params`` of those are for each channel of
+    the stream."""
 
     sublayers: dict[str, SublayerOutline]
     rest_params: int = 0
+    rest_channel_params: int = 0
+
+    def thinned(self, gone: int) -> BlockOutline:
+        """The same block with so many channels of the residual stream gone."""
+        sublayers = {kind: part.thinned(gone) for kind, part in self.sublayers.items()}
+        rest = self.rest_params - gone * self.rest_channel_params
+        return self.model_copy(update={"sublayers": sublayers, "rest_params": rest})
 
     @property
     def params(self) -> int:
@@ -125,10 +161,15 @@ class BlockOutline(_Record):
 
 
 class StackOutline(_Record):
+    """A stack of blocks on one residual stream. Of its channels ``channel_multiple`` says what the number left must be
+    a multiple of; 0 where none can go, for the reason ``rigid``."""
+
     name: str
     hidden_size: int
     causal: bool
     blocks: tuple[BlockOutline, ...]
+    channel_multiple: int = 0
+    rigid: str = ""
 
 
 class Outline(_Record):
@@ -138,6 +179,7 @@ class Outline(_Record):
     ``head_params`` those that each produced token multiplies with; ``bytes_per_param`` is that of the stored dtype.
     ``refused`` maps a target to the reason why no plan for it can be carried by this family; ``pinned`` maps an address
     that cannot be dropped to the reason why; ``not_shorter`` maps a stack to the one it must be at least as long as.
+    ``other_channel_params`` and ``head_channel_params`` are counted for each channel of the residual stream.
     """
 
     family: str
@@ -148,6 +190,8 @@ class Outline(_Record):
     refused: dict[Target, str] = {}
     pinned: dict[str, str] = {}
     not_shorter: dict[str, str] = {}
+    other_channel_params: int = 0
+    head_channel_params: int = 0
 
     @property
     def block_params(self) -> int:
@@ -164,6 +208,23 @@ class Outline(_Record):
             stacks[address.stack][address.block] = block.model_copy(update={"sublayers": parts})
         drawn = (stack.model_copy(update={"blocks": tuple(stacks[stack.name])}) for stack in self.stacks)
         return self.model_copy(update={"stacks": tuple(drawn)})
+
+    def thinned(self, channels: Mapping[str, int]) -> Outline:
+        """The outline of the model in which the residual streams of these stacks have only so many channels."""
+        stacks, gone = [], 0
+        for stack in self.stacks:
+            fewer = stack.hidden_size - channels.get(stack.name, stack.hidden_size)
+            gone += fewer
+            blocks = tuple(block.thinned(fewer) for block in stack.blocks) if fewer else stack.blocks
+            hidden = stack.hidden_size - fewer
+            stacks.append(stack.model_copy(update={"blocks": blocks, "hidden_size": hidden}))
+        return self.model_copy(
+            update={
+                "stacks": tuple(stacks),
+                "other_params": self.other_params - gone * self.other_channel_params,
+                "head_params": self.head_params - gone * self.head_channel_params,
+            }
+        )
 
     def experts_share(self, unit: Address) -> float:
         """What share of the weights that a token multiplies with in a mixture belongs to the experts picked for it."""

@@ -35,6 +35,7 @@ AddressField = Annotated[
 
 
 SCHEMA_VERSION: Final = 1
+_KINDS = ("drop", "keep", "sparsify", "factorise", "channels")
 
 
 class _Record(BaseModel):
@@ -102,13 +103,23 @@ class Factorise(_Record):
         return f"{self.unit}/{self.linear}/basis"
 
 
+class HiddenChannels(_Record):
+    """Keep these channels of a stack's residual stream and remove the others from everything that reads or writes it:
+    the model has a smaller hidden size. ``indices`` count in the original model, in rising order; see ``Keep``."""
+
+    kind: Literal["channels"] = "channels"
+    stack: Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
+    indices: IndicesField
+
+
 def _edit_kind(value: object) -> object:
     """Edits of the first plans may lack ``kind``: they are drops."""
     return {"kind": "drop", **value} if isinstance(value, dict) else value
 
 
 Edit = Annotated[
-    Annotated[Drop | Keep | Sparsify | Factorise, Field(discriminator="kind")], BeforeValidator(_edit_kind)
+    Annotated[Drop | Keep | Sparsify | Factorise | HiddenChannels, Field(discriminator="kind")],
+    BeforeValidator(_edit_kind),
 ]
 
 
@@ -142,14 +153,16 @@ class Plan(_Record):
         keeps: Iterable[Keep] = (),
         sparsities: Iterable[Sparsify] = (),
         arrays: Arrays | None = None,
+        channels: Iterable[HiddenChannels] = (),
     ) -> Self:
-        """A plan that drops the given units, narrows others by ``keeps`` and makes some sparse, in order of address,
-        drops first. ``arrays`` are those that its edits name."""
+        """A plan that drops the given units, narrows others by ``keeps``, makes some sparse and streams narrower by
+        ``channels``, in order of address, drops first. ``arrays`` are those that its edits name."""
         addresses = {Address.parse(u) if isinstance(u, str) else u for u in units}
         drops = tuple(Drop(unit=a) for a in sorted(addresses))
         narrow = sorted(keeps, key=lambda keep: (keep.unit, keep.inner))
         sparse = sorted(sparsities, key=lambda edit: edit.unit)
-        return cls(target=target, edits=(*drops, *narrow, *sparse), arrays=arrays or Arrays())
+        thin = sorted(channels, key=lambda edit: edit.stack)
+        return cls(target=target, edits=(*drops, *narrow, *sparse, *thin), arrays=arrays or Arrays())
 
     @property
     def drops(self) -> frozenset[Address]:
@@ -165,6 +178,11 @@ class Plan(_Record):
     def sparsities(self) -> tuple[Sparsify, ...]:
         """The sublayers that lose single weights."""
         return tuple(edit for edit in self.edits if isinstance(edit, Sparsify))
+
+    @property
+    def channels(self) -> tuple[HiddenChannels, ...]:
+        """The residual streams that get narrower."""
+        return tuple(edit for edit in self.edits if isinstance(edit, HiddenChannels))
 
     def factorised(self, bases: Mapping[Factorise, NDArray[Any]]) -> Self:
         """The same plan with these linears in two as well, each by its basis."""
@@ -226,10 +244,7 @@ class Plan(_Record):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            place = (
-                ".".join(str(part) for part in first["loc"] if part not in ("drop", "keep", "sparsify", "factorise"))
-                or "the top level"
-            )
+            place = ".".join(str(part) for part in first["loc"] if part not in _KINDS) or "the top level"
             reason = first["msg"].removeprefix("Value error, ")
             raise InputError(f"{name} is not a valid plan: {place}: {reason}") from error
 

@@ -313,6 +313,7 @@ def _searched(
             "keeps": choice.keeps,
             "sparsities": choice.sparsities,
             "factors": plan.factors,
+            "channels": plan.channels,
             "schedule": choice.schedule,
             "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             "work": choice.found.work,

@@ -119,6 +119,8 @@ def compress(
         raise InputError(f"--heal {way} makes up for units inside sublayers, and recipe {chosen.name} takes none away")
     if way == "bias" and aim in (Target.UNIFORM, Target.DECI):
         raise InputError(f"--heal bias gives linears a bias of their own, which target {aim} cannot carry")
+    if chosen.unit == "channel" and way not in ("none", "closed-form"):
+        raise InputError(f"recipe {chosen.name} cuts hidden channels, which --heal {way} knows nothing of")
     if chosen.unit == "linear" and way in TRAINED:
         raise InputError(
             f"recipe {chosen.name} leaves linears in two parts, which --heal {way} cannot train; take closed-form"

@@ -19,10 +19,11 @@ def costs_of(plan: Plan, outline: Outline, zeros: Mapping[Address, int] | None =
     if zeros is None:
         zeros = {edit.unit: sum(edit.zeros.values()) for edit in plan.sparsities}
     if plan.schedule is None:
-        return quantities(outline, normalise(plan.drops, outline), plan.keeps, zeros, plan.factors)
+        drops = normalise(plan.drops, outline)
+        return quantities(outline, drops, plan.keeps, zeros, plan.factors, channels=plan.channels)
     found = orders(plan, outline)
     drops = normalise(plan.drops | plan.schedule.skips() | unvisited(found, outline), outline)
     again = [
         Address(name, block) for name, order in found.items() for i, block in enumerate(order) if block in order[:i]
     ]
-    return quantities(outline, drops, plan.keeps, zeros, plan.factors, again)
+    return quantities(outline, drops, plan.keeps, zeros, plan.factors, again, plan.channels)

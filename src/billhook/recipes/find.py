@@ -20,10 +20,11 @@ from billhook.plan.arrays import Arrays
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import Keep, Plan, Sparsify
+from billhook.plan.plan import HiddenChannels, Keep, Plan, Sparsify
 from billhook.plan.record import SearchRecord
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
+from billhook.recipes.channels import choose_channels
 from billhook.recipes.flattening import paired, require_flattening
 from billhook.recipes.learned import learned
 from billhook.recipes.opened import Opened, versions
@@ -42,6 +43,7 @@ from billhook.recipes.schema import (
     Sampled,
     Span,
     SparseTraining,
+    Thinned,
     Trained,
     Widths,
 )
@@ -50,6 +52,7 @@ from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin
 from billhook.recipes.widths import drive, narrow
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.channels import ChannelProblem, pose_channels
 from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.sparsity import WeightProblem, pose_weights
 from billhook.search.width import WidthProblem, pose_width
@@ -77,9 +80,9 @@ BASELINES: dict[str, Callable[..., Found]] = {
 @dataclass(frozen=True)
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
-    ``keeps`` of the sublayers that get narrower, ``sparsities`` of those that lose single weights, with their
-    ``arrays``, ``bases`` of the linears that become two, and the ``schedule`` by which blocks run with the weights of
-    others (those are not among the drops); ``healing``: new weights that came with the choice."""
+    ``keeps`` of the sublayers that get narrower, ``channels`` of the stream, ``sparsities`` of those that lose single
+    weights, with their ``arrays``, ``bases`` of the linears that become two, and the ``schedule`` by which blocks run
+    with the weights of others (those are not among the drops); ``healing``: new weights that came with the choice."""
 
     found: Found
     record: SearchRecord
@@ -90,20 +93,24 @@ class Choice:
     bases: Bases = field(default_factory=dict)
     schedule: Schedule | None = None
     healing: Healing | None = field(default=None, compare=False)
+    channels: tuple[HiddenChannels, ...] = ()
 
     def plan(self, target: Target) -> Plan:
         """What the recipe found, as a plan."""
-        whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays)
+        whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays, self.channels)
         return whole.factorised(self.bases).model_copy(update={"schedule": self.schedule})
 
 
-Task = Problem | WidthProblem | WeightProblem | RankProblem
+Task = Problem | WidthProblem | WeightProblem | RankProblem | ChannelProblem
 
 
 def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -> Task:
     """The task that a recipe solves, for the decoder. InputError where it has no solution."""
     if isinstance(recipe.choice, Masks | LearnedMasks | SparseTraining):
         return pose_weights(outline, budget)
+    if recipe.unit == "channel":
+        multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Thinned) else 1
+        return pose_channels(outline, budget, target, stack="decoder", multiple_of=multiple)
     if recipe.wide:
         multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Widths) else 1
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
@@ -149,6 +156,10 @@ def find(
         return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
         return _narrowed(recipe, model, problem, windows, seen, seed, progress)
+    if isinstance(problem, ChannelProblem):
+        edit, record, importance = choose_channels(recipe, model, problem, windows, seed=seed, progress=progress)
+        nothing = Found(frozenset(), record.steps, record.work, 0)
+        return Choice(nothing, record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
         bases, record, importance = take_apart(recipe, model, problem, windows, progress=progress)
         return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, bases=bases)

@@ -54,7 +54,7 @@ from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINI
 from billhook.surgery import apply
 from billhook.surgery.biases import note_biases
 from billhook.surgery.factorise import factors_of
-from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.live import channels_of, drops_of, keeps_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -191,6 +191,8 @@ def heal(
 
 def require_units(method: str, plan: Plan) -> None:
     """InputError where there is nothing that a way to heal could take hold of."""
+    if plan.channels and method != "closed-form":
+        raise InputError(f"the plan cuts hidden channels, which {method} knows nothing of; use closed-form")
     if method in ("scales", "bias", "data-free") and not plan.keeps:
         raise InputError(NOTHING)
     if method == "bias" and plan.target in (Target.UNIFORM, Target.DECI):
@@ -210,7 +212,8 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     changed = (key for key in new if key in more or not torch.equal(old[key], new[key]))
     found = {names[key]: new[key].detach() for key in changed}
     found = rejoined(model.model, factors, found)
-    return Healing(whole(model.model, model.anatomy, keeps_of(plan, model.anatomy), found), (), {}, 0, 0)
+    keeps, channels = keeps_of(plan, model.anatomy), channels_of(plan, model.anatomy)
+    return Healing(whole(model.model, model.anatomy, keeps, found, channels), (), {}, 0, 0)
 
 
 def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:

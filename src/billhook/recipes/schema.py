@@ -268,6 +268,14 @@ class Ranks(_Words):
     allocation: Spread
 
 
+class Thinned(_Words):
+    """Make the residual stream itself narrower: its least important hidden channels go from the whole model, as many as
+    the budget asks for. The number left is a ``multiple_of`` this, and of what the model's config takes."""
+
+    word: Literal["channels"]
+    multiple_of: Annotated[int, Field(ge=1)] = 1
+
+
 class BiMask(_Words):
     """Importance of units and widths of sublayers learned at once for so many ``steps``, by a mask that goes over from
     the one to the other; then the units that the mask lets through least go."""
@@ -311,7 +319,7 @@ class Recipe(_Words):
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
     title: Line
     paper: Paper | None = None
-    unit: Literal[Unit, InnerUnit, "weight", "linear"]
+    unit: Literal[Unit, InnerUnit, "weight", "linear", "channel"]
     score: Score | None = None
     objective: Kind | None = None
     choice: Annotated[
@@ -332,6 +340,7 @@ class Recipe(_Words):
         | Ranks
         | RestoredSpan
         | Graded
+        | Thinned
         | Baseline,
         Field(discriminator="word"),
     ]
@@ -343,8 +352,17 @@ class Recipe(_Words):
     def _fits_together(self) -> Self:
         if self.choice.word == "widths" and self.score is None:
             raise ValueError("widths need a score")
-        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths")):
+        if self.choice.word == "channels" and self.score is None:
+            raise ValueError("channels need a score")
+        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths", "channels")):
             raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
+        thin = self.choice.word == "channels"
+        if (self.unit == "channel") != thin and not (self.unit == "channel" and self.choice.word in BLIND_WIDTHS):
+            raise ValueError("hidden channels go with the choices channels, random and evenly-spaced")
+        if self.unit == "channel" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
+            raise ValueError("hidden channels are healed in closed form, or not")
+        if self.score is not None and (named(self.score.word).needs == "stream") != (self.unit == "channel"):
+            raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
         learned = isinstance(self.choice, Trained | Sampled | Bandit)
         if (self.unit == "weight") != isinstance(self.choice, Masks | LearnedMasks | SparseTraining):
             raise ValueError(
@@ -429,9 +447,9 @@ class Recipe(_Words):
     @property
     def aim(self) -> Target:
         """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
-        each mixture, or only single weights."""
+        each mixture, or hidden channels, or only single weights."""
         alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
-        whole = self.unit in ("block", "weight") and self.act != "share"
+        whole = self.unit in ("block", "weight", "channel") and self.act != "share"
         return Target.UNIFORM if whole or alike else Target.REMOTE
 
     @property

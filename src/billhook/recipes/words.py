@@ -35,6 +35,7 @@ from billhook.recipes.schema import (
     Sampled,
     Score,
     Screen,
+    Thinned,
     Trained,
     Widths,
 )
@@ -63,6 +64,7 @@ UNITS = {
     "width": "The neurons of MLPs and the key-value groups of attentions.",
     "expert": "An expert of a mixture.",
     "weight": "A single weight of a linear.",
+    "channel": "A hidden channel of the residual stream, in all that reads or writes it.",
     "linear": "A direction of a linear, which becomes two of lower rank.",
 }
 KEPT_LOW: dict[Kind, str] = {
@@ -140,6 +142,8 @@ def passes(recipe: Recipe) -> str:
     rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"
     if rests_on == "damage":
         return "½ a unit"
+    if isinstance(recipe.choice, Thinned):
+        return "1"
     if not isinstance(recipe.choice, Widths):
         return str(TRACE)
     if rests_on == "knockouts":

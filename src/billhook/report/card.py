@@ -48,9 +48,9 @@ def _front(run: Run) -> dict[str, object]:
         front["pipeline_tag"] = "text-generation"
     if run.returned:
         return front | {"tags": ["billhook", "restored", f"target-{run.plan.target}"]}
-    edited = run.plan.keeps or run.plan.sparsities or run.plan.factors or run.plan.schedule
+    edited = run.plan.keeps or run.plan.channels or run.plan.sparsities or run.plan.factors or run.plan.schedule
     ways = ["depth-pruning"] if run.plan.drops or not edited else []
-    ways += ["width-pruning"] if run.plan.keeps else []
+    ways += ["width-pruning"] if run.plan.keeps or run.plan.channels else []
     ways += sorted({f"sparsity-{edit.pattern.replace(':', '-')}" for edit in run.plan.sparsities})
     ways += ["low-rank"] if run.plan.factors else []
     ways += ["weight-sharing"] if tied(run) else []

@@ -146,7 +146,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 cuts=(
                     *entry.drops,
                     *_tied(entry, comparison),
-                    *narrower(entry.keeps, entry.sparsities, entry.factors),
+                    *narrower(entry.keeps, entry.sparsities, entry.factors, entry.channels),
                 ),
                 on_front=entry in best,
             )
@@ -159,7 +159,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
 def _grids(comparison: Comparison, entries: Sequence[Entry]) -> list[Grid]:
     """A grid for each stack in which something is cut."""
     drops = [normalise(map(Address.parse, entry.drops), comparison.outline) for entry in entries]
-    lefts = [left_of(comparison.outline, entry.keeps, entry.sparsities, entry.factors) for entry in entries]
+    lefts = [left_of(comparison.outline, e.keeps, e.sparsities, e.factors, e.channels) for e in entries]
     tied = [shared(entry.plan, comparison.outline) for entry in entries]
     touched = {unit.stack for units in (*drops, *lefts, *tied) for unit in units}
     grids = []

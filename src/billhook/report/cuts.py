@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import Outline, StackOutline
-from billhook.plan.plan import Factorise, Keep, Plan, Sparsify
+from billhook.plan.plan import Factorise, HiddenChannels, Keep, Plan, Sparsify
 from billhook.plan.record import Run
 from billhook.plan.target import Target
 from billhook.plan.visits import orders, repeated, shared, unvisited
@@ -84,7 +84,15 @@ def summary(run: Run) -> list[tuple[str, str]]:
         ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
-    return [*gone, *flattened(run), *sharing(run.plan, run.outline), *widths(run), *zeros(run), *ranks(run)]
+    return [
+        *gone,
+        *flattened(run),
+        *sharing(run.plan, run.outline),
+        *widths(run),
+        *thinned(run),
+        *zeros(run),
+        *ranks(run),
+    ]
 
 
 def flattened(run: Run) -> list[tuple[str, str]]:
@@ -158,6 +166,19 @@ def widths(run: Run) -> list[tuple[str, str]]:
     return found
 
 
+def thinned(run: Run) -> list[tuple[str, str]]:
+    """``("hidden channels", "459 of 576 kept, in all that reads or writes the stream")``."""
+    several = len(run.outline.stacks) > 1
+    return [
+        (
+            f"hidden channels{f' of {edit.stack}' if several else ''}",
+            f"{len(edit.indices):,} of {run.outline.stack(edit.stack).hidden_size:,} kept, "
+            f"in all that reads or writes the stream",
+        )
+        for edit in run.plan.channels
+    ]
+
+
 def zeros(run: Run) -> list[tuple[str, str]]:
     """``("weights of blocks", "0–29: 53,084,160 of 106,168,320 set to zero, 2:4")``, one line a stack and pattern."""
     sublayers = dict(run.outline.sublayers())
@@ -174,12 +195,18 @@ def zeros(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def narrower(keeps: Iterable[Keep], sparsities: Iterable[Sparsify], factors: Iterable[Factorise]) -> list[str]:
+def narrower(
+    keeps: Iterable[Keep],
+    sparsities: Iterable[Sparsify],
+    factors: Iterable[Factorise],
+    channels: Iterable[HiddenChannels] = (),
+) -> list[str]:
     """``decoder.3.mlp: 1,098 neurons kept``, one a keep; ``decoder.3.mlp: 1,327,104 weights zero``; ``decoder.3.mlp:
-    mlp.up_proj of rank 220``, one a linear."""
+    mlp.up_proj of rank 220``, one a linear; ``decoder: 459 hidden channels kept``."""
     kept = [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
     sparse = [f"{edit.unit}: {_zeros(edit):,} weights zero" for edit in sparsities]
-    return [*kept, *sparse, *(f"{edit.unit}: {edit.linear} of rank {edit.rank:,}" for edit in factors)]
+    thin = [f"{edit.stack}: {len(edit.indices):,} hidden channels kept" for edit in channels]
+    return [*kept, *thin, *sparse, *(f"{edit.unit}: {edit.linear} of rank {edit.rank:,}" for edit in factors)]
 
 
 def _zeros(edit: Sparsify) -> int:
@@ -187,15 +214,22 @@ def _zeros(edit: Sparsify) -> int:
 
 
 def left_of(
-    outline: Outline, keeps: Iterable[Keep], sparsities: Iterable[Sparsify], factors: Iterable[Factorise]
+    outline: Outline,
+    keeps: Iterable[Keep],
+    sparsities: Iterable[Sparsify],
+    factors: Iterable[Factorise],
+    channels: Iterable[HiddenChannels] = (),
 ) -> dict[Address, float]:
-    """Percent of its parameters that a sublayer keeps, of those that get narrower or lose rank; of those that only lose
-    single weights, how many are not zero."""
+    """Percent of its parameters that a sublayer keeps, of those that get narrower, lose rank or read a narrower stream;
+    of those that only lose single weights, how many are not zero."""
     sublayers = dict(outline.sublayers())
     nonzero = {e.unit: round(100 * (1 - _zeros(e) / max(sublayers[e.unit].params, 1)), 1) for e in sparsities}
     left = {k.unit: sublayers[k.unit].narrowed(k.inner, len(k.indices)) for k in keeps}
     for edit in factors:
         left[edit.unit] = left.get(edit.unit, sublayers[edit.unit]).factorised(edit.linear, edit.rank)
+    for stack in channels:
+        gone = outline.stack(stack.stack).hidden_size - len(stack.indices)
+        left |= {a: left.get(a, whole).thinned(gone) for a, whole in sublayers.items() if a.stack == stack.stack}
     return nonzero | {unit: round(100 * now.params / sublayers[unit].params, 1) for unit, now in left.items()}
 
 
@@ -207,6 +241,8 @@ def _lost(run: Run) -> list[tuple[str, int]]:
         found[keep.inner] += sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
     for edit in run.plan.sparsities:
         found["weight"] += _zeros(edit)
+    for thin in run.plan.channels:
+        found["hidden channel"] += run.outline.stack(thin.stack).hidden_size - len(thin.indices)
     return [(UNITS.get(kind, kind), number) for kind, number in sorted(found.items())]
 
 
@@ -249,7 +285,7 @@ def ranks_lost(run: Run) -> int:
 def columns(run: Run) -> list[Column]:
     """The model as drawn: one column a stack."""
     drops = dropped(run)
-    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities, run.plan.factors)
+    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities, run.plan.factors, run.plan.channels)
     tied = shared(run.plan, run.outline)
     return [_column(stack, drops, lefts, tied) for stack in run.outline.stacks]
 

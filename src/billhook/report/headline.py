@@ -105,7 +105,8 @@ def _returned(run: Run, returned: Returned) -> str:
 
 def _only_sparse(run: Run) -> bool:
     """Whether nothing was taken out: single weights are zero."""
-    return bool(run.plan.sparsities) and not (run.plan.drops or run.plan.keeps or run.plan.factors or run.plan.schedule)
+    plan = run.plan
+    return bool(plan.sparsities) and not (plan.drops or plan.keeps or plan.channels or plan.factors or plan.schedule)
 
 
 def furthest(evidence: tuple[TextEvidence, ...]) -> TextEvidence | None:

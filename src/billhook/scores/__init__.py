@@ -16,6 +16,7 @@ from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activa
 from billhook.scores.position_weighted import position_weighted
 from billhook.scores.registry import SCORES, InnerUnit, Score, Unit, named, score
 from billhook.scores.routing_frequency import routing_frequency
+from billhook.scores.stream import stream_activation, stream_reads
 from billhook.scores.taylor import fisher, taylor
 from billhook.scores.update_norm import update_norm
 from billhook.scores.wanda import wanda_structured
@@ -42,6 +43,8 @@ __all__ = [
     "position_weighted",
     "routing_frequency",
     "score",
+    "stream_activation",
+    "stream_reads",
     "taylor",
     "update_norm",
     "wanda_structured",

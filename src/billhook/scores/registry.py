@@ -18,9 +18,11 @@ from billhook.plan.errors import InputError
 
 Unit = Literal["block", "sublayer", "attention", "cross_attention", "mlp"]
 InnerUnit = Literal["neuron", "group", "width", "expert"]
-Needs = Literal["change", "angular", "damage", "weights", "channels", "slopes", "routing", "knockouts", "adapters"]
+Needs = Literal[
+    "change", "angular", "damage", "weights", "channels", "slopes", "routing", "knockouts", "adapters", "stream"
+]
 WIDE = ("weights", "channels", "slopes", "routing", "knockouts", "adapters")
-Function = Callable[..., Mapping[Address, Any]]
+Function = Callable[..., Mapping[Any, Any]]
 
 SCORES: dict[str, Score] = {}
 
@@ -34,7 +36,8 @@ class Score:
     needs the ``weights`` alone, or what the write linears are given as well (``channels``), or ``slopes`` (its
     parameter ``answer`` names of what); one of experts needs what routers say (``routing``); others
     what each unit alone does (``knockouts``) or what ``adapters`` tell of weights. A figure may be infinite:
-    that unit is unknown and nothing drops it."""
+    that unit is unknown and nothing drops it. One of hidden channels (``stream``) looks at a ``StreamTrace`` and gives
+    a tensor for each stack, one figure a channel."""
 
     name: str
     function: Function
@@ -66,7 +69,7 @@ class Score:
     def statistics(self, **parameters: Any) -> frozenset[Statistic]:
         """What ``measure.trace`` must take for this score with these parameters; nothing for damage and for width."""
         chosen = self.check(parameters)
-        if self.needs == "damage" or self.wide:
+        if self.needs in ("damage", "stream") or self.wide:
             return frozenset()
         if self.needs == "angular":
             return frozenset({"angular"})

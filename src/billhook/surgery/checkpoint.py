@@ -24,13 +24,13 @@ from billhook.plan.visits import Orders
 from billhook.surgery.apply import apply
 from billhook.surgery.factorise import Factor, factors_of
 from billhook.surgery.form import Form, form_after, write_form
-from billhook.surgery.live import drops_of, keeps_of, orders_of
+from billhook.surgery.live import channels_of, drops_of, keeps_of, orders_of
 from billhook.surgery.masks import masks_of, zeros_left
 from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
 from billhook.surgery.shards import Headers, read_header, write_shard
 from billhook.surgery.sharing import shared_after
-from billhook.surgery.slices import narrowed
+from billhook.surgery.slices import narrowed, on_stream
 from billhook.surgery.split import split, split_names
 from billhook.surgery.thinning import thinned
 
@@ -85,6 +85,7 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         moves = moved(live, anatomy, drops, order)
         _account(moves, dense, small, anatomy, drops, order, factors)
         headers, moves = narrowed(thinned(headers, live, dense, masks), moves, live, dense, anatomy, keeps)
+        headers = on_stream(headers, live, dense, anatomy, channels_of(plan, anatomy))
         _write(folder, *split(headers, moves, live, dense, factors))
         _write_config(small.config, folder)
         copy_extras(source, folder)

@@ -12,13 +12,15 @@ from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.undo import Undo
 from billhook.anatomy.visits import require_sharable, visit
 from billhook.plan.address import Address
+from billhook.plan.channels import thinning
 from billhook.plan.check import check, normalise, survivors
-from billhook.plan.plan import Drop, Keep, Plan
+from billhook.plan.plan import Drop, HiddenChannels, Keep, Plan
 from billhook.plan.visits import Orders, orders, unvisited
 from billhook.plan.widths import narrowing
 from billhook.surgery.factorise import Factor, factorise
 from billhook.surgery.masks import Masks, put_masks
 from billhook.surgery.narrow import narrow, state
+from billhook.surgery.thin import thin
 
 
 def drops_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> frozenset[Address]:
@@ -39,6 +41,11 @@ def keeps_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[Keep, ..
     return narrowing(plan.keeps, anatomy.outline) if isinstance(plan, Plan) else ()
 
 
+def channels_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> tuple[HiddenChannels, ...]:
+    """The streams that a (checked) plan makes narrower."""
+    return thinning(plan.channels, anatomy.outline) if isinstance(plan, Plan) else ()
+
+
 def orders_of(plan: Plan | Iterable[Address], anatomy: Anatomy) -> Orders:
     """Which blocks of each stack run, in order, by a (checked) plan."""
     return orders(plan if isinstance(plan, Plan) else Plan.of(plan), anatomy.outline)
@@ -53,6 +60,7 @@ def cut(
     undo: Undo,
     orders: Orders,
     factors: tuple[Factor, ...] = (),
+    channels: tuple[HiddenChannels, ...] = (),
 ) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
     but for the stubs, for widths that differ from block to block, for linears in two parts, and for blocks that share
@@ -63,6 +71,7 @@ def cut(
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
     factorise(model, factors, undo.swap)
+    thin(model, anatomy, channels, undo.set)
     drop(model, anatomy, drops, undo, orders)
 
 

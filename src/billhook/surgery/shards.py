@@ -40,8 +40,8 @@ class Made:
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies: bytes ``begin`` to ``end`` of ``file``. ``dtype`` as the format spells it (BF16, F32). Of a
-    tensor to be narrowed only the entries ``kept`` along ``axis`` are written, zeros for what its ``mask`` takes; of
-    others what is ``made`` of them."""
+    tensor to be narrowed only the entries ``kept`` along some axes (axis, entries) are written, zeros for what its
+    ``mask`` takes, ``each`` entry changed if it says so; of others what is ``made`` of them."""
 
     name: str
     file: Path
@@ -49,19 +49,20 @@ class Stored:
     shape: tuple[int, ...]
     begin: int
     end: int
-    axis: int = 0
-    kept: tuple[int, ...] | None = None
+    kept: tuple[tuple[int, tuple[int, ...]], ...] = ()
     mask: Packed | None = field(default=None, compare=False)
     made: Made | None = field(default=None, compare=False)
+    each: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
 
     @property
     def written(self) -> tuple[int, ...]:
         """The shape that is written."""
         if self.made is not None:
             return self.made.shape
-        if self.kept is None:
-            return self.shape
-        return (*self.shape[: self.axis], len(self.kept), *self.shape[self.axis + 1 :])
+        shape = list(self.shape)
+        for axis, entries in self.kept:
+            shape[axis] = len(entries)
+        return tuple(shape)
 
     @property
     def size(self) -> int:
@@ -107,29 +108,39 @@ def write_shard(path: Path, tensors: Iterable[tuple[str, Stored]], metadata: dic
 
 
 def _copy(stored: Stored, out: BinaryIO) -> None:
-    """Copy a tensor, or what is kept of it, a chunk at a time: of the first axis byte ranges, of any other whole rows
-    (all entries of the axes before it) of which the kept entries are picked."""
+    """Copy a tensor, or what is kept of it, a chunk at a time: of the first axis byte ranges, of any other all that one
+    entry of the first kept axis has (an entry of the axes before it), of which the kept entries are picked."""
     whole = stored.end - stored.begin
     gone = None if stored.mask is None else ~unpack(stored.mask, stored.shape).reshape(-1)
+    kept = dict(stored.kept)
+    first = kept.pop(0, None)
     with stored.file.open("rb") as source:
         if stored.made is not None:
             data = bytearray().join(_chunks(stored, source, 0, whole, _CHUNK, gone))
             new = stored.made.of(torch.frombuffer(data, dtype=FLOATS[stored.dtype]).view(stored.shape))
             out.write(new.contiguous().view(torch.uint8).numpy().tobytes())
-        elif stored.kept is None:
-            for chunk in _chunks(stored, source, 0, whole, _CHUNK, gone):
-                out.write(chunk)
-        elif stored.axis == 0:
-            entry = whole // stored.shape[0]
-            for first, last in runs(stored.kept):
-                for chunk in _chunks(stored, source, first * entry, (last + 1) * entry, _CHUNK, gone):
-                    out.write(chunk)
-        else:
-            row = whole // math.prod(stored.shape[: stored.axis])
-            index = torch.tensor(stored.kept)
-            for chunk in _chunks(stored, source, 0, whole, max(_CHUNK // row, 1) * row, gone):
-                rows = torch.frombuffer(chunk, dtype=torch.uint8).view(len(chunk) // row, stored.shape[stored.axis], -1)
-                out.write(rows.index_select(1, index).numpy().tobytes())
+            return
+        ahead = 1 if first is not None else min(kept, default=0)  # axes of which whole entries are read
+        row = whole // max(math.prod(stored.shape[:ahead]), 1) if kept else 1
+        entry = whole // stored.shape[0] if first is not None else whole
+        for begin, last in [(0, 0)] if first is None else runs(first):
+            for chunk in _chunks(stored, source, begin * entry, (last + 1) * entry, max(_CHUNK // row, 1) * row, gone):
+                out.write(_changed(stored, _picked(stored, chunk, row, ahead, kept) if kept else chunk))
+
+
+def _picked(stored: Stored, chunk: bytearray, row: int, ahead: int, kept: dict[int, tuple[int, ...]]) -> bytearray:
+    """What is kept of rows of bytes, each an entry of the ``ahead`` first axes."""
+    rows = torch.frombuffer(chunk, dtype=torch.uint8).view(len(chunk) // row, *stored.shape[ahead:], -1)
+    for axis, entries in kept.items():
+        rows = rows.index_select(axis - ahead + 1, torch.tensor(entries))
+    return bytearray(rows.numpy().tobytes())
+
+
+def _changed(stored: Stored, chunk: bytearray) -> bytes | bytearray:
+    if stored.each is None:
+        return chunk
+    new = stored.each(torch.frombuffer(chunk, dtype=FLOATS[stored.dtype]))
+    return new.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _chunks(

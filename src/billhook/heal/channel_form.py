@@ -1,0 +1,198 @@
+"""Healing in closed form where hidden channels are gone: two streams of two widths, walking side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from billhook.anatomy.types import Anatomy, Sublayer
+from billhook.anatomy.undo import Undo
+from billhook.data import Windows
+from billhook.heal.divergence import held_back
+from billhook.heal.healing import Healing, healed
+from billhook.heal.places import Place, places
+from billhook.heal.reads import reads_of, same_inputs
+from billhook.heal.stepping import Stepper
+from billhook.heal.walk import Walk
+from billhook.heal.watch import Seen, watching
+from billhook.heal.widths import inner_left, whole
+from billhook.measure.batches import Batch, batches_of
+from billhook.measure.patch import observing
+from billhook.plan.address import Address
+from billhook.plan.plan import Keep, Plan
+from billhook.surgery.apply import apply
+from billhook.surgery.live import channels_of, drops_of, keeps_of
+from billhook.surgery.simulate import simulate
+
+Progress = Callable[[str, int, int], None]
+
+
+def channel_form(
+    model: nn.Module,
+    anatomy: Anatomy,
+    plan: Plan | Iterable[Address],
+    source: Windows | Iterable[Batch],
+    progress: Progress | None = None,
+) -> Healing:
+    """New weights by least squares for reads and writes of a model that loses hidden channels. The model stays as it
+    is.
+
+    As ``closed_form``, with two streams of two widths: the dense one z, and that of the cut model as healed so far. The
+    reads of a sublayer (q, k, v; gate, up) are given x there, over the channels that stay; the S [kept, all] that
+    minimises the error of x S against z, with a penalty that draws to the channels as they are, is folded into each of
+    them: W z becomes W S'x. So what the channels that are gone held is read off those that stay, as far as it can be
+    guessed from them. Then the writes are refitted so that the stream comes out as the kept channels of the dense one.
+
+    Left alone, with the reason: reads and writes that are fused experts, writes behind a norm. The head and the
+    embedding are one tensor in many models and stay as they are.
+
+    Cost: that of ``closed_form``, all places being behind the gap. Memory: the cut model beside the dense one. Raises
+    InputError for fewer than two windows, and where a stream is not finite.
+    """
+    drops, keeps, channels = drops_of(plan, anatomy), keeps_of(plan, anatomy), channels_of(plan, anatomy)
+    (edit,) = channels
+    batches = list(batches_of(source, model))
+    stack = anatomy.stack(edit.stack)
+    thin = apply(model, anatomy, Plan.of([], keeps=keeps, channels=channels))
+    walk = _ThinWalk(model, anatomy, Stepper(model, stack, batches), drops, keeps)
+    walk.beside(thin, Stepper(thin, stack, batches), edit.indices)
+    walk.through(places(stack), progress)
+    tensors = whole(model, anatomy, keeps, walk.tensors, channels)
+    healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
+    return _judged(model, anatomy, batches, walk.held, Plan.of(drops, keeps=keeps, channels=channels), healing)
+
+
+class _ThinWalk(Walk):
+    """The walk of ``closed_form`` with the cut stream in a model of its own, which is narrower."""
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, stepper: Stepper, drops: frozenset[Address], keeps: tuple[Keep, ...]
+    ) -> None:
+        super().__init__(model, anatomy, stepper, drops, ())
+        self._dense_model, self._dense_stepper, self._inner = model, stepper, keeps
+
+    def beside(self, thin: nn.Module, stepper: Stepper, kept: Iterable[int]) -> None:
+        """The model that the cut stream walks through, and the channels that it has."""
+        self._model, self._stepper = thin, stepper
+        stepper.like(self._dense_stepper)
+        self._kept = torch.tensor(tuple(kept), device=next(thin.parameters()).device)
+
+    def through(self, places: list[Place], progress: Progress | None) -> None:
+        """From the first block to the last; every place is behind the gap."""
+        dense = [self._dense_stepper.enter(i) for i in range(len(self._dense_stepper.batches))]
+        cut = [self._stepper.enter(i) for i in range(len(dense))]
+        self.held = held_back([len(stream) for stream in dense])
+        self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
+        waiting: Place | None = None
+        seen: Seen = {}
+        for index, place in enumerate(places):
+            if place.acts(self._drops):
+                if waiting is not None:
+                    cut = self._heal(waiting, cut, self._left(dense), seen)
+                waiting, seen = place, self._watched(place)
+            dense = self._ahead(place, dense, seen if place is waiting else {})
+            if progress is not None:
+                progress("healing", index + 1, len(places))
+        if waiting is not None:
+            self._heal(waiting, cut, self._left(dense), seen)
+
+    def _left(self, dense: list[Tensor]) -> list[Tensor]:
+        return [stream[..., self._kept] for stream in dense]
+
+    def _room(self, sublayers: Iterable[Sublayer]) -> Seen:
+        """Of the dense model; what reads through anything but linears is left alone."""
+        groups = {part: reads_of(self._dense_model, part) for part in sublayers}
+        return {part.address: (reads, {name: [] for name in reads}) for part, reads in groups.items() if reads}
+
+    def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
+        self._count("dense", place)
+        silent, hooks = place.silent(frozenset()), watching(seen)
+        return [self._dense_stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
+
+    def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
+        self._count("cut", place)
+        undo = Undo()
+        try:
+            self._take(self._reads(place, cut, seen), undo)
+            return self._writes(place, cut, target)
+        finally:
+            undo.restore()
+
+    def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
+        """New reads: what the dense sublayer was given is guessed from the channels that stay."""
+        here = {part.address: reads_of(self._model, part) for part in place.sublayers if part.address in seen}
+        now: Seen = {address: (reads, {name: [] for name in reads}) for address, reads in here.items()}
+        if now:
+            self._count("reads", place)
+            silent, hooks = place.silent(self._drops), watching(now)
+            for i, stream in enumerate(cut):
+                self._stepper.run(i, place, stream, silent, hooks)
+        new: dict[str, Tensor] = {}
+        for address, (reads, given) in now.items():
+            x, goal = same_inputs(given), same_inputs(seen[address][1])
+            if x is None or goal is None:
+                continue
+            x, goal = ([t.reshape(*s.shape[:2], -1) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+            lacks = []
+            for values, wanted in zip(x, goal, strict=True):
+                lack = wanted.float().clone()
+                lack[..., self._kept] -= values.float()
+                lacks.append(lack)
+            solution = self._solve(list(reads), x, lacks, goal)
+            if solution is not None:
+                new |= {name: self._folded(name, linear, solution.change) for name, linear in reads.items()}
+        return new
+
+    def _folded(self, name: str, linear: nn.Module, change: Tensor) -> Tensor:
+        """W[:, kept] + W D' for the change D [kept, all] of what is read, W [outputs, all] being the dense weight."""
+        old: Any = linear.weight
+        full = inner_left(self._dense_model, self._anatomy, self._inner, name).float()
+        more = change @ full if type(linear).__name__ == "Conv1D" else full @ change.T
+        return torch.as_tensor((old.detach().float() + more).to(old.dtype))
+
+
+def _judged(
+    model: nn.Module, anatomy: Anatomy, batches: list[dict[str, Any]], held: list[Tensor], plan: Plan, healing: Healing
+) -> Healing:
+    """As ``verdict.judged``, by what the whole models put out: the stream that is left has other channels. Of a model
+    without a head for tokens it is the squared error of its output, relative to the dense one."""
+    if not healing.tensors:
+        return healing
+    before = now = 0.0
+    count = 0
+    for inputs, rows in zip(batches, held, strict=True):
+        if not rows.any():
+            continue
+        some = {
+            k: v[rows.to(v.device)] if isinstance(v, Tensor) and len(v) == len(rows) else v for k, v in inputs.items()
+        }
+        with observing(model):
+            dense = model(**some)[0]
+            with simulate(model, anatomy, plan):
+                cut = model(**some)[0]
+            with healed(model, healing), simulate(model, anatomy, plan):
+                better = model(**some)[0]
+        speaks = anatomy.head is not None and dense.ndim == 3
+        mask = some.get("attention_mask")
+        real = mask.bool() if speaks and mask is not None else torch.ones(dense.shape[:-1], dtype=torch.bool)
+        for one, a, b in zip(dense[real].split(128), cut[real].split(128), better[real].split(128), strict=True):
+            before, now = before + _apart(one, a, speaks), now + _apart(one, b, speaks)
+        count += int(real.sum())
+    found = replace(healing, cut=before / count, healed=now / count)
+    return replace(found, tensors={}) if found.refused else found
+
+
+def _apart(dense: Tensor, other: Tensor, speaks: bool) -> float:
+    """Summed over positions: the divergence from the dense distribution in nats, or the relative squared error."""
+    one, two = dense.float(), other.float()
+    if not two.isfinite().all():
+        return float("inf")
+    if not speaks:
+        return ((two - one).square().sum(-1) / one.square().sum(-1)).sum(dtype=torch.float64).item()
+    p, q = log_softmax(one, -1), log_softmax(two, -1)
+    return (p.exp() * (p - q)).sum(dtype=torch.float64).item()

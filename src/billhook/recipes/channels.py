@@ -1,0 +1,42 @@
+"""From the words of a recipe to the hidden channels that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from billhook.data import Windows
+from billhook.measure.stream import stream_trace
+from billhook.plan.budget import realised
+from billhook.plan.plan import HiddenChannels
+from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.opened import Opened
+from billhook.recipes.schema import Recipe, Thinned
+from billhook.scores import named
+from billhook.search.channels import ChannelProblem, even_channels, most_important, random_channels
+
+Progress = Callable[[str, int, int], None]
+
+
+def choose_channels(
+    recipe: Recipe,
+    model: Opened,
+    problem: ChannelProblem,
+    windows: Windows,
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[HiddenChannels, SearchRecord, dict[str, dict[str, float]]]:
+    """What stays and its record. A channel runs through all blocks, so there is no importance of a block."""
+    objective, work = "none", 0
+    if isinstance(recipe.choice, Thinned):
+        score = named(recipe.score.word if recipe.score else "")
+        trace = stream_trace(model.model, model.anatomy, windows, progress)
+        scores = score.function(trace, model.anatomy, **score.check(recipe.score_parameters))
+        edit, objective, work = most_important(problem, scores[problem.stack]), score.name, trace.work
+    elif recipe.choice.word == "random":
+        edit = random_channels(problem, seed)
+    else:
+        edit = even_channels(problem)
+    done = realised(problem.costs, problem.dense)
+    step = Step(units=(f"{problem.stack} channels",), score=None, objective=None, realised=done, work=work)
+    return edit, SearchRecord(recipe=recipe.name, objective=objective, steps=(step,), work=work, evaluations=0), {}
