@@ -81,7 +81,7 @@ def take_back(
             target=Target.UNIFORM,
             provenance=Provenance(model=fingerprint(model.model), recipe=chosen.name, seed=seed, versions=versions()),
         )
-        changed, _ = applied(model, plan, healing, chosen.act)
+        changed = applied(model, plan, healing)
         with clock.step("evidence"):
             found = evidence(model.model, changed, texts, progress=progress)
         with clock.step("probes"):
