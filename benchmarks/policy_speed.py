@@ -1,26 +1,29 @@
 """Does leaving work out while the model runs save the time that the work is worth?
 
 For decode at batch 1, three runs in turns: the plain model; the model under a policy; and the model from which the same
-work was cut for good, with no policy on it, which shows what the work is worth. Prints the median times, and the time
-that the policy saves over the time that the cut saves, which has to be at least 0.85:
+work was cut for good, with no policy on it, which shows what the work is worth. Prints the times of a token, the lower
+quartile over rounds since a busy machine only ever adds to them, and the time that the policy saves over the time that
+the cut saves, which has to be at least 0.85, with the 95% interval of a bootstrap over rounds:
 
 - ffn-skip set to leave out exactly a quarter of the MLPs of every generated token, its cosines computed all the same,
   against a cut of as many MLPs;
 - even-skip of a fifth of the blocks, against the same blocks cut.
 
-About two minutes on two idle CPU cores; the times of a busy machine mean little, their ratio in turns still does.
+Time is wall time, and with one thread (OMP_NUM_THREADS=1) the processor time of this process, which other programs
+disturb far less. A few minutes on two idle CPU cores.
 
-    python benchmarks/policy_speed.py [MODEL] [DTYPE]      (default: the demo model, bfloat16)
+    python benchmarks/policy_speed.py [MODEL] [DTYPE] [ROUNDS]      (default: the demo model, bfloat16, 61)
 
 DTYPE float32 is for processors that only emulate bfloat16: there its conversions are most of what a decode costs.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
+import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from billhook.anatomy import Anatomy, discover
@@ -38,11 +41,11 @@ from billhook.runtime.policy import Policy
 from billhook.surgery import apply
 
 REQUIRED = 0.85
-ROUNDS = 21
-DECODE = Workload(name="decode, batch 1", batch=1, prompt_tokens=128, new_tokens=16)
+DRAWS = 2000
+DECODE = Workload(name="decode, batch 1", batch=1, prompt_tokens=128, new_tokens=8)
 
 
-def main(source: str = "demo", dtype: str = "bfloat16") -> int:
+def main(source: str = "demo", dtype: str = "bfloat16", rounds: str = "61") -> int:
     loaded = load(source, dtype=getattr(torch, dtype))
     anatomy = discover(loaded.model)
     count = len(anatomy.stack("decoder").blocks)
@@ -53,17 +56,18 @@ def main(source: str = "demo", dtype: str = "bfloat16") -> int:
     mlps = [Address("decoder", first + 1 + 2 * i, "mlp") for i in range(middle // 2)]
     even = EvenSkip(speedup=1.25)
     blocks = [Address("decoder", i) for i in range(count) if i not in even.kept(count)]
+    print(engine(loaded.model), flush=True)
     worst = min(
-        measured(loaded, anatomy, f"{len(mlps)} of {count} MLPs by ffn-skip", ffn, mlps),
-        measured(loaded, anatomy, f"{len(blocks)} of {count} blocks by even-skip", even, blocks),
+        measured(loaded, anatomy, f"{len(mlps)} of {count} MLPs by ffn-skip", ffn, mlps, int(rounds)),
+        measured(loaded, anatomy, f"{len(blocks)} of {count} blocks by even-skip", even, blocks, int(rounds)),
     )
-    print(engine(loaded.model))
     print(f"at least {REQUIRED} of what the work is worth everywhere: {'yes' if worst >= REQUIRED else 'no'}")
     return 0 if worst >= REQUIRED else 1
 
 
-def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, units: list[Address]) -> float:
-    """Time saved by the policy over time saved by cutting the units, from the medians of interleaved rounds."""
+def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, units: list[Address], rounds: int) -> float:
+    """Time saved by the policy over time saved by cutting the units, from interleaved rounds: processor time with one
+    thread, else wall time."""
     model = loaded.model
     cut = apply(model, anatomy, Plan.of(units))
     text = windows("builtin", loaded.tokenizer, tokens=DECODE.prompt_tokens, length=DECODE.prompt_tokens)
@@ -71,12 +75,44 @@ def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, units:
         plain, worth = ready(model, DECODE, text.ids), ready(cut, DECODE, text.ids)
         with policy.attach(model, anatomy):
             under = ready(model, DECODE, text.ids)
-        times = interleaved({"plain": plain, "policy": attached(model, anatomy, policy, under), "cut": worth}, ROUNDS)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    share = (seconds["plain"] - seconds["policy"]) / (seconds["plain"] - seconds["cut"])
-    each = " ".join(f"{name} {1000 * value / DECODE.new_tokens:.2f}" for name, value in seconds.items())
-    print(f"{what}: ms a token: {each}; the policy saves {share:.3f} of what the work is worth", flush=True)
+        busy: dict[str, list[float]] = {"plain": [], "policy": [], "cut": []}
+        runs = {"plain": plain, "policy": attached(model, anatomy, policy, under), "cut": worth}
+        turns = {name: counted(run, busy[name]) for name, run in runs.items()}
+        clocks = {"wall": interleaved(turns, rounds), "processor": {name: spent[1:] for name, spent in busy.items()}}
+    if torch.get_num_threads() > 1:
+        del clocks["processor"]
+    for clock, times in clocks.items():
+        table = np.array([times[name] for name in runs])
+        seconds, share = np.quantile(table, 0.25, axis=1), worth_of(table)
+        draws = np.random.default_rng(0).integers(rounds, size=(DRAWS, rounds))
+        low, high = np.quantile([worth_of(table[:, draw]) for draw in draws], (0.025, 0.975))
+        each = " ".join(f"{name} {1000 * s / DECODE.new_tokens:.2f}" for name, s in zip(runs, seconds, strict=True))
+        print(f"{what}, {clock} ms a token: {each}; the policy saves {share:.3f} ({low:.3f} to {high:.3f})", flush=True)
     return share
+
+
+def worth_of(times: np.ndarray) -> float:
+    """What the policy saves over what the cut saves, of times [plain, policy, cut; rounds]."""
+    plain, policy, cut = np.quantile(times, 0.25, axis=1)
+    return float((plain - policy) / (plain - cut))
+
+
+def counted(prepare: Callable[[], Timed], spent: list[float]) -> Callable[[], Timed]:
+    """The same run, with its processor time noted."""
+
+    def prepared() -> Timed:
+        run = prepare()
+
+        def timed() -> object:
+            began = time.process_time()
+            try:
+                return run()
+            finally:
+                spent.append(time.process_time() - began)
+
+        return timed
+
+    return prepared
 
 
 def attached(

@@ -179,6 +179,6 @@ def test_tuning_finds_thresholds_that_keep_the_target() -> None:
         best, tried = tune(fitted, judged, Goal.parse("kl<=0.3"))
         evidence, saved = judge(best)
         assert evidence.kl.value <= 0.3
-        assert saved.flops == min(t.flops for t in tried if t.met) < 1
+        assert saved.flops == min(t.cost for t in tried if t.met) < 1
         assert any(t.second is not None for t in tried) == (policy.vision is not None)
     assert saved.sublayers  # says which mixtures ran less

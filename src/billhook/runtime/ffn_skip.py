@@ -85,10 +85,9 @@ class _Saturation:
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
         if not self._looking:
             return
-        x, y = before[:, 0].float(), after[:, 0].float()
-        # sums of products: a matrix product would wake every thread for a thousand multiplications
-        products = torch.stack(((x * y).sum(-1), (x * x).sum(-1), (y * y).sum(-1)), dim=-1).tolist()
-        for row, (shared, b, a) in enumerate(products):
+        # one small product and one transfer: a look has to cost far less than the MLP that it may spare
+        pair = torch.cat((before, after), dim=1).float()
+        for row, ((b, shared), (_, a)) in enumerate((pair @ pair.mT).tolist()):
             turned = shared <= self._policy.threshold * math.sqrt(a * b)
             if not turned and not self._skipped[row]:
                 self._left[row] = self._policy.span
