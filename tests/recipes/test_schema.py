@@ -45,6 +45,8 @@ def test_the_recipes_that_come_along() -> None:
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
         *("restore-layers", "lines"),
+        *("maskllm", "pst", "gradient-flow", "hesso"),
+        *("minitron-channels", "hidden-channels", "random-channels", "evenly-spaced-channels"),
         "random",
         "evenly-spaced",
         "first",
