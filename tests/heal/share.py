@@ -29,9 +29,9 @@ seen: dict[str, int] = {}
 
 
 def look(self: Any, subject: Any) -> Any:
-    """Count what this process holds of the blocks of both models, each weight once."""
+    """Count what this process holds of the blocks of those that run, each weight once."""
     student = self._student
-    sides = {id(student.model): student.model, id(student.dense): student.dense}.values()
+    sides = [student.model, *([student.dense] if student.goal == "dense" else [])]
     blocks = [block for side in sides for block in _blocks(side)]
     held = {id(p): p for block in blocks for p in block.parameters()}.values()
     here = [p.to_local() if isinstance(p, DTensor) else p for p in held]
