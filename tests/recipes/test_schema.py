@@ -108,7 +108,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("kl", "loss").replace("greedy}", "gates, steps: 1}"), "choice.gates.steps: Input should be"),
         (GOOD.replace("objective: kl\n", "").replace("greedy}", "sampled-masks, steps: 9}"), "needs an objective"),
         (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss', 'stream', "),
-        (GOOD.replace("sublayer", "channel"), "unit: Input should be"),
+        (GOOD.replace("sublayer", "hair"), "unit: Input should be"),
         (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
         (
