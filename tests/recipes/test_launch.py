@@ -32,7 +32,8 @@ proof.EVALUATION_TOKENS = 512
 proof.bench = proof.probes = lambda *_, **__: ()
 place, *commands = sys.argv[1:]
 for command in commands:
-    app(command.split(), standalone_mode=False)
+    if code := app(command.split(), standalone_mode=False):
+        sys.exit(code)
 """
 
 
@@ -41,7 +42,7 @@ def test_cut_and_healed_by_two(tiny_lm: Path, tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     same = "--max-new-tokens 2 --json"
     commands = [
-        f"compress {tiny_lm} --recipe shortgpt --budget blocks=4 --heal lora --out {tmp_path}/cut {same}",
+        f"compress {tiny_lm} --recipe block-influence --budget blocks=4 --heal lora --out {tmp_path}/cut {same}",
         f"heal {tmp_path}/cut --method lisa --tokens 1024 --out {tmp_path}/healed {same}",
     ]
     done = subprocess.run(
