@@ -32,7 +32,8 @@ proof.EVALUATION_TOKENS = 512
 proof.bench = proof.probes = lambda *_, **__: ()
 place, *commands = sys.argv[1:]
 for command in commands:
-    app(command.split(), standalone_mode=False)
+    if code := app(command.split(), standalone_mode=False):
+        sys.exit(code)
 """
 
 
