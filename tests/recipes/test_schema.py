@@ -43,6 +43,7 @@ def test_the_recipes_that_come_along() -> None:
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         *("svd", "asvd", "svd-llm", "low-rank"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
+        *("hidden-channels", "minitron-channels", "random-channels", "evenly-spaced-channels"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
         *("restore-layers", "lines"),
         *("maskllm", "pst", "gradient-flow", "hesso"),
@@ -108,7 +109,7 @@ def test_an_unknown_name_gets_the_list() -> None:
         (GOOD.replace("kl", "loss").replace("greedy}", "gates, steps: 1}"), "choice.gates.steps: Input should be"),
         (GOOD.replace("objective: kl\n", "").replace("greedy}", "sampled-masks, steps: 9}"), "needs an objective"),
         (GOOD.replace("kl", "joy"), "objective: Input should be 'kl', 'loss', 'stream', "),
-        (GOOD.replace("sublayer", "hair"), "unit: Input should be"),
+        (GOOD.replace("sublayer", "pixel"), "unit: Input should be"),
         (GOOD.replace("objective: kl", "").replace("greedy", "span"), "a span consists of whole blocks"),
         (GOOD.replace("name: mine", "name: My Recipe"), "name: String should match"),
         (
