@@ -42,6 +42,7 @@ def test_the_recipes_that_come_along() -> None:
         "measured-widths",
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         *("svd", "asvd", "svd-llm", "low-rank"),
+        *("maskllm", "pst", "gradient-flow", "hesso", "feature-merging"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("hidden-channels", "minitron-channels", "random-channels", "evenly-spaced-channels"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),

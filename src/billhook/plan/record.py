@@ -214,6 +214,9 @@ class Graft(_Record):
     groups: int = 0
 
 
+COMPLEXITY = "feature complexity"
+"""What an inspection calls the share of the neurons of an MLP that is left when those that compute nearly the same are
+merged."""
 _ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge", "sparse-training", "group-sparse")
 
 

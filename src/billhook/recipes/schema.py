@@ -408,8 +408,11 @@ class Recipe(_Words):
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.heal in ("bias", "data-free") and not self.wide:
             raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
-        if self.act == "merge" and self.unit != "expert":
-            raise ValueError("act merge combines experts: unit must be expert")
+        features = self.score is not None and self.score.word == "feature-merging"
+        if self.act == "merge" and self.unit != "expert" and not features:
+            raise ValueError("act merge combines experts, or neurons by the score feature-merging")
+        if features and (self.unit != "neuron" or self.choice != Widths(word="widths", allocation="global")):
+            raise ValueError("score feature-merging is one of neurons, of all blocks alike: allocation must be global")
         if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"

@@ -19,6 +19,7 @@ from billhook.heal import (
 )
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
+from billhook.heal.features import merged_features
 from billhook.heal.training import METHODS
 from billhook.measure.ablation import Kind
 from billhook.recipes.find import BASELINES
@@ -101,7 +102,8 @@ def needs(recipe: Recipe) -> str:
         return "training"
     if isinstance(choice, Trained | Sampled | Bandit | BiMask) or rests_on == "slopes":
         return "gradients"
-    return "nothing" if _blind(recipe) and (recipe.act, recipe.heal) == ("drop", "none") else "data"
+    dataless = recipe.act == "drop" or (recipe.act, recipe.unit) == ("merge", "neuron")
+    return "nothing" if _blind(recipe) and dataless and recipe.heal == "none" else "data"
 
 
 def _blind(recipe: Recipe) -> bool:
@@ -179,7 +181,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words["choice widths, blocks"] = sentences(Coarse, choice.blocks.model_fields_set)
         words |= _scored(choice.blocks.score)
     if recipe.act != "drop":
-        words[f"act {recipe.act}"] = sentences(ACTS[recipe.act])
+        act = merged_features if recipe.unit == "neuron" else ACTS[recipe.act]
+        words[f"act {recipe.act}"] = sentences(act)
     if recipe.heal in HEALS:
         words[f"heal {recipe.heal}"] = sentences(HEALS[recipe.heal])
     elif recipe.heal in METHODS:
