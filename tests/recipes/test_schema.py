@@ -43,7 +43,7 @@ def test_the_recipes_that_come_along() -> None:
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         *("svd", "asvd", "svd-llm", "low-rank"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
-        *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
+        *("expert-frequency", "m-smoe", "m-smoe-adaptive", "mc-smoe", "random-experts", "evenly-spaced-experts"),
         *("restore-layers", "lines"),
         *("maskllm", "pst", "gradient-flow", "hesso"),
         *("minitron-channels", "hidden-channels", "random-channels", "evenly-spaced-channels"),
