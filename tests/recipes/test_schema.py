@@ -41,7 +41,7 @@ def test_the_recipes_that_come_along() -> None:
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "measured-widths",
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
-        *("svd", "asvd", "svd-llm", "low-rank"),
+        *("svd", "asvd", "svd-llm", "low-rank", "maestro"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("expert-frequency", "m-smoe", "m-smoe-adaptive", "mc-smoe", "random-experts", "evenly-spaced-experts"),
         *("restore-layers", "lines"),

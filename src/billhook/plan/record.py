@@ -214,7 +214,10 @@ class Graft(_Record):
     groups: int = 0
 
 
-_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge", "sparse-training", "group-sparse")
+_ACTS = (
+    *("average", "fuse", "flatten", "gains", "second-order", "merge"),
+    *("sparse-training", "group-sparse", "nested-ranks"),
+)
 
 
 class HealStep(_Record):
