@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.moe import _default_apply_gate
 
+from billhook.anatomy.mixtures import is_usual
 from billhook.anatomy.types import Sublayer
 from billhook.plan.outline import MixtureOutline
 
@@ -69,8 +69,7 @@ def mixtures(model: nn.Module, sublayer: Sublayer, block: str) -> dict[str, Mixt
         if inside.rpartition(".")[2] != "experts" or names != {"gate_up_proj", "down_proj"}:
             continue
         experts: Any = module
-        plain = experts.is_concatenated and not experts.is_transposed
-        if plain and type(experts)._apply_gate is _default_apply_gate and isinstance(experts.act_fn, nn.Module):
+        if is_usual(experts) and isinstance(experts.act_fn, nn.Module):
             count, hidden, neurons = experts.down_proj.shape
             path = f"{sublayer.module}.{inside}".removeprefix(f"{block}.")
             found[path] = MixtureOutline(experts=count, hidden=hidden, neurons=neurons)

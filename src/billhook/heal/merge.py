@@ -68,8 +68,8 @@ def merge(
 
     Where the plan takes the experts that stay apart as well (MC-SMoE), their neurons are put in the order in which a
     cut needs them between 3 and 4, those that write most first, and gate and up of the others become of low rank; down
-    does so after 4. Each is the nearest of its rank on what it is given (see ``condense``), so the cut changes nothing
-    more.
+    does so after 4 (and all of it where 3 and 4 are not kept). Each is the nearest of its rank on what it is given (see
+    ``condense``), so the cut changes nothing more.
 
     Cost: the dense blocks once, those with fewer experts up to four times, for each merged expert an assignment of its
     neurons, and a regression on as many inputs as it has neurons. Memory: the model, two streams, and what the experts
@@ -162,10 +162,15 @@ class _Walk:
             put(self.model, name, tensor, undo)
         narrow(self.model, self.anatomy, [keep], undo.set)
         names = (*mixture.tensors, mixture.rows[0])
+        rank = self.ranks.get(keep.unit)
+        tried = Undo()
+        if rank is not None:
+            self._condense(number, mixture, lambda e, x, h: low_reads(foremost(e, h), x, rank), tried)
+            self._condense(number, mixture, lambda e, x, h: low_writes(e, h, rank), tried)
         self.plain |= {name: self.model.get_parameter(name).detach() for name in names}
+        tried.restore()
         wanted = [torch.stack([logits[:, m].float().logsumexp(-1) for m in groups.values()], 1) for logits, _ in heard]
         self._route(number, mixture, wanted, ahead, undo)
-        rank = self.ranks.get(keep.unit)
         if rank is not None:
             self._condense(number, mixture, lambda e, x, h: low_reads(foremost(e, h), x, rank), undo)
         after = self._write(number, mixture, ahead, undo)
