@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
 import json
 import os
@@ -102,6 +103,8 @@ def stack(
     block an eigenvalue decomposition of the smaller side. Raises InputError for a model that is cut already, and for
     values that are not finite.
     """
+    if levels < 1:
+        raise InputError(f"{levels} levels leave nothing of a linear; give at least 1")
     if declares_cuts(model.config.to_dict()):
         raise InputError("a model that is cut in a form of its own cannot be stacked; stack an ordinary one")
     paths = [
@@ -130,7 +133,9 @@ def stack(
     with building(out, overwrite) as place:
         folder = Path(place)
         with quiet():
-            model.config.save_pretrained(folder)
+            config = copy.deepcopy(model.config)
+            config.architectures, config.dtype = [type(model).__name__], model.dtype
+            config.save_pretrained(folder)
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(folder)
             if tokenizer is not None:
