@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
@@ -53,5 +54,5 @@ def inspect(
     from billhook.cli import inspection, views
 
     files = [views.files(out)] if out else []
-    audited = [inspection.complexity(run), inspection.audit(run)] if run.audits else []
+    audited: list[RenderableType] = [inspection.complexity(run), inspection.audit(run)] if run.audits else []
     print_views(inspection.model(run), inspection.importance(run), *audited, *files)
