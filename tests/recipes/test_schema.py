@@ -45,7 +45,7 @@ def test_the_recipes_that_come_along() -> None:
         *("maskllm", "pst", "gradient-flow", "hesso", "feature-merging"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("hidden-channels", "minitron-channels", "random-channels", "evenly-spaced-channels"),
-        *("expert-frequency", "m-smoe", "m-smoe-adaptive", "random-experts", "evenly-spaced-experts"),
+        *("expert-frequency", "m-smoe", "m-smoe-adaptive", "mc-smoe", "random-experts", "evenly-spaced-experts"),
         *("restore-layers", "lines"),
         *("maskllm", "pst", "gradient-flow", "hesso"),
         *("minitron-channels", "hidden-channels", "random-channels", "evenly-spaced-channels"),

@@ -37,7 +37,7 @@ from billhook.heal.features import merged_features
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import require_no_masks
 from billhook.heal.judge import judged_apart
-from billhook.heal.low_rank import rejoined
+from billhook.heal.low_rank import rejoined, require_linears
 from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
@@ -150,6 +150,7 @@ def heal(
         raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
     require_causal(model.model, "heal")
     require_healable(model.anatomy)
+    require_linears(plan, model.anatomy)
     for prompt in PROMPTS:
         prepared(model.model, model.tokenizer, prompt, max_new_tokens)
     posed(model.model, model.tokenizer)

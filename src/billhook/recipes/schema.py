@@ -172,7 +172,8 @@ class Widths(_Words):
     measured: what narrowing each sublayer alone does to the output decides. The number of neurons left is a
     ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on. A measured allocation alone
     looks at the divergence of narrowed models, on a ``screen``: this share of the calibration. Whole ``blocks`` may go
-    first.
+    first. Where experts are merged, those that stay may be taken ``apart`` for this share of what has to go: some of
+    their neurons stay whole, the linears of the others become two of low rank.
     """
 
     word: Literal["widths"]
@@ -182,6 +183,7 @@ class Widths(_Words):
     steepness: Annotated[float, Field(ge=0)] | None = None
     screen: Annotated[float, Field(gt=0, le=1)] | None = None
     blocks: Coarse | None = None
+    apart: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -413,6 +415,8 @@ class Recipe(_Words):
             raise ValueError("act merge combines experts, or neurons by the score feature-merging")
         if features and (self.unit != "neuron" or self.choice != Widths(word="widths", allocation="global")):
             raise ValueError("score feature-merging is one of neurons, of all blocks alike: allocation must be global")
+        if getattr(self.choice, "apart", None) is not None and (self.act, self.unit) != ("merge", "expert"):
+            raise ValueError("only merged experts are taken apart: act must be merge")
         if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
@@ -452,6 +456,7 @@ class Recipe(_Words):
         """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
         each mixture, or hidden channels, or only single weights."""
         alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
+        alike = alike and getattr(self.choice, "apart", None) is None
         whole = self.unit in ("block", "weight", "channel") and self.act != "share"
         return Target.UNIFORM if whole or alike else Target.REMOTE
 
