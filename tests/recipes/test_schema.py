@@ -41,7 +41,7 @@ def test_the_recipes_that_come_along() -> None:
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
         "measured-widths",
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
-        *("svd", "asvd", "svd-llm", "low-rank"),
+        *("svd", "asvd", "svd-llm", "low-rank", "maestro"),
         *("maskllm", "pst", "gradient-flow", "hesso", "feature-merging"),
         *("loraprune", "interchange-heads", "ofb", "random-width", "evenly-spaced-width"),
         *("hidden-channels", "minitron-channels", "random-channels", "evenly-spaced-channels"),

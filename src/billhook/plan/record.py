@@ -217,7 +217,10 @@ class Graft(_Record):
 COMPLEXITY = "feature complexity"
 """What an inspection calls the share of the neurons of an MLP that is left when those that compute nearly the same are
 merged."""
-_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge", "sparse-training", "group-sparse")
+_ACTS = (
+    *("average", "fuse", "flatten", "gains", "second-order", "merge"),
+    *("sparse-training", "group-sparse", "nested-ranks"),
+)
 
 
 class HealStep(_Record):

@@ -254,7 +254,12 @@ def _judged(
             continue
         try:
             acted = _acted(recipe, model, choice, target, windows, progress)
-            heals = longer is not None and recipe.act == "drop" and recipe.unit != "weight" and not recipe.trains
+            heals = (
+                longer is not None
+                and recipe.act == "drop"
+                and recipe.unit != "weight"
+                and not (recipe.trains or recipe.learns_ranks)
+            )
             healed = [_healed(model, choice.plan(target), longer, progress)] if heals and longer is not None else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})

@@ -167,8 +167,9 @@ def find(
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
-        bases, record, importance = take_apart(recipe, model, problem, windows, progress=progress)
-        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, bases=bases)
+        bases, record, importance, new = take_apart(recipe, model, problem, windows, seed=seed, progress=progress)
+        nothing = Found(frozenset(), record.steps, record.work, 0)
+        return Choice(nothing, record, importance, bases=bases, healing=new)
     objective = recipe.objective
     importance = {}
     search_on = partial(_memo, recipe.objective or "kl", model, place, progress)

@@ -263,11 +263,13 @@ class Ranks(_Words):
     """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
     directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``). The
     ``inputs``: none, all alike; channels, weighed by their mean size; moments, with all of their second moments. The
-    ``allocation``: uniform, every linear keeps the same share; global, least energy is lost over all."""
+    ``allocation``: uniform, every linear keeps the same share; global, least energy is lost over all. ``steps``: for so
+    many both linears are trained first, the last ranks being dropped at random (see ``search.nested``)."""
 
     word: Literal["ranks"]
     inputs: Inputs
     allocation: Spread
+    steps: Annotated[int, Field(ge=4)] | None = None
 
 
 class Thinned(_Words):
@@ -377,6 +379,8 @@ class Recipe(_Words):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
             raise ValueError("linears in two parts are healed in closed form, or not")
+        if self.learns_ranks and self.heal != "none":
+            raise ValueError("ranks that are learned bring new weights along: they go with heal none")
         ways_back = {"restored-span": "restore", "graded": "scale"}
         if ways_back.get(self.choice.word) != (self.act if self.returns else None):
             raise ValueError("act restore goes with the choice restored-span, act scale with graded, and others do not")
@@ -439,7 +443,12 @@ class Recipe(_Words):
     @property
     def makes(self) -> str:
         """What new weights that come with the choice are called in a record."""
-        return self.choice.word if self.trains else "second-order"
+        return "nested-ranks" if self.learns_ranks else self.choice.word if self.trains else "second-order"
+
+    @property
+    def learns_ranks(self) -> bool:
+        """Whether linears in two parts are trained before their ranks are chosen."""
+        return isinstance(self.choice, Ranks) and self.choice.steps is not None
 
     @property
     def wide(self) -> bool:

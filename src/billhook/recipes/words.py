@@ -100,6 +100,8 @@ def needs(recipe: Recipe) -> str:
     stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
     if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
         return "training"
+    if recipe.learns_ranks:
+        return "training"
     if isinstance(choice, Trained | Sampled | Bandit | BiMask) or rests_on == "slopes":
         return "gradients"
     dataless = recipe.act == "drop" or (recipe.act, recipe.unit) == ("merge", "neuron")
@@ -140,7 +142,7 @@ def passes(recipe: Recipe) -> str:
     if recipe.trains:
         return f"{3 + (recipe.objective == 'kl')} a step"
     if isinstance(recipe.choice, Ranks):
-        return "1"
+        return "1" if recipe.choice.steps is None else "1 + 4 a step"
     rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"
     if rests_on == "damage":
         return "½ a unit"
