@@ -419,7 +419,7 @@ class Recipe(_Words):
             raise ValueError("act merge combines experts, or neurons by the score feature-merging")
         if features and (self.unit != "neuron" or self.choice != Widths(word="widths", allocation="global")):
             raise ValueError("score feature-merging is one of neurons, of all blocks alike: allocation must be global")
-        if getattr(self.choice, "apart", None) is not None and self.act != "merge":
+        if getattr(self.choice, "apart", None) is not None and (self.act, self.unit) != ("merge", "expert"):
             raise ValueError("only merged experts are taken apart: act must be merge")
         if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
