@@ -103,9 +103,11 @@ def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_side_by_side(tiny_lm: Path, tmp_path: Path) -> None:
-    result = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["svd", "svd-llm"])
+    recipes = ["svd", "svd-llm", "maestro"]
+    result = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=recipes)
     entries = {entry.recipe: entry for entry in result.entries}
-    assert entries["svd"].factors and not entries["svd"].refused
+    assert all(entries[name].factors and not entries[name].refused for name in recipes)
+    assert entries["maestro"].damage < entries["svd"].damage
     assert entries["svd-llm"].damage < entries["svd"].damage
     assert "of rank" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
 
