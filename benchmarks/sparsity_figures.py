@@ -2,7 +2,8 @@
 
     python benchmarks/sparsity_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 8192 bfloat16 all)
 
-Every recipe of single weights on the same calibration, at params=0.5. DTYPE float32 is for processors without bfloat16,
+Every recipe of single weights on the same calibration, at params=0.5; those that train read some fifty thousand tokens
+more of the same text. DTYPE float32 is for processors without bfloat16,
 where it is many times faster; say so with the figures. Minutes to an hour, by the machine."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from billhook.plan.budget import Budget
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.find import find, pose_for
-from billhook.recipes.settings import CALIBRATION_LENGTH
+from billhook.recipes.settings import CALIBRATION_LENGTH, TRAINING_LENGTH, TRAINING_TOKENS
 
 BUDGET = "params=0.5"
 WORK = Path("out/benchmarks/sparsity-figures")
@@ -35,6 +36,7 @@ def main(source: str = "demo", tokens: str = "8192", dtype: str = "bfloat16", *r
     b.live.to(getattr(torch, dtype))
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     windows = b.calibrated(int(tokens), CALIBRATION_LENGTH)
+    lessons = b.calibrated(TRAINING_TOKENS * 8 // 7, TRAINING_LENGTH)
     outline = b.anatomy.outline
     dense = cost(outline)["params"]
     print(f"calibrated on {windows.tokens} tokens of wiki_calib, {dtype}, {BUDGET}")
@@ -44,10 +46,11 @@ def main(source: str = "demo", tokens: str = "8192", dtype: str = "bfloat16", *r
         recipe = catalogue.load(name)
         problem = pose_for(recipe, outline, Budget.parse(BUDGET), Target.UNIFORM)
         begun = now()
-        choice = find(recipe, b.model, problem, windows, Trace(), seed=0, place=WORK, progress=None)
+        choice = find(recipe, b.model, problem, windows, Trace(), seed=0, place=WORK, progress=None, lessons=lessons)
         seconds = now() - begun
         plan = choice.plan(Target.UNIFORM)
-        share = cost(outline, zeros=choice.zeros)["params"] / dense
+        zeros = {edit.unit: sum(edit.zeros.values()) for edit in choice.sparsities}
+        share = cost(outline, zeros=zeros)["params"] / dense
         around: Any = healed(b.live, choice.healing) if choice.healing else nullcontext()
         with around:
             figures = f"{b.perplexity(plan):>10.2f} {b.perplexity(plan, c4):>8.2f}"

@@ -1,4 +1,5 @@
-"""What training gives back after closed form: WikiText-2 and C4 perplexity of SmolLM2-135M at 80% of the parameters.
+"""What training gives back after closed form: WikiText-2 and C4 perplexity of SmolLM2-135M at 80% of the parameters,
+and the exact answers of each probe: dense, cut, refitted and trained.
 
     python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
     (default: distill 20000 self block-influence)
@@ -22,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from billhook.data import Windows
 from billhook.data import calibration as windows_of_source
 from billhook.data import windows as windows_of
-from billhook.heal import Healing, closed_form, healed
+from billhook.evaluate.probes import Answers, Probes, answers, posed
+from billhook.heal import UNTOUCHED, Healing, closed_form, healed
 from billhook.heal.train import train
 from billhook.heal.training import METHODS, Training
 from billhook.plan.plan import Plan
+from billhook.surgery import apply
 
 KEPT = Path("out") / "train_figures"
 WINDOW = 512
@@ -46,8 +49,10 @@ def main(
     start = refitted(b, plan, recipe)
     windows = read(b, text, int(tokens))
     print(f"{method} {training}")
-    before = figures(b, plan, start, c4)
-    print(f"{'closed form':<28} WikiText-2 {before[0]:.2f}  C4 {before[1]:.2f}", flush=True)
+    asked = posed(b.live, b.model.tokenizer)
+    print(right("dense", answers(b.live, asked)), flush=True)
+    show(b, "cut", plan, UNTOUCHED, c4, asked)
+    before = show(b, "closed form", plan, start, c4, asked)
     begun = time.perf_counter()
     state = KEPT / f"{'-'.join([method, tokens, text, recipe, *changes]).replace('/', '-')}.safetensors"
 
@@ -59,11 +64,8 @@ def main(
         b.live, b.anatomy, plan, start, windows, training, tokens=int(tokens), state=state, progress=progress
     )
     seconds = time.perf_counter() - begun
-    after = figures(b, plan, healing, c4)
     print("held back: " + " ".join(f"{look.step}:{look.held:.4f}" for look in record.curve), f"best {record.best}")
-    print(
-        f"{method} on {record.tokens} tokens of {text}: WikiText-2 {after[0]:.2f}  C4 {after[1]:.2f}  {seconds:.0f} s"
-    )
+    after = show(b, f"{record.tokens} tokens of {text}, {seconds:.0f} s", plan, healing, c4, asked)
     state.unlink(missing_ok=True)
     return 1 if after[0] > before[0] or after[1] > before[1] else 0
 
@@ -97,9 +99,17 @@ def read(b: Bed, text: str, tokens: int) -> Windows:
     return Windows.of(load_file(path)["ids"], "self")
 
 
-def figures(b: Bed, plan: Plan, healing: Healing, c4: Windows) -> tuple[float, float]:
+def show(b: Bed, name: str, plan: Plan, healing: Healing, c4: Windows, asked: Probes) -> tuple[float, float]:
     with healed(b.live, healing):
-        return b.perplexity(plan), b.perplexity(plan, c4)
+        found = b.perplexity(plan), b.perplexity(plan, c4)
+        given = answers(apply(b.live, b.anatomy, plan), asked)
+    print(f"{name:<28} WikiText-2 {found[0]:.2f}  C4 {found[1]:.2f}")
+    print(right(name, given), flush=True)
+    return found
+
+
+def right(name: str, given: Answers) -> str:
+    return f"{name:<28} " + ", ".join(f"{probe} {sum(of_probe)}/{len(of_probe)}" for probe, of_probe in given.items())
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@
 Another text of the test data, or other windows of the same (after ``skip`` of them), say how far a figure depends on
 what it was calibrated on.
 
-Every recipe of width, those of hidden channels included, then two choices that look at nothing: the same widths as the first recipe's, with units at
-random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors without bfloat16, where it is many
-times faster; say so with the figures. Two hundred passes of a window: minutes to an hour, by the machine."""
+Every recipe of width, those of hidden channels included, then two choices that look at nothing: the same widths as the
+first recipe's, with units at random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors
+without bfloat16, where it is many times faster; say so with the figures. Two hundred passes of a window: minutes to an
+hour, by the machine."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from billhook.evaluate import PROMPTS, generate, generations
+from billhook.evaluate.generations import repetition
 from billhook.plan.errors import InputError
 
 CHAT = "{% for m in messages %}w40 {{ m['content'] }} w41 {% endfor %}{% if add_generation_prompt %}w42{% endif %}"
@@ -126,3 +127,24 @@ def test_refusals(model):
         generate(model, tokenizer(), "")
     with pytest.raises(InputError, match="max_new_tokens is 0; it must be at least 1"):
         generate(model, tokenizer(), "w7", 0)
+
+
+def test_repetition_of_a_batch_is_that_of_each_prompt_alone(model):
+    """The shorter prompts are padded on the left; what comes after the end of a text does not count."""
+    prompts, ids = ("w7 w8 w9", "w5", "w30 w31"), ([7, 8, 9], [5], [30, 31])
+    alone = [by_hand(model, prompt, 12) for prompt in ids]
+    share = [1 - len({tuple(t[i : i + 4]) for i in range(9)}) / 9 for t in alone]
+    assert repetition(model, tokenizer(), prompts, max_new_tokens=12) == pytest.approx(sum(share) / 3)
+    ends = alone[0][3]
+    model.generation_config.eos_token_id = [ends]
+    try:
+        cut = [text[: text.index(ends)] if ends in text else text for text in alone]
+        grams = [[tuple(t[i : i + 4]) for i in range(len(t) - 3)] for t in cut]
+        share = [1 - len(set(g)) / len(g) if g else 0.0 for g in grams]
+        assert len(cut[0]) <= 3 and repetition(model, tokenizer(), prompts, max_new_tokens=12) == pytest.approx(
+            sum(share) / 3
+        )
+    finally:
+        model.generation_config.eos_token_id = None
+    with pytest.raises(InputError, match="max_new_tokens is 0"):
+        repetition(model, tokenizer(), prompts, max_new_tokens=0)

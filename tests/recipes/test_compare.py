@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import build, randomise
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
-from billhook.data import evaluation
+from billhook.data import Windows, evaluation
 from billhook.evaluate import evidence
+from billhook.evaluate.generations import repetition
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.plan.address import Address
 from billhook.plan.comparison import Comparison
@@ -23,8 +25,9 @@ from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
-from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, compare, split_budgets
-from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_QUESTIONS, COMPARED_TOKENS
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare, split_budgets
+from billhook.recipes.opened import opened
+from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
@@ -73,6 +76,8 @@ def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison
     assert evidence(dense, smaller, texts) == entry.evidence
     asked = posed(dense, tokenizer, COMPARED_QUESTIONS)
     assert paired(answers(dense, asked), answers(smaller, asked)) == entry.probes
+    written = [repetition(side, tokenizer, max_new_tokens=COMPARED_NEW_TOKENS) for side in (dense, smaller)]
+    assert entry.repeated == tuple(written)
 
 
 def test_what_was_written_is_what_was_returned(whole: tuple[Comparison, Path]) -> None:
@@ -153,6 +158,16 @@ def test_all_that_come_along_take_part_but_those_of_single_weights(tiny_lm: Path
     apart = {recipe.name for recipe in catalogue.recipes() if recipe.unit in ("expert", "weight") or recipe.returns}
     assert {entry.recipe for entry in found.entries} == set(catalogue.names()) - apart != set()
     assert {e.target for e in found.entries} == {Target.UNIFORM, Target.REMOTE}
+
+
+def test_entries_of_other_continuations_are_judged_again(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    windows = Windows.of(torch.arange(8).reshape(2, 4), "text")
+    given = catalogue.load("first"), ["params=0.8"], 0, model, windows, [("other", windows)], None
+    before = _key(*given)
+    assert _key(*given) == before
+    monkeypatch.setattr("billhook.recipes.compare.COMPARED_NEW_TOKENS", COMPARED_NEW_TOKENS + 1)
+    assert _key(*given) != before
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, build
+from families import VOCABULARY, build, randomise
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from billhook.anatomy import discover
 from billhook.data import Windows
@@ -79,6 +80,45 @@ def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:
     assert [step.units for step in found.record.steps] == [step.units for step in alone.steps]
     assert found.record.work == alone.work + look
     assert found.record.evaluations == alone.evaluations + 6
+
+
+class Counted:
+    """An objective that counts each evaluation as one pass through all blocks that are left, as published."""
+
+    def __init__(self, objective: Ablator, blocks: int) -> None:
+        self.objective, self.blocks, self.work = objective, blocks, objective.work
+
+    def at(self, drops: frozenset[Address]) -> float:
+        gone = {unit.parent for unit in drops if both(unit) <= drops}
+        self.work += (self.blocks - len(gone)) * self.objective.replay.tokens
+        return self.objective.at(drops)
+
+    def move(self, drops: frozenset[Address]) -> None:
+        self.objective.move(drops)
+
+
+def both(unit: Address) -> set[Address]:
+    return {Address(unit.stack, unit.block, kind) for kind in ("attention", "mlp")}
+
+
+def test_the_default_greedy_costs_a_tenth_of_the_plain_form_at_most(tmp_path: Path) -> None:
+    """In block-token forwards, on a model of 24 blocks that each add little to the stream, as those of real ones do."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=24, **sizes)).eval()
+    randomise(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
+    anatomy = discover(model)
+    ids = torch.randint(3, VOCABULARY, (6, 8), generator=torch.Generator().manual_seed(2))
+    windows = Windows.of(ids, "noise")
+    problem = pose(anatomy.outline, Budget.parse("params=0.8"))
+    recipe, opened = load("sublayer-greedy"), SimpleNamespace(model=model, anatomy=anatomy)
+    lazy = find(recipe, opened, problem, windows, Trace(), seed=0, place=tmp_path, progress=None).found
+    counted = Counted(Ablator(model, anatomy, windows, recipe.objective or "kl"), 24)
+    plain = greedy(problem, Memo(counted), lazy=False)
+    assert 10 * lazy.work <= plain.work
 
 
 def with_idle_attentions(idle: set[int]) -> Any:

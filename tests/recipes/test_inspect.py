@@ -9,9 +9,13 @@ import pytest
 import torch
 from families import FAMILIES, build, randomise
 
+from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.measure.batches import batches_of
+from billhook.plan.plan import Plan
+from billhook.plan.record import COMPLEXITY, Measures, Run
 from billhook.recipes.inspect import inspect
+from billhook.report.figures import complexity_sentence
 
 
 def folder_of(name: str, tokenizer: Any, place: Path) -> Path:
@@ -46,7 +50,23 @@ def test_every_kind_is_described_and_measured_where_text_reaches_it(
 def test_an_encoder_decoder_is_audited_too(tiny_tokenizer: Any, tmp_path: Path) -> None:
     run = inspect(folder_of("t5", tiny_tokenizer, tmp_path / "model"), out=tmp_path / "out")
     assert set(run.audits) == {"encoder", "decoder"}
-    assert (tmp_path / "out" / "report.html").is_file()
+    assert run.measures is not None
+    found = run.measures.scores["feature complexity"]
+    assert set(found) == {f"{stack}.{i}.mlp" for stack, count in FAMILIES["t5"].stacks.items() for i in range(count)}
+    assert "Feature complexity: " in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_neurons_have_in_common_is_said() -> None:
+    run = Run(outline=discover(build("llama")).outline, plan=Plan(), model="m", costs={}, environment={})
+
+    def said(shares: dict[str, float]) -> str:
+        return complexity_sentence(run.model_copy(update={"measures": Measures(scores={COMPLEXITY: shares})}))
+
+    assert complexity_sentence(run) == said({}) == ""
+    assert "no two neurons" in said({"decoder.0.mlp": 1.0})
+    some = said({"decoder.0.mlp": 1.0, "decoder.10.mlp": 0.8, "decoder.9.mlp": 0.8})
+    assert "leaves 86.7% of an MLP on average, least in decoder.9.mlp (80.0%)." in some and "half" not in some
+    assert said({"decoder.0.mlp": 0.5}).endswith("No more than half are merged.")
 
 
 def test_the_decoder_of_a_pair_reads_what_it_is_trained_to_read() -> None:

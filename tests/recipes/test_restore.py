@@ -19,7 +19,7 @@ from billhook.recipes import restore as walk
 from billhook.recipes.catalogue import load as recipe
 from billhook.recipes.compare import compare
 from billhook.recipes.compress import compress
-from billhook.recipes.restore import take_back
+from billhook.recipes.restore import restore as take_back
 from billhook.recipes.schema import Recipe
 from billhook.search.restored_span import restored_span
 

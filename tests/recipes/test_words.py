@@ -91,6 +91,7 @@ def test_needs_and_costs() -> None:
     assert said["cfsp"] == said["comp"] == ("data", "3") and said["fisher-width"] == ("gradients", "3")
     assert said["foldgpt-gates"] == ("gradients", "2 a step") and said["das"] == ("training", "5 a round")
     assert said["branch-gains"] == ("training", "2") and needs(load("fusegpt")) == "training"
+    assert said["hesso"] == ("training", "4 a step") and said["feature-merging"] == ("nothing", "0")
     assert said["magnitude-neurons"] == ("data", "0"), "its healing reads text, its choice none"
     plain = load("tinyfusion").model_copy(update={"choice": Sampled(word="sampled-masks", steps=4)})
     assert needs(plain) == "gradients"

@@ -189,6 +189,22 @@ def test_the_advice_says_what_likelihood_does_not_show() -> None:
     assert not any("exactly right" in s for s in recommendation(found.model_copy(update={"entries": unasked})))
 
 
+def test_repetition_has_a_column_and_is_in_the_advice() -> None:
+    """A comparison from before it was measured has dashes there, and says nothing of it."""
+    old = comparison()
+    assert "repeated 4-grams</th>" in comparison_page(old) and "<td>–</td>" in comparison_page(old)
+    assert not any("four tokens" in sentence for sentence in recommendation(old))
+    known = tuple(
+        e if e.refused else e.model_copy(update={"repeated": (0.125, 0.3 + e.seed / 10)}) for e in old.entries
+    )
+    found = Comparison.model_validate_json(old.model_copy(update={"entries": known}).model_dump_json())
+    page = comparison_page(found)
+    assert "repeated 4-grams<small>dense: 12.5%</small>" in page
+    assert page.count("<td>30.0%</td>") == 10 and page.count("<td>50.0%</td>") == 2
+    said = "Of its runs of four tokens 30.0% came before in the same text, of the dense model's 12.5%."
+    assert all(sentence.endswith(said) for sentence in recommendation(found)[1:3])
+
+
 def test_work_is_told_in_passes_over_the_calibration() -> None:
     found = comparison()
     entry = next(e for e in found.entries if e.target is Target.REMOTE and e.evidence)

@@ -47,6 +47,14 @@ def neuron_axes(model: nn.Module, mixture: Mixture) -> dict[str, tuple[int, int]
     return {name: known[leaf] for name, leaf in leaves.items()}
 
 
+def is_usual(experts: nn.Module) -> bool:
+    """Whether gate lies above up and act(gate) * up is what goes to the write: transformers' own way, which a few
+    classes replace."""
+    module: Any = experts
+    layout = getattr(module, "is_concatenated", False) and not getattr(module, "is_transposed", True)
+    return bool(layout) and type(module)._apply_gate.__module__ == "transformers.integrations.moe"
+
+
 def neuron_values(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
     """What the neurons of one expert hand to its write, for tokens [n, hidden]: [n, neurons]. For the layouts that
     ``neuron_axes`` knows."""

@@ -14,6 +14,7 @@ from billhook.anatomy.families import NOT_SHORTER
 from billhook.anatomy.linears import linears
 from billhook.anatomy.low_rank import LowRank, uses
 from billhook.anatomy.low_rank import linears as separable
+from billhook.anatomy.low_rank_experts import LowRankExperts, mixtures
 from billhook.anatomy.types import Block, Stack, Sublayer
 from billhook.plan.outline import BlockOutline, Outline, StackOutline, SublayerOutline
 from billhook.plan.target import Target
@@ -56,7 +57,8 @@ def _block(
         weights = sum(sizes.get(linear.name, 0) for linear in linears(model, part, block.path))
         apart = separable(model, part, block.path, held)
         outline = _sublayer(model, part, causal, config, sizes)
-        drawn[part.kind] = outline.model_copy(update={"linear_params": weights, "linears": apart})
+        more = {"linear_params": weights, "linears": apart, "mixtures": mixtures(model, part, block.path)}
+        drawn[part.kind] = outline.model_copy(update=more)
     return BlockOutline(sublayers=drawn, rest_params=whole - sum(s.params for s in drawn.values()))
 
 
@@ -99,6 +101,8 @@ def _mlp(
     whole = model.get_submodule(path.rpartition(".")[0])
     if isinstance(whole, LowRank):
         neurons = whole.reduce.in_features
+    elif isinstance(owner, LowRankExperts):
+        neurons = owner.neurons
     idle = expert_params * (experts - active) // experts if experts else 0
     return SublayerOutline(
         params=params, active_params=params - idle, neurons=neurons, experts=experts, active_experts=active

@@ -11,6 +11,8 @@ from torch import nn
 
 from billhook.anatomy.families import ambiguous_norms, post_norm
 from billhook.anatomy.low_rank import LowRank
+from billhook.anatomy.low_rank_experts import WRITES as EXPERTS_WRITE
+from billhook.anatomy.low_rank_experts import LowRankExperts
 from billhook.anatomy.types import Block, Cut, Sublayer
 from billhook.anatomy.vocabulary import ATTENTION, CROSS_ATTENTION, EXTRAS, LAYOUTS, MLP, NORMS, WRITES, Layout
 from billhook.plan.address import SUBLAYERS, Address
@@ -177,6 +179,7 @@ def _sublayer(block: nn.Module, kind: str, parts: _Parts, address: Address, path
             leaf = whole.rpartition(".")[2] if split else part
             # of a sublayer spread over two modules only the last one writes: both linears may be called ``dense``
             writing = leaf in WRITES and name == parts.work[kind][-1]
+            writing |= leaf in EXPERTS_WRITE and isinstance(block.get_submodule(whole), LowRankExperts)
             if split and (part == "expand") != writing:
                 continue
             if writing:

@@ -16,6 +16,8 @@ WRITES = frozenset(
     ("o_proj", "out_proj", "dense", "c_proj", "wo", "Wo", "o", "down_proj", "dense_4h_to_h", "fc2", "weights_out", "w2")
 )
 
+#: Leaf names of the linears of a gated MLP that no activation follows.
+UPS = frozenset(("up_proj", "wi_1"))
 
 #: Leaf names of the linears that make queries alone: without them an attention still makes its keys and values.
 QUERIES = frozenset(("q_proj", "q", "q_a_proj"))

@@ -16,6 +16,7 @@ from billhook.anatomy.config import owner_of, resolve
 from billhook.anatomy.families import RIGID_HEADS
 from billhook.anatomy.groups import groups
 from billhook.anatomy.low_rank import LowRank
+from billhook.anatomy.low_rank_experts import LowRankExperts
 from billhook.anatomy.neurons import experts, neurons
 from billhook.anatomy.roles import NotUnderstood
 from billhook.anatomy.tensors import Work
@@ -66,7 +67,7 @@ def _units(model: PreTrainedModel, anatomy: Anatomy, stack: Stack, sublayer: Sub
     config: Any = owner_of(model, stack.path)[1].config
     saved = resolve(model, stack.counters[0].owner)
     work = Work(model, sublayer, config, saved)
-    if any(isinstance(module, LowRank) for module in work.modules.values()):
+    if any(isinstance(module, LowRank | LowRankExperts) for module in work.modules.values()):
         raise NotUnderstood("linears of it are in two parts already")
     if sublayer.kind == "mlp":
         return experts(work) if work.expert_lists() else neurons(work)

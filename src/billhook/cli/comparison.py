@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billhook.plan.comparison import Comparison, Entry
-from billhook.report.comparison import budget_in_words, exact_answers, passes
+from billhook.report.comparison import budget_in_words, exact_answers, passes, repeated
 from billhook.report.figures_comparison import kept, name
 from billhook.report.numbers import number, percent
 from billhook.report.recommendation import recommendation
@@ -52,6 +52,7 @@ def _table(comparison: Comparison, budget: str) -> Table:
         if comparison.heal != "none":
             table.add_column("\nhealed", justify="right")
     table.add_column("exact\nanswers", justify="right")
+    table.add_column("repeated\n4-grams", justify="right")
     table.add_column("search\npasses", justify="right")
     for entry in entries:
         ratios = []
@@ -60,7 +61,7 @@ def _table(comparison: Comparison, budget: str) -> Table:
             if comparison.heal != "none":
                 ratios.append(number(entry.healed[i].perplexity_ratio.value) if entry.healed else "–")
         style = "dim" if entry.baseline else ""
-        found = [*ratios, exact_answers(entry), number(passes(entry, comparison), 2)]
+        found = [*ratios, exact_answers(entry), repeated(entry), number(passes(entry, comparison), 2)]
         cells = [name(entry, comparison), percent(kept(entry)), *found]
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import RenderableType
 
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
@@ -29,7 +30,7 @@ def inspect(
 
     One bar a block, from the first to the last; the taller, the more important. With [bold]--out[/] also how the model
     uses its depth: what skipping a block does to later ones and to the output, how far affine maps between depths
-    reach, what blocks do token by token.
+    reach, what blocks do token by token; and how many neurons of MLPs compute nearly the same.
 
     [dim]Example:[/] billhook inspect demo --out out/inspect
     """
@@ -53,5 +54,5 @@ def inspect(
     from billhook.cli import inspection, views
 
     files = [views.files(out)] if out else []
-    audited = [inspection.audit(run)] if run.audits else []
+    audited: list[RenderableType] = [inspection.complexity(run), inspection.audit(run)] if run.audits else []
     print_views(inspection.model(run), inspection.importance(run), *audited, *files)

@@ -11,6 +11,7 @@ from billhook.plan.address import SUBLAYERS, Address
 from billhook.plan.outline import StackOutline
 from billhook.plan.record import Run
 from billhook.report.audit import parts
+from billhook.report.figures import complexity_sentence
 from billhook.report.numbers import quantity
 from billhook.report.palette import kind_name
 
@@ -57,6 +58,11 @@ def importance(run: Run) -> Table:
                     table.add_row(name, *row)
                     name = ""
     return table
+
+
+def complexity(run: Run) -> Text:
+    """What the neurons of MLPs have in common, in words."""
+    return Text(complexity_sentence(run))
 
 
 def audit(run: Run) -> Table:

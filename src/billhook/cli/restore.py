@@ -40,9 +40,9 @@ def restore(
     [dim]Example:[/] billhook restore my-model-instruct --base my-model --out out/restored
     """
     with bars() as progress:
-        from billhook.recipes.restore import take_back
+        from billhook.recipes.restore import restore as walk
 
-        run = take_back(
+        run = walk(
             model,
             base=base,
             out=out,

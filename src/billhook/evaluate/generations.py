@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
+from statistics import fmean
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.evaluate.causal import positions
@@ -17,6 +21,16 @@ PROMPTS = (
     "Why is the sky blue?",
     "Write one sentence about a hedge in winter.",
     "Name three things one can do with an old bicycle.",
+)
+
+#: Asked all at once of every result of a comparison, to see how much it repeats itself.
+OPENINGS = (
+    *PROMPTS,
+    "Tell me a short story about a lighthouse.",
+    "How does one make bread?",
+    "Describe the city of Rome to a child.",
+    "What should I read this summer, and why?",
+    "Explain what a fraction is.",
 )
 
 #: Against what a checkpoint may have stored to spoil plain greedy decoding.
@@ -53,6 +67,36 @@ def generations(
             )
         )
     return tuple(found)
+
+
+def repetition(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompts: Sequence[str] = OPENINGS,
+    *,
+    max_new_tokens: int,
+) -> float:
+    """The share of 4-grams that came before in the same greedy continuation (see ``repeated``), as the mean over the
+    prompts, which are written on in one batch, padded on the left; a text ends before its end-of-sequence token.
+
+    A model that ends at once repeats nothing, so read this beside what it is said to answer. Cost: ``max_new_tokens``
+    steps of generation. InputError as in ``prepared``.
+    """
+    rows = [prepared(model, tokenizer, prompt, max_new_tokens)["input_ids"][0] for prompt in prompts]
+    assert tokenizer is not None
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    ids, mask = (
+        pad_sequence(padded, batch_first=True, padding_value=value, padding_side="left")
+        for padded, value in ((rows, pad), ([torch.ones_like(row) for row in rows], 0))
+    )
+    with observing(model):
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=pad, **GREEDY
+        )
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    texts = (takewhile(lambda token: token not in ends, row) for row in output[:, ids.shape[1] :].tolist())
+    return fmean(repeated(list(text)) for text in texts)
 
 
 def generate(

@@ -8,6 +8,7 @@ from string import Template
 
 from billhook.anatomy import Anatomy
 from billhook.anatomy.low_rank import LowRank
+from billhook.anatomy.low_rank_experts import LowRankExperts
 from billhook.surgery.form import Form
 
 _SPLIT = Template('''\
@@ -23,13 +24,26 @@ def split(model: nn.Module, name: str, path: str, owner: str) -> None:
     for index, linears in listed.items():
         block = model.get_submodule(f"{path}.{index}")
         for inside, rank in linears.items():
-            old: Any = block.get_submodule(inside)
+            old: Any = block.get_submodule(inside)$experts
             outputs, inputs = reversed(old.weight.shape) if type(old).__name__ == "Conv1D" else old.weight.shape
             block.set_submodule(inside, LowRank(inputs, rank, outputs, old.bias is not None))''')
+
+
+_EXPERTS = """
+            if hasattr(old, "gate_up_proj"):
+                block.set_submodule(inside, LowRankExperts(*old.down_proj.shape, rank, old.act_fn))
+                continue"""
 
 
 def splitting(anatomy: Anatomy, form: Form) -> str:
     """The source; ``anatomy`` is that of the stock class."""
     used = {block.stack for block, _ in form.ranks}
     rows = [(stack.name, stack.path, stack.counters[0].owner) for stack in anatomy.stacks if stack.name in used]
-    return _SPLIT.substitute(low_rank=inspect.getsource(LowRank), rows=pformat(rows, width=116, sort_dicts=False))
+    outlines = dict(anatomy.outline.blocks())
+    apart = any(path in part.mixtures for block, path in form.ranks for part in outlines[block].sublayers.values())
+    sources = [inspect.getsource(part) for part in (LowRank, *([LowRankExperts] if apart else []))]
+    return _SPLIT.substitute(
+        low_rank="\n\n".join(sources),
+        experts=_EXPERTS if apart else "",
+        rows=pformat(rows, width=116, sort_dicts=False),
+    )

@@ -12,6 +12,7 @@ from billhook.data import Windows
 from billhook.heal.channel_form import channel_form
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, require_no_masks
+from billhook.heal.low_rank import require_linears
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.verdict import judged
@@ -83,6 +84,7 @@ def closed_form(
     """
     require_no_masks(plan, "healing")
     require_healable(anatomy, plan)
+    require_linears(plan, anatomy)
     if channels_of(plan, anatomy):
         return channel_form(model, anatomy, plan, source, progress)
     drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)

@@ -7,9 +7,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from billhook.anatomy import Anatomy
 from billhook.anatomy.low_rank import is_conv, matrix
 from billhook.plan.errors import InputError
 from billhook.surgery.factorise import Factor, parts
+from billhook.surgery.low_rank_experts import mixtures_of
+
+
+def require_linears(plan: object, anatomy: Anatomy) -> None:
+    """InputError for a plan that takes experts apart: merging alone gives these new weights."""
+    if mixtures_of(plan, anatomy):
+        raise InputError("experts in two parts cannot be healed; their weights come of the merging")
 
 
 def projected(model: nn.Module, factors: Iterable[Factor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.alike import averaged, grouped
 from billhook.heal.closed_form import require_healable
+from billhook.heal.condense import Expert, foremost, low_reads, low_writes
 from billhook.heal.divergence import divergence, held_back
 from billhook.heal.healing import Healing, put
 from billhook.heal.ridge import Moments, Solution, solve
@@ -29,6 +31,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.record import Refit
 from billhook.surgery.live import drops_of, keeps_of
+from billhook.surgery.low_rank_experts import is_mixture
 from billhook.surgery.narrow import inner_of, narrow
 
 Progress = Callable[[str, int, int], None]
@@ -61,22 +64,30 @@ def merge(
 
     Source: M-SMoE (arXiv 2310.01334): 1 and 2. There the router keeps the rows of all experts and sends those of a
     group to the same weights, which no ordinary checkpoint can say: hence 3. There the merged model is trained further
-    with the dense one as teacher: 4 stands for that. Low-rank plus sparse afterwards (MC-SMoE) is left out.
+    with the dense one as teacher: 4 stands for that.
+
+    Where the plan takes the experts that stay apart as well (MC-SMoE), their neurons are put in the order in which a
+    cut needs them between 3 and 4, those that write most first, and gate and up of the others become of low rank; down
+    does so after 4 (and all of it where 3 and 4 are not kept). Each is the nearest of its rank on what it is given (see
+    ``condense``), so the cut changes nothing more.
 
     Cost: the dense blocks once, those with fewer experts up to four times, for each merged expert an assignment of its
     neurons, and a regression on as many inputs as it has neurons. Memory: the model, two streams, and what the experts
-    of one block are given. Raises InputError for plans that do more than take away experts of one stack, for experts
-    that are laid out in a way that is not known, and for fewer than two windows.
+    of one block are given. Raises InputError for plans that do more than take away experts of one stack and take those
+    that stay apart, for experts that are laid out in a way that is not known, and for fewer than two windows.
     """
     keeps = {keep.unit: keep for keep in keeps_of(plan, anatomy)}
     names = {unit.stack for unit in keeps}
-    if drops_of(plan, anatomy) or len(names) != 1 or any(keep.inner != "expert" for keep in keeps.values()):
+    factors = plan.factors if isinstance(plan, Plan) else ()
+    ranks = {edit.unit: edit.rank for edit in factors if edit.unit in keeps and is_mixture(edit, anatomy)}
+    merges = len(names) == 1 and all(keep.inner == "expert" for keep in keeps.values())
+    if drops_of(plan, anatomy) or not merges or len(ranks) != len(factors):
         raise InputError("merging takes a plan that takes away experts of one stack, and nothing else")
     require_healable(anatomy)
     for keep in keeps.values():
         neuron_axes(model, mixture_of(inner_of(anatomy, keep)))
     stack = anatomy.stack(names.pop())
-    walk = _Walk(model, anatomy, Spans(model, stack, list(batches_of(source, model))))
+    walk = _Walk(model, anatomy, Spans(model, stack, list(batches_of(source, model))), ranks)
     for number, block in enumerate(stack.blocks):
         walk.through(block, next((keeps[s.address] for s in block.sublayers if s.address in keeps), None))
         if progress is not None:
@@ -87,6 +98,7 @@ def merge(
     undone = tuple(refit.model_copy(update={"after": refit.before, "penalty": None}) for refit in walk.refits)
     plain = replace(found, tensors=merged, refits=undone)
     narrower = Plan.of([], keeps=keeps.values())
+    narrower = narrower.model_copy(update={"edits": (*narrower.edits, *factors)})
     changes = [healed_and_cut(model, anatomy, narrower, healing) for healing in (plain, found)]
     before, after = divergence(walk.spans, anatomy, walk.held, changes)
     return found if after < before else plain
@@ -95,8 +107,8 @@ def merge(
 class _Walk:
     """The two streams, and what has been found so far, ``plain`` without refits; the model is changed in calls only."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, spans: Spans) -> None:
-        self.model, self.anatomy, self.spans = model, anatomy, spans
+    def __init__(self, model: nn.Module, anatomy: Anatomy, spans: Spans, ranks: Mapping[Address, int]) -> None:
+        self.model, self.anatomy, self.spans, self.ranks = model, anatomy, spans, ranks
         self.dense = self.merged = [spans.enter(i) for i in range(len(spans.batches))]
         self.held = held_back([len(stream) for stream in self.dense])
         self.plain: dict[str, Tensor] = {}
@@ -150,12 +162,45 @@ class _Walk:
             put(self.model, name, tensor, undo)
         narrow(self.model, self.anatomy, [keep], undo.set)
         names = (*mixture.tensors, mixture.rows[0])
+        rank = self.ranks.get(keep.unit)
+        tried = Undo()
+        if rank is not None:
+            self._condense(number, mixture, lambda e, x, h: low_reads(foremost(e, h), x, rank), tried)
+            self._condense(number, mixture, lambda e, x, h: low_writes(e, h, rank), tried)
         self.plain |= {name: self.model.get_parameter(name).detach() for name in names}
+        tried.restore()
         wanted = [torch.stack([logits[:, m].float().logsumexp(-1) for m in groups.values()], 1) for logits, _ in heard]
         self._route(number, mixture, wanted, ahead, undo)
+        if rank is not None:
+            self._condense(number, mixture, lambda e, x, h: low_reads(foremost(e, h), x, rank), undo)
         after = self._write(number, mixture, ahead, undo)
+        if rank is not None:
+            after = self._condense(number, mixture, lambda e, x, h: low_writes(e, h, rank), undo)
         self.tensors |= {name: self.model.get_parameter(name).detach() for name in names}
         return after
+
+    def _condense(
+        self, number: int, mixture: Mixture, how: Callable[[Expert, Tensor, Tensor], Expert], undo: Undo
+    ) -> list[Tensor]:
+        """Every expert replaced by what ``how`` makes of it, of what it is given and of the values of its neurons, each
+        times the weight of the expert for that token. The stream behind the block as it is then."""
+        module: Any = self.model.get_submodule(mixture.experts)
+        given: list[tuple[Tensor, ...]] = []
+        self._run(number, self.merged, [(module, lambda module, args, kwargs, output: given.append(args))])
+        real = [self.spans.real(i, stream).reshape(-1) for i, stream in enumerate(self.merged)]
+        gate_up, down = module.gate_up_proj.detach().clone(), module.down_proj.detach().clone()
+        for expert in range(len(down)):
+            x = []
+            for (hidden, picked, weights), rows in zip(given, real, strict=True):
+                tokens, slots = ((picked == expert) & rows[:, None]).nonzero(as_tuple=True)
+                x.append((hidden[tokens], weights[tokens, slots, None].float()))
+            tokens, shares = (torch.cat(parts) for parts in zip(*x, strict=True))
+            values = neuron_values(module, expert, tokens).float() * shares
+            new = how(Expert(gate_up[expert], down[expert]), tokens.float() * shares, values)
+            gate_up[expert], down[expert] = new.gate_up, new.down
+        put(self.model, f"{mixture.experts}.gate_up_proj", gate_up, undo)
+        put(self.model, f"{mixture.experts}.down_proj", down, undo)
+        return self._run(number, self.merged)
 
     def _route(self, number: int, mixture: Mixture, wanted: list[Tensor], ahead: list[Tensor], undo: Undo) -> None:
         """New rows of the router, where the stream behind the block is nearer to the dense one with them."""

@@ -26,7 +26,7 @@ class Spans(Batches):
         """The stream behind the last of these blocks, given the stream at the first."""
         if not blocks:
             return stream
-        first, last, tails = blocks[0], blocks[-1], self._tails[batch]
+        first, last, tails = blocks[0], blocks[-1], self.tails[batch]
         others = [i for i in range(last) if i not in blocks]
         forwards: list[tuple[nn.Module, Forward]]
         forwards = [(self._blocks[i], partial(hand_on, tail=tails[i])) for i in others]

@@ -38,11 +38,11 @@ class Batches:
     def __init__(self, model: nn.Module, stack: Stack, batches: list[dict[str, Any]]) -> None:
         self.model, self.stack, self.batches = model, stack, batches
         self._blocks = [model.get_submodule(block.path) for block in stack.blocks]
-        self._tails: list[dict[int, Tail]] = [{} for _ in batches]  # what each block returned beside the stream
+        self.tails: list[dict[int, Tail]] = [{} for _ in batches]  # what each block returned beside the stream
 
     def like(self, other: Batches) -> None:
         """Take what blocks return beside the stream from another model of the same blocks."""
-        self._tails = other._tails
+        self.tails = other.tails
 
     def enter(self, batch: int) -> Tensor:
         """The stream at the input of the first block [rows, tokens, hidden]."""
@@ -77,7 +77,7 @@ class Batches:
 
         Final norm, head and whatever the model does to logits are its own: it runs over these ids and every block
         hands on, with what it returned beside the stream when it was run."""
-        tails = [self._tails[0].get(i) for i in range(len(self._blocks))]
+        tails = [self.tails[0].get(i) for i in range(len(self._blocks))]
         blocks = [(block, partial(hand_on, tail=tail)) for block, tail in zip(self._blocks, tails, strict=True)]
         blocks[-1] = self._blocks[-1], partial(put_in, stream=stream[None], tail=tails[-1])
         cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
@@ -133,7 +133,7 @@ class Stepper(Batches):
 
         self._forward(batch, [*self._before(batch, place.number), (block, visit)])
         output = outputs[0]
-        self._tails[batch].setdefault(place.number, tail_of(output))
+        self.tails[batch].setdefault(place.number, tail_of(output))
         if place.block.lends and any(sublayer.kind == "attention" for sublayer in place.sublayers):
             self._lent[batch][place.number] = stream
         return self._finite(batch, stream_out(output), f"out of {place.block.address}")
@@ -141,7 +141,7 @@ class Stepper(Batches):
     def _before(self, batch: int, number: int) -> Iterator[tuple[nn.Module, Forward]]:
         """What stands in the place of the blocks before one."""
         for i, block in enumerate(self._blocks[:number]):
-            answer = partial(hand_on, tail=self._tails[batch][i])
+            answer = partial(hand_on, tail=self.tails[batch][i])
             if i in self._lent[batch]:
                 answer = partial(lending, own=block.forward, stream=self._lent[batch][i], answer=answer)
             yield block, answer

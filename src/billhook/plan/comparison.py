@@ -24,8 +24,10 @@ class Entry(_Record):
     ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
     ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
     after healing in closed form, empty where nothing was healed; ``probes`` are answered by the healed one
-    where there is one. ``work`` counts block-token forwards of the search alone; ``seconds`` are those of the
-    search in this run, fewer where another recipe had paid for the same figures.
+    where there is one; ``repeated`` is the share of 4-grams that came before in the same greedy continuation, of the
+    dense model and of the one that answers (None where it was not measured). ``work`` counts block-token forwards of
+    the search alone; ``seconds`` are those of the search in this run, fewer where another recipe had paid for the same
+    figures.
     """
 
     recipe: str
@@ -47,6 +49,7 @@ class Entry(_Record):
     evidence: tuple[TextEvidence, ...] = ()
     healed: tuple[TextEvidence, ...] = ()
     probes: tuple[ProbeEvidence, ...] = ()
+    repeated: tuple[float, float] | None = None
 
     @property
     def plan(self) -> Plan:

@@ -6,6 +6,7 @@ the check of a plan, the report) works on it and needs neither weights nor torch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict
@@ -73,6 +74,29 @@ class LinearOutline(_Record):
         return self.params - rank * (self.outputs + self.inputs)
 
 
+class MixtureOutline(_Record):
+    """The experts of a mixture, where each can be taken apart: some of its ``neurons`` stay whole, and the linears of
+    the others, ``hidden`` wide outside, become two."""
+
+    experts: int
+    hidden: int
+    neurons: int
+
+    @property
+    def useful(self) -> int:
+        """The largest rank that saves parameters; half of the neurons at most, 0 where none does."""
+        h, n = self.hidden, self.neurons
+        root = (5 * h + 3 * n - math.sqrt((5 * h + 3 * n) ** 2 - 36 * h * n)) / 6  # where ``saved_each`` is zero
+        ranks = range(min(math.ceil(root), n // 2, h), 0, -1)
+        return next((rank for rank in ranks if self.saved_each(rank) > 0), 0)
+
+    def saved_each(self, rank: int) -> int:
+        """How many parameters fewer an expert has with ``rank`` neurons whole and the linears of the others in two,
+        ``rank`` wide in between: gate and up as one, and down."""
+        h, n = self.hidden, self.neurons - rank
+        return 3 * h * n - rank * (2 * n + h) - rank * (n + h)
+
+
 class SublayerOutline(_Record):
     """One sublayer. Sizes that do not apply are 0.
 
@@ -81,8 +105,8 @@ class SublayerOutline(_Record):
     ``active_params`` counts the weights that one token multiplies with: below ``params`` for mixture-of-experts.
     ``window`` is the sliding window in tokens, None for full attention. ``cache_width`` is the number of cached values
     per token (keys and values together). ``inner`` are the units that can be cut from it, by kind; ``rigid`` says why
-    there are none. ``linears`` are those that can be taken apart, by their path in the block. ``channel_params`` and
-    ``channel_active`` are counted for each channel of the residual stream.
+    there are none. ``linears`` are those that can be taken apart, by their path in the block, and so are ``mixtures``.
+    ``channel_params`` and ``channel_active`` are counted for each channel of the residual stream.
     """
 
     params: int
@@ -99,6 +123,7 @@ class SublayerOutline(_Record):
     inner: dict[str, InnerOutline] = {}
     rigid: str = ""
     linears: dict[str, LinearOutline] = {}
+    mixtures: dict[str, MixtureOutline] = {}
     channel_params: int = 0
     channel_active: int = 0
 
@@ -110,11 +135,23 @@ class SublayerOutline(_Record):
                 "active_params": self.active_params - gone * self.channel_active,
                 "inner": {kind: unit.thinned(gone) for kind, unit in self.inner.items()},
                 "linears": {},
+                "mixtures": {},
             }
         )
 
+    @property
+    def useful(self) -> dict[str, int]:
+        """The largest useful rank of whatever can be taken apart, by path."""
+        linears = {path: linear.useful for path, linear in self.linears.items()}
+        return linears | {path: mixture.useful for path, mixture in self.mixtures.items()}
+
     def factorised(self, linear: str, rank: int) -> SublayerOutline:
-        """The same sublayer with one of its linears in two, ``rank`` wide in between."""
+        """The same sublayer with one of its linears in two, ``rank`` wide in between, or its experts taken apart."""
+        if linear in self.mixtures:
+            each = self.mixtures[linear].saved_each(rank)
+            gone = {"params": self.params - self.experts * each}
+            gone["active_params"] = self.active_params - self.active_experts * each
+            return self.model_copy(update={**gone, "mixtures": {}})
         saved = self.linears[linear].saved(rank)
         left = {name: other for name, other in self.linears.items() if name != linear}
         less = {"params": self.params - saved, "active_params": self.active_params - saved}

@@ -91,6 +91,9 @@ class Factorise(_Record):
 
     ``linear`` is its path within the block (``mlp.up_proj``). The basis U [outputs, rank], with orthonormal columns, is
     the array ``array`` of the plan, in float32; U'W follows from the weights as they are.
+
+    Of a mixture's experts (``mlp.experts``) each keeps its first ``rank`` neurons whole, and the linears of its others
+    become two; there is no array, the bases follow from the weights too.
     """
 
     kind: Literal["factorise"] = "factorise"

@@ -22,21 +22,21 @@ def check_factors(plan: Plan, drops: Collection[Address], outline: Outline) -> N
         what = f"{edit.linear} of {edit.unit}"
         if edit.unit not in sublayers:
             raise InputError(f"unit {edit.unit} is no sublayer of this {outline.family} model")
-        linears = sublayers[edit.unit].linears
-        if edit.linear not in linears:
-            raise InputError(f"{what} cannot be taken apart; {_those(linears)}")
+        useful = sublayers[edit.unit].useful
+        if edit.linear not in useful:
+            raise InputError(f"{what} cannot be taken apart; {_those(useful)}")
         if edit.unit in drops or edit.unit.parent in drops:
             raise InputError(f"unit {edit.unit} is dropped, so {edit.linear} cannot be taken apart")
-        if edit.unit in narrower:
+        if edit.unit in narrower and edit.linear not in sublayers[edit.unit].mixtures:
             raise InputError(f"unit {edit.unit} is both kept in part and taken apart; a plan does one of them to it")
         if edit.unit in sparse:
             raise InputError(f"unit {edit.unit} is both made sparse and taken apart: two dense linears keep no zeros")
         if (edit.unit, edit.linear) in seen:
             raise InputError(f"the plan takes {what} apart twice")
-        if not 1 <= edit.rank <= linears[edit.linear].useful:
+        if not 1 <= edit.rank <= useful[edit.linear]:
             raise InputError(
                 f"{what}: rank {edit.rank} saves nothing; two linears are smaller than one from rank 1 to "
-                f"{linears[edit.linear].useful}"
+                f"{useful[edit.linear]}"
             )
         seen.add((edit.unit, edit.linear))
     if plan.factors and plan.target in (Target.UNIFORM, Target.DECI):

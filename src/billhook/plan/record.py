@@ -214,7 +214,13 @@ class Graft(_Record):
     groups: int = 0
 
 
-_ACTS = ("average", "fuse", "flatten", "gains", "second-order", "merge", "sparse-training", "group-sparse")
+COMPLEXITY = "feature complexity"
+"""What an inspection calls the share of the neurons of an MLP that is left when those that compute nearly the same are
+merged."""
+_ACTS = (
+    *("average", "fuse", "flatten", "gains", "second-order", "merge"),
+    *("sparse-training", "group-sparse", "nested-ranks"),
+)
 
 
 class HealStep(_Record):

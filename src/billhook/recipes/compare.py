@@ -16,6 +16,7 @@ from billhook.data import calibration as windows_of
 from billhook.data.calibrate import Domain
 from billhook.evaluate import evidence_of_each, remembered
 from billhook.evaluate.causal import require_causal
+from billhook.evaluate.generations import OPENINGS, prepared, repetition
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.heal import require_healable
 from billhook.measure.sums import Trace
@@ -38,6 +39,7 @@ from billhook.recipes.settings import (
     CALIBRATION_LENGTH,
     CALIBRATION_TOKENS,
     COMPARED_LENGTH,
+    COMPARED_NEW_TOKENS,
     COMPARED_QUESTIONS,
     COMPARED_TOKENS,
     TRAINING_TOKENS,
@@ -48,7 +50,7 @@ from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[Sequence[Any]], list[tuple[TextEvidence, ...]]]
-Probe = Callable[[Any], tuple[ProbeEvidence, ...]]
+Probe = Callable[[Any], tuple[tuple[ProbeEvidence, ...], tuple[float, float]]]
 RANDOM_SEEDS = 3  # one draw says nothing of chance
 
 
@@ -81,9 +83,10 @@ def compare(
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 
-    Cost: each search, one pass of the dense model and one of each result over the evaluation text, and the probes once
-    for the dense model and once for each result. Healing costs each result about as much as two passes
-    of the dense model over the healing text, and its regressions: more than most searches, so it is asked for.
+    Cost: each search, one pass of the dense model and one of each result over the evaluation text, and the probes and
+    one batch of short continuations once for the dense model and once for each result. Healing costs each result about
+    as much as two passes of the dense model over the healing text, and its regressions: more than most searches, so it
+    is asked for.
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
@@ -100,6 +103,8 @@ def compare(
             names = " and ".join(stack.name for stack in model.anatomy.stacks)
             raise InputError(f"a comparison heals models of one stack; this one has {names}: use --heal none")
     asked_of = posed(model.model, model.tokenizer, COMPARED_QUESTIONS)
+    for opening in OPENINGS:
+        prepared(model.model, model.tokenizer, opening, COMPARED_NEW_TOKENS)
     with claimed(out) as place:
         with clock.step("measure"):
             windows = windows_of(
@@ -130,12 +135,14 @@ def compare(
             known = remembered(model.model, texts)
         with clock.step("probes"):
             of_dense = answers(model.model, asked_of, progress)
+            before = repetition(model.model, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
 
         def judge(compressed: Sequence[Any]) -> list[tuple[TextEvidence, ...]]:
             return evidence_of_each(model.model, compressed, texts, of_dense=known, progress=progress)
 
-        def probe(compressed: Any) -> tuple[ProbeEvidence, ...]:
-            return paired(of_dense, answers(compressed, asked_of, progress))
+        def probe(compressed: Any) -> tuple[tuple[ProbeEvidence, ...], tuple[float, float]]:
+            after = repetition(compressed, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
+            return paired(of_dense, answers(compressed, asked_of, progress)), (before, after)
 
         draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
         entries: list[Entry] = []
@@ -247,7 +254,12 @@ def _judged(
             continue
         try:
             acted = _acted(recipe, model, choice, target, windows, progress)
-            heals = longer is not None and recipe.act == "drop" and recipe.unit != "weight" and not recipe.trains
+            heals = (
+                longer is not None
+                and recipe.act == "drop"
+                and recipe.unit != "weight"
+                and not (recipe.trains or recipe.learns_ranks)
+            )
             healed = [_healed(model, choice.plan(target), longer, progress)] if heals and longer is not None else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
@@ -257,8 +269,12 @@ def _judged(
     met = [entry for entry in entries if not entry.refused]
     found = judge([*cut, *again]) if met else []
     proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
-    proven = ({"evidence": one, "healed": other, "probes": probe(best)} for one, other, best in proofs)
-    return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
+    proven = ((one, other, *probe(best)) for one, other, best in proofs)
+    names = ("evidence", "healed", "probes", "repeated")
+    return [
+        entry if entry.refused else entry.model_copy(update=dict(zip(names, next(proven), strict=True)))
+        for entry in entries
+    ]
 
 
 def _acted(
@@ -345,6 +361,7 @@ def _key(
         "trained on": drill.fingerprint if drill is not None and recipe.trains else "",
         "texts": [text.fingerprint for _, text in texts],
         "questions": COMPARED_QUESTIONS,
+        "openings": [COMPARED_NEW_TOKENS, *OPENINGS],
         "healed on": longer.fingerprint if longer is not None else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -263,7 +263,7 @@ def _way(recipe: Recipe, heal: Heal | None) -> str:
         if heal not in (None, "none"):
             raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
         return "none"
-    if recipe.trains and heal not in (None, "none"):
+    if (recipe.trains or recipe.learns_ranks) and heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} trains what is left itself; leave out --heal {heal}")
     if heal == "scales" and not recipe.wide:
         raise InputError(f"recipe {recipe.name} drops {recipe.unit}s: {NOTHING}")

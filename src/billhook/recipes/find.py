@@ -17,10 +17,10 @@ from billhook.measure.sums import Trace
 from billhook.models import fingerprint
 from billhook.plan.address import Address
 from billhook.plan.arrays import Arrays
-from billhook.plan.budget import Budget
+from billhook.plan.budget import Budget, realised
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
-from billhook.plan.plan import HiddenChannels, Keep, Plan, Sparsify
+from billhook.plan.plan import Factorise, HiddenChannels, Keep, Plan, Sparsify
 from billhook.plan.record import SearchRecord
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
@@ -52,6 +52,7 @@ from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin
 from billhook.recipes.widths import drive, narrow
 from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search.apart import apart, eased
 from billhook.search.channels import ChannelProblem, pose_channels
 from billhook.search.ranks import RankProblem, pose_ranks
 from billhook.search.sparsity import WeightProblem, pose_weights
@@ -81,8 +82,9 @@ BASELINES: dict[str, Callable[..., Found]] = {
 class Choice:
     """What a recipe chose, and the importance of each unit as far as the recipe looked at it (high is important);
     ``keeps`` of the sublayers that get narrower, ``channels`` of the stream, ``sparsities`` of those that lose single
-    weights, with their ``arrays``, ``bases`` of the linears that become two, and the ``schedule`` by which blocks run
-    with the weights of others (those are not among the drops); ``healing``: new weights that came with the choice."""
+    weights, with their ``arrays``, ``bases`` of the linears that become two, mixtures whose experts are taken
+    ``apart``, and the ``schedule`` by which blocks run with the weights of others (those are not among the drops);
+    ``healing``: new weights that came with the choice."""
 
     found: Found
     record: SearchRecord
@@ -91,6 +93,7 @@ class Choice:
     sparsities: tuple[Sparsify, ...] = ()
     arrays: Arrays = field(default_factory=Arrays)
     bases: Bases = field(default_factory=dict)
+    apart: tuple[Factorise, ...] = ()
     schedule: Schedule | None = None
     healing: Healing | None = field(default=None, compare=False)
     channels: tuple[HiddenChannels, ...] = ()
@@ -98,7 +101,8 @@ class Choice:
     def plan(self, target: Target) -> Plan:
         """What the recipe found, as a plan."""
         whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays, self.channels)
-        return whole.factorised(self.bases).model_copy(update={"schedule": self.schedule})
+        edits = (*whole.factorised(self.bases).edits, *self.apart)
+        return whole.factorised(self.bases).model_copy(update={"schedule": self.schedule, "edits": edits})
 
 
 Task = Problem | WidthProblem | WeightProblem | RankProblem | ChannelProblem
@@ -112,6 +116,8 @@ def pose_for(recipe: Recipe, outline: Outline, budget: Budget, target: Target) -
         multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Thinned) else 1
         return pose_channels(outline, budget, target, stack="decoder", multiple_of=multiple)
     if recipe.wide:
+        if target in (Target.UNIFORM, Target.DECI) and getattr(recipe.choice, "apart", None) is not None:
+            raise InputError(f"target {target} cannot carry experts in two parts; use target remote or any")
         multiple = recipe.choice.multiple_of if isinstance(recipe.choice, Widths) else 1
         return pose_width(outline, budget, recipe.unit, target, stack="decoder", multiple_of=multiple)
     if isinstance(recipe.choice, Ranks):
@@ -161,8 +167,9 @@ def find(
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
-        bases, record, importance = take_apart(recipe, model, problem, windows, progress=progress)
-        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, bases=bases)
+        bases, record, importance, new = take_apart(recipe, model, problem, windows, seed=seed, progress=progress)
+        nothing = Found(frozenset(), record.steps, record.work, 0)
+        return Choice(nothing, record, importance, bases=bases, healing=new)
     objective = recipe.objective
     importance = {}
     search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
@@ -217,8 +224,17 @@ def _narrowed(
     seed: int,
     progress: Progress | None,
 ) -> Choice:
-    drops, keeps, record, importance = narrow(recipe, model, problem, windows, seen, seed=seed, progress=progress)
-    return Choice(Found(drops, record.steps, record.work, record.evaluations), record, importance, keeps)
+    share = recipe.choice.apart if isinstance(recipe.choice, Widths) else None
+    whole = problem if share is None else eased(problem, 1 - share)
+    drops, keeps, record, importance = narrow(recipe, model, whole, windows, seen, seed=seed, progress=progress)
+    edits: tuple[Factorise, ...] = ()
+    if share is not None:
+        edits, costs = apart(problem, keeps)
+        (*_, last) = record.steps
+        last = last.model_copy(update={"realised": realised(costs, problem.dense)})
+        record = record.model_copy(update={"steps": (*record.steps[:-1], last)})
+    found = Found(drops, record.steps, record.work, record.evaluations)
+    return Choice(found, record, importance, keeps, apart=edits)
 
 
 def require_cut(recipe: Recipe) -> None:

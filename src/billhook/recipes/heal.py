@@ -33,10 +33,11 @@ from billhook.heal import (
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
+from billhook.heal.features import merged_features
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import require_no_masks
 from billhook.heal.judge import judged_apart
-from billhook.heal.low_rank import rejoined
+from billhook.heal.low_rank import rejoined, require_linears
 from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
@@ -63,6 +64,11 @@ def _average(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progres
     return average(model, anatomy, plan)
 
 
+def _merge(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress: Progress | None) -> Healing:
+    neurons = any(keep.inner == "neuron" for keep in plan.keeps)
+    return (merged_features if neurons else merge)(model, anatomy, plan, windows, progress)
+
+
 METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
     "closed-form": closed_form,
     "bias": judged_apart(bias_compensation),
@@ -72,7 +78,7 @@ METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], H
     "fuse": fuse,
     "flatten": flatten,
     "gains": branch_gains,
-    "merge": merge,
+    "merge": _merge,
 }
 """Where new weights for what is left come from, by the words of a recipe (``heal`` and ``act``)."""
 
@@ -144,6 +150,7 @@ def heal(
         raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
     require_causal(model.model, "heal")
     require_healable(model.anatomy)
+    require_linears(plan, model.anatomy)
     for prompt in PROMPTS:
         prepared(model.model, model.tokenizer, prompt, max_new_tokens)
     posed(model.model, model.tokenizer)

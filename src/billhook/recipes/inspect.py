@@ -10,10 +10,12 @@ from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.measure.audit import audit
 from billhook.measure.cost import quantities
+from billhook.measure.features import complexity
+from billhook.measure.width import units_of
 from billhook.models import building, check_out
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan, Provenance
-from billhook.plan.record import Run
+from billhook.plan.record import COMPLEXITY, Run
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import write_down
@@ -64,7 +66,8 @@ def inspect(
                 progress=progress,
             )
             seen = watch(model, windows, progress)
-        run = run.model_copy(update={"measures": measures(model, calibration, windows, seen)})
+            alike = {} if out is None else {COMPLEXITY: complexities(model, progress)}
+        run = run.model_copy(update={"measures": measures(model, calibration, windows, seen, alike)})
         if out is not None:
             with clock.step("audit"):
                 fit, held = divided(windows)
@@ -77,6 +80,18 @@ def inspect(
         with building(out, overwrite) as folder:
             write_down(run, Path(folder))
     return run
+
+
+def complexities(model: Opened, progress: Progress | None) -> dict[str, float]:
+    """The feature complexity of every MLP that has neurons of its own."""
+    units = units_of(model.anatomy, "neuron", sorted(model.anatomy.inner))
+    weights = dict(model.model.named_parameters(remove_duplicate=False))
+    found = {}
+    for number, (address, inner) in enumerate(units.items(), start=1):
+        found[str(address)] = complexity(inner, weights)
+        if progress is not None:
+            progress("features", number, len(units))
+    return found
 
 
 def _reads_text(model: Opened) -> bool:

@@ -14,7 +14,8 @@ from billhook.evaluate import PROMPTS, evidence, generations, prepared, probes
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
-from billhook.heal import Healing, restore, scale_updates
+from billhook.heal import Healing, scale_updates
+from billhook.heal import restore as put_back
 from billhook.heal.restore import require_same, shares
 from billhook.measure.characters import QUESTIONS, spellings
 from billhook.models import building, check_out, fingerprint, stored_as
@@ -34,7 +35,7 @@ from billhook.search.restored_span import restored_span
 Progress = Callable[[str, int, int], None]
 
 
-def take_back(
+def restore(
     source: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str],
@@ -125,7 +126,7 @@ def _chosen(
     }
     spelt = spellings(model.tokenizer, model.model.get_output_embeddings().out_features)
     found = restored_span(model.model, model.anatomy, base.model, questions, spelt, choice.validity, progress)
-    healing = restore(model.model, model.anatomy, base.model, found.blocks)
+    healing = put_back(model.model, model.anatomy, base.model, found.blocks)
     kept = {str(block): 0.0 if block in found.blocks else 1.0 for block in shares(model.anatomy)}
     returned = Returned(
         base="",

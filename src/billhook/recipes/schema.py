@@ -172,7 +172,8 @@ class Widths(_Words):
     measured: what narrowing each sublayer alone does to the output decides. The number of neurons left is a
     ``multiple_of`` this. Sharing alone has a ``steepness``, from equal shares at 0 on. A measured allocation alone
     looks at the divergence of narrowed models, on a ``screen``: this share of the calibration. Whole ``blocks`` may go
-    first.
+    first. Where experts are merged, those that stay may be taken ``apart`` for this share of what has to go: some of
+    their neurons stay whole, the linears of the others become two of low rank.
     """
 
     word: Literal["widths"]
@@ -182,6 +183,7 @@ class Widths(_Words):
     steepness: Annotated[float, Field(ge=0)] | None = None
     screen: Annotated[float, Field(gt=0, le=1)] | None = None
     blocks: Coarse | None = None
+    apart: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -261,11 +263,13 @@ class Ranks(_Words):
     """Put two linears in the place of one, of ranks that the ``allocation`` shares out (see ``search.ranks``), by the
     directions in which its output has most energy, on ``inputs`` as they are measured (see ``search.bases``). The
     ``inputs``: none, all alike; channels, weighed by their mean size; moments, with all of their second moments. The
-    ``allocation``: uniform, every linear keeps the same share; global, least energy is lost over all."""
+    ``allocation``: uniform, every linear keeps the same share; global, least energy is lost over all. ``steps``: for so
+    many both linears are trained first, the last ranks being dropped at random (see ``search.nested``)."""
 
     word: Literal["ranks"]
     inputs: Inputs
     allocation: Spread
+    steps: Annotated[int, Field(ge=4)] | None = None
 
 
 class Thinned(_Words):
@@ -375,6 +379,8 @@ class Recipe(_Words):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):
             raise ValueError("linears in two parts are healed in closed form, or not")
+        if self.learns_ranks and self.heal != "none":
+            raise ValueError("ranks that are learned bring new weights along: they go with heal none")
         ways_back = {"restored-span": "restore", "graded": "scale"}
         if ways_back.get(self.choice.word) != (self.act if self.returns else None):
             raise ValueError("act restore goes with the choice restored-span, act scale with graded, and others do not")
@@ -408,8 +414,13 @@ class Recipe(_Words):
             raise ValueError(f"act {self.act} combines whole blocks: unit must be block")
         if self.heal in ("bias", "data-free") and not self.wide:
             raise ValueError(f"heal {self.heal} makes up for units inside sublayers, which {self.unit} has none of")
-        if self.act == "merge" and self.unit != "expert":
-            raise ValueError("act merge combines experts: unit must be expert")
+        features = self.score is not None and self.score.word == "feature-merging"
+        if self.act == "merge" and self.unit != "expert" and not features:
+            raise ValueError("act merge combines experts, or neurons by the score feature-merging")
+        if features and (self.unit != "neuron" or self.choice != Widths(word="widths", allocation="global")):
+            raise ValueError("score feature-merging is one of neurons, of all blocks alike: allocation must be global")
+        if getattr(self.choice, "apart", None) is not None and self.act != "merge":
+            raise ValueError("only merged experts are taken apart: act must be merge")
         if self.act not in ("drop", "merge") and self.wide:
             raise ValueError(
                 f"act {self.act} works on what drops leave: units inside sublayers are healed by closed-form"
@@ -432,7 +443,12 @@ class Recipe(_Words):
     @property
     def makes(self) -> str:
         """What new weights that come with the choice are called in a record."""
-        return self.choice.word if self.trains else "second-order"
+        return "nested-ranks" if self.learns_ranks else self.choice.word if self.trains else "second-order"
+
+    @property
+    def learns_ranks(self) -> bool:
+        """Whether linears in two parts are trained before their ranks are chosen."""
+        return isinstance(self.choice, Ranks) and self.choice.steps is not None
 
     @property
     def wide(self) -> bool:
@@ -449,6 +465,7 @@ class Recipe(_Words):
         """Who can load what it leaves, where no target is given: anybody if whole blocks go, or equally many experts of
         each mixture, or hidden channels, or only single weights."""
         alike = self.unit == "expert" and getattr(self.choice, "allocation", "uniform") == "uniform"
+        alike = alike and getattr(self.choice, "apart", None) is None
         whole = self.unit in ("block", "weight", "channel") and self.act != "share"
         return Target.UNIFORM if whole or alike else Target.REMOTE
 

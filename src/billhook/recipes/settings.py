@@ -8,6 +8,7 @@ EVALUATION_LENGTH = 1024
 COMPARED_TOKENS = 2048  # of each text, of every result
 COMPARED_LENGTH = 512
 COMPARED_QUESTIONS = 12  # of each probe
+COMPARED_NEW_TOKENS = 32  # of each continuation that is looked at for repetition
 TRAINING_TOKENS = 49152
 TRAINING_LENGTH = 512
 SELECTED_FROM = 4  # times the tokens of the training

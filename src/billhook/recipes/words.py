@@ -19,6 +19,7 @@ from billhook.heal import (
 )
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
+from billhook.heal.features import merged_features
 from billhook.heal.training import METHODS
 from billhook.measure.ablation import Kind
 from billhook.recipes.find import BASELINES
@@ -99,9 +100,12 @@ def needs(recipe: Recipe) -> str:
     stands_in = (isinstance(choice, Sampled) and choice.low_rank) or (isinstance(choice, Bandit) and choice.adapters)
     if stands_in or rests_on == "adapters" or recipe.act in ("fuse", "gains") or recipe.heal in METHODS:
         return "training"
+    if recipe.learns_ranks:
+        return "training"
     if isinstance(choice, Trained | Sampled | Bandit | BiMask) or rests_on == "slopes":
         return "gradients"
-    return "nothing" if _blind(recipe) and (recipe.act, recipe.heal) == ("drop", "none") else "data"
+    dataless = recipe.act == "drop" or (recipe.act, recipe.unit) == ("merge", "neuron")
+    return "nothing" if _blind(recipe) and dataless and recipe.heal == "none" else "data"
 
 
 def _blind(recipe: Recipe) -> bool:
@@ -138,7 +142,7 @@ def passes(recipe: Recipe) -> str:
     if recipe.trains:
         return f"{3 + (recipe.objective == 'kl')} a step"
     if isinstance(recipe.choice, Ranks):
-        return "1"
+        return "1" if recipe.choice.steps is None else "1 + 4 a step"
     rests_on = named(recipe.score.word).needs if recipe.score is not None else "angular"
     if rests_on == "damage":
         return "½ a unit"
@@ -179,7 +183,8 @@ def explained(recipe: Recipe) -> dict[str, str]:
         words["choice widths, blocks"] = sentences(Coarse, choice.blocks.model_fields_set)
         words |= _scored(choice.blocks.score)
     if recipe.act != "drop":
-        words[f"act {recipe.act}"] = sentences(ACTS[recipe.act])
+        act = merged_features if recipe.unit == "neuron" else ACTS[recipe.act]
+        words[f"act {recipe.act}"] = sentences(act)
     if recipe.heal in HEALS:
         words[f"heal {recipe.heal}"] = sentences(HEALS[recipe.heal])
     elif recipe.heal in METHODS:

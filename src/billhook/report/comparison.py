@@ -70,6 +70,7 @@ class Line:
     healed: tuple[TextEvidence, ...]
     judged: tuple[TextEvidence, ...]
     exact: str
+    repeated: str
     passes: str
     work: int
     loads: str
@@ -107,6 +108,11 @@ def exact_answers(entry: Entry) -> str:
     return percent(accuracy(entry.probes)[1]) if entry.probes else "–"
 
 
+def repeated(entry: Entry) -> str:
+    """The share of its 4-grams that came before in the same text; a dash where nothing was written."""
+    return percent(entry.repeated[1]) if entry.repeated else "–"
+
+
 def _context(comparison: Comparison) -> dict[str, Any]:
     judged = next((entry for entry in comparison.entries if entry.evidence), None)
     drawn = quality(comparison)
@@ -116,6 +122,7 @@ def _context(comparison: Comparison) -> dict[str, Any]:
         "verdict": advice[0],
         "texts": [text.name for text in judged.evidence] if judged else [],
         "dense_answers": percent(accuracy(judged.probes)[0]) if judged and judged.probes else "",
+        "dense_repeated": percent(judged.repeated[0]) if judged and judged.repeated else "",
         "pictures": drawn,
         "ceiling": number(top) if (top := ceiling(comparison)) else "",
         "parts": [_part(comparison, budget) for budget in comparison.budgets],
@@ -140,6 +147,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
                 healed=entry.healed,
                 judged=entry.judged,
                 exact=exact_answers(entry),
+                repeated=repeated(entry),
                 passes=number(passes(entry, comparison), 2),
                 work=entry.work,
                 loads=LOADS[entry.target],

@@ -114,18 +114,38 @@ def flattened(run: Run) -> list[tuple[str, str]]:
 
 
 def ranks(run: Run) -> list[tuple[str, str]]:
-    """``("linears of blocks", "0–29: 187 of 210 in two parts, of rank 32 to 220")``."""
+    """``("linears of blocks", "0–29: 187 of 210 in two parts, of rank 32 to 220")``, and experts taken apart."""
     several = len(run.outline.stacks) > 1
     found = []
-    for stack in dict.fromkeys(edit.unit.stack for edit in run.plan.factors):
-        edits = [edit for edit in run.plan.factors if edit.unit.stack == stack]
+    sublayers = dict(run.outline.sublayers())
+    linears = [edit for edit in run.plan.factors if edit.linear in sublayers[edit.unit].linears]
+    for stack in dict.fromkeys(edit.unit.stack for edit in linears):
+        edits = [edit for edit in linears if edit.unit.stack == stack]
         total = sum(len(s.linears) for a, s in run.outline.sublayers() if a.stack == stack)
         least, most = min(edit.rank for edit in edits), max(edit.rank for edit in edits)
         span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         where = ranges({edit.unit.block for edit in edits})
         what = f"linears of {stack + ' ' if several else ''}blocks"
         found.append((what, f"{where}: {len(edits):,} of {total:,} in two parts, of rank {span}"))
-    return found
+    return [*found, *_experts_apart(run)]
+
+
+def _experts_apart(run: Run) -> list[tuple[str, str]]:
+    """``("neurons of those experts in blocks", "0–3: 24 of 256 whole, the others of rank 24")``."""
+    several = len(run.outline.stacks) > 1
+    sublayers = dict(run.outline.sublayers())
+    alike: dict[tuple[str, int, int], set[int]] = {}
+    for edit in run.plan.factors:
+        mixture = sublayers[edit.unit].mixtures.get(edit.linear)
+        if mixture is not None:
+            alike.setdefault((edit.unit.stack, edit.rank, mixture.neurons), set()).add(edit.unit.block)
+    return [
+        (
+            f"neurons of those experts in {stack + ' ' if several else ''}blocks",
+            f"{ranges(blocks)}: {rank:,} of {neurons:,} whole, the others of rank {rank:,}",
+        )
+        for (stack, rank, neurons), blocks in alike.items()
+    ]
 
 
 def sharing(plan: Plan, outline: Outline) -> list[tuple[str, str]]:
@@ -264,6 +284,7 @@ def parts(run: Run) -> list[tuple[str, str]]:
 
 def counts(run: Run) -> str:
     """``5 of 30 blocks, 3 attentions and 2 MLPs``, ``1,200 neurons``; empty where nothing was cut."""
+    sublayers = dict(run.outline.sublayers())
     found = Counter(a.sublayer or "block" for a in dropped(run))
     total = sum(1 for _ in run.outline.blocks())
     parts = [f"{found.pop('block')} of {total} blocks"] if "block" in found else []
@@ -271,15 +292,16 @@ def counts(run: Run) -> str:
     tied = len(shared(run.plan, run.outline))
     parts += [f"the weights of {tied} more that run{'s' if tied == 1 else ''} with another's"] if tied else []
     parts += [f"{n:,} {what}{'s' if n > 1 else ''}" for what, n in _lost(run)]
-    parts += [f"{ranks_lost(run):,} ranks of {len(run.plan.factors):,} linears"] if run.plan.factors else []
+    linears = [edit for edit in run.plan.factors if edit.linear in sublayers[edit.unit].linears]
+    parts += [f"{ranks_lost(run):,} ranks of {len(linears):,} linears"] if linears else []
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
 def ranks_lost(run: Run) -> int:
     """How many ranks the linears have lost that are in two parts now."""
     sublayers = dict(run.outline.sublayers())
-    whole = [sublayers[edit.unit].linears[edit.linear] for edit in run.plan.factors]
-    return sum(min(o.outputs, o.inputs) - edit.rank for o, edit in zip(whole, run.plan.factors, strict=True))
+    linears = [(sublayers[edit.unit].linears.get(edit.linear), edit.rank) for edit in run.plan.factors]
+    return sum(min(o.outputs, o.inputs) - rank for o, rank in linears if o is not None)
 
 
 def columns(run: Run) -> list[Column]:

@@ -11,13 +11,15 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
 
 from billhook.plan.address import Address
-from billhook.plan.record import Run
+from billhook.plan.record import COMPLEXITY, Run
 from billhook.report.cuts import dropped, is_cut
+from billhook.report.numbers import percent
 from billhook.report.palette import CUT, KINDS, OTHER, kind_name
 
 RING = {"symbol": "circle-open", "size": 12, "color": CUT, "line": {"width": 2}}
@@ -87,6 +89,29 @@ def importance_sentence(run: Run) -> str:
         if lowest:
             found.append(f"in {score.replace('_', ' ')}: {', '.join(map(str, lowest))}")
     return f"Lowest {'; '.join(found)}." if found else ""
+
+
+def complexity_sentence(run: Run) -> str:
+    """How many neurons of MLPs are left when those that compute nearly the same are merged; empty where that was not
+    looked at."""
+    shares = (run.measures.scores if run.measures else {}).get(COMPLEXITY, {})
+    if not shares:
+        return ""
+    merged = [unit for unit, share in shares.items() if share < 1]
+    words = (
+        "Feature complexity: no two neurons of an MLP compute nearly the same (within a tenth of the largest distance "
+        "of their weights)."
+    )
+    if merged:
+        least = min(merged, key=lambda unit: (shares[unit], Address.parse(unit)))
+        words = (
+            f"Feature complexity: merging neurons that compute nearly the same (within a tenth of the largest distance "
+            f"of their weights) leaves {percent(fmean(shares.values()))} of an MLP on average, least in {least} "
+            f"({percent(shares[least])})."
+        )
+        if min(shares.values()) <= 0.5:
+            words += " No more than half are merged."
+    return words
 
 
 def _angular(run: Run, stack: str, rows: list[list[float]]) -> go.Figure:

@@ -88,7 +88,7 @@ def _context(run: Run) -> dict[str, Any]:
         "probe_sentence": answers.sentence(run.probes),
         "repetition": answers.repetition(run.generations),
         "pictures": pictures,
-        "importance_sentence": figures.importance_sentence(run),
+        "importance_sentence": f"{figures.importance_sentence(run)} {figures.complexity_sentence(run)}".strip(),
         "span_sentence": figures.span_sentence(run) if pictures["angular"] else "",
         "training_sentence": figures_training.sentence(run),
         "speed_sentence": figures_result.speed_sentence(run),

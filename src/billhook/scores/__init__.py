@@ -8,6 +8,7 @@ from billhook.scores.angular import angular, best_span
 from billhook.scores.block_influence import block_influence
 from billhook.scores.condition import condition
 from billhook.scores.divergence import divergence
+from billhook.scores.feature_merging import feature_merging
 from billhook.scores.fluctuation import fluctuation
 from billhook.scores.knockout import knockout
 from billhook.scores.lora_importance import lora_importance
@@ -32,6 +33,7 @@ __all__ = [
     "block_influence",
     "condition",
     "divergence",
+    "feature_merging",
     "fisher",
     "fluctuation",
     "knockout",

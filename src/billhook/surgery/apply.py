@@ -14,6 +14,7 @@ from billhook.plan.address import Address
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import channels_of, cut, drops_of, keeps_of, orders_of
+from billhook.surgery.low_rank_experts import mixtures_of
 from billhook.surgery.masks import masks_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,8 +28,9 @@ def apply(model: Model, anatomy: Anatomy, plan: Plan | Iterable[Address]) -> Mod
     not possible on this model.
     """
     drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)
+    orders, mixtures = orders_of(plan, anatomy), mixtures_of(plan, anatomy)
     thinner = channels_of(plan, anatomy)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, memo=dict(shared))
-    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo(), orders_of(plan, anatomy), factors, thinner)
+    cut(twin, anatomy, drops, keeps_of(plan, anatomy), masks, Undo(), orders, factors, thinner, mixtures)
     return twin

@@ -25,6 +25,7 @@ from billhook.surgery.apply import apply
 from billhook.surgery.factorise import Factor, factors_of
 from billhook.surgery.form import Form, form_after, write_form
 from billhook.surgery.live import channels_of, drops_of, keeps_of, orders_of
+from billhook.surgery.low_rank_experts import mixtures_of
 from billhook.surgery.masks import masks_of, zeros_left
 from billhook.surgery.names import live_names
 from billhook.surgery.reopen import load, skeleton, stock_view
@@ -74,6 +75,11 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
         anatomy = discover(dense)
         drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
         order = orders_of(plan, anatomy)
+        if mixtures_of(plan, anatomy):
+            raise InputError(
+                "the plan takes experts apart, which goes by the weights of all of them at once: that is done on a "
+                "loaded model, not on a checkpoint on disk"
+            )
         small = apply(dense, anatomy, plan)
         masks = masks_of(plan, anatomy, dense)
         zeros = zeros_left(plan, anatomy, dense, keeps) if isinstance(plan, Plan) else {}

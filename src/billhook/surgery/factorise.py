@@ -13,6 +13,7 @@ from billhook.anatomy import Anatomy
 from billhook.anatomy.low_rank import LowRank, is_conv, matrix
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Factorise, Plan
+from billhook.surgery.low_rank_experts import is_mixture
 
 Swap = Callable[[nn.Module, str, nn.Module], None]
 
@@ -27,10 +28,12 @@ class Factor:
 
 
 def factors_of(plan: Any, anatomy: Anatomy) -> tuple[Factor, ...]:
-    """What a (checked) plan takes apart, in order of address. InputError where it lacks a basis, or has one of another
-    shape or that is not finite."""
+    """The linears that a (checked) plan takes apart, in order of address. InputError where it lacks a basis, or has one
+    of another shape or that is not finite."""
     found = []
     for edit in plan.factors if isinstance(plan, Plan) else ():
+        if is_mixture(edit, anatomy):
+            continue
         path = f"{anatomy.block(edit.unit.parent).path}.{edit.linear}"
         basis = torch.tensor(plan.arrays[edit.array])
         (stack,) = (s for s in anatomy.outline.stacks if s.name == edit.unit.stack)

@@ -18,6 +18,7 @@ from billhook.plan.plan import Drop, HiddenChannels, Keep, Plan
 from billhook.plan.visits import Orders, orders, unvisited
 from billhook.plan.widths import narrowing
 from billhook.surgery.factorise import Factor, factorise
+from billhook.surgery.low_rank_experts import take_apart
 from billhook.surgery.masks import Masks, put_masks
 from billhook.surgery.narrow import narrow, state
 from billhook.surgery.thin import thin
@@ -61,6 +62,7 @@ def cut(
     orders: Orders,
     factors: tuple[Factor, ...] = (),
     channels: tuple[HiddenChannels, ...] = (),
+    mixtures: tuple[tuple[str, int], ...] = (),
 ) -> None:
     """Carry out a whole plan in place. Afterwards the model is what its stock class would build from the new config,
     but for the stubs, for widths that differ from block to block, for linears in two parts, and for blocks that share
@@ -71,6 +73,7 @@ def cut(
     state(model, anatomy, keeps, drops, undo.set)
     narrow(model, anatomy, keeps, undo.set)
     factorise(model, factors, undo.swap)
+    take_apart(model, mixtures, undo.swap)
     thin(model, anatomy, channels, undo.set)
     drop(model, anatomy, drops, undo, orders)
 

@@ -27,6 +27,7 @@ from billhook.surgery.biases import add_biases
 from billhook.surgery.factorise import empty
 from billhook.surgery.form import Form, read_form
 from billhook.surgery.live import drop
+from billhook.surgery.low_rank_experts import empty_experts
 from billhook.surgery.narrow import narrow
 from billhook.surgery.sharing import share
 from billhook.surgery.skips import PER_LAYER, READ_GLOBALLY, declares_cuts
@@ -95,7 +96,9 @@ def as_cut(stock: type) -> type:
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
             add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
-            empty(self, _linears(form, anatomy))
+            linears, mixtures = _in_two(form, anatomy)
+            empty(self, linears)
+            empty_experts(self, mixtures)
             drop(self, anatomy, form.skips, Undo())
             share(self, anatomy, form.shared)
         self.__class__ = stock
@@ -115,16 +118,20 @@ def _any_units(form: Form, anatomy: Anatomy) -> list[Keep]:
     ]
 
 
-def _linears(form: Form, anatomy: Anatomy) -> list[tuple[str, int]]:
-    """Path and rank of each linear in two parts. InputError for one that the stock class does not have."""
+def _in_two(form: Form, anatomy: Anatomy) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Path and rank of each linear in two parts, and of each mixture. InputError for one that the stock class does not
+    have."""
     outlines = dict(anatomy.outline.blocks())
+    found: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
     for (block, path), rank in form.ranks.items():
-        known = {name: o for part in outlines[block].sublayers.values() for name, o in part.linears.items()}
-        if path not in known or rank > known[path].useful:
+        parts = outlines[block].sublayers.values()
+        useful = {name: most for part in parts for name, most in part.useful.items()}
+        if rank > useful.get(path, 0):
             raise InputError(
                 f"config.json gives {path} of {block} rank {rank}; this {anatomy.family} model cannot have it"
             )
-    return [(f"{anatomy.block(block).path}.{path}", rank) for (block, path), rank in form.ranks.items()]
+        found[any(path in part.mixtures for part in parts)].append((f"{anatomy.block(block).path}.{path}", rank))
+    return found
 
 
 @contextmanager

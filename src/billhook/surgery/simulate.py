@@ -13,6 +13,7 @@ from billhook.plan.address import Address
 from billhook.plan.plan import Plan
 from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import channels_of, cut, drops_of, keeps_of, orders_of
+from billhook.surgery.low_rank_experts import mixtures_of
 from billhook.surgery.masks import masks_of
 
 
@@ -26,11 +27,12 @@ def simulate(model: nn.Module, anatomy: Anatomy, plan: Plan | Iterable[Address])
     Raises InputError if the plan is not possible on this model; the model is untouched then.
     """
     drops, masks, factors = drops_of(plan, anatomy), masks_of(plan, anatomy, model), factors_of(plan, anatomy)
+    orders, mixtures = orders_of(plan, anatomy), mixtures_of(plan, anatomy)
     thinner = channels_of(plan, anatomy)
     undo = Undo()
     undo.guard_hooks(model)
     try:
-        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo, orders_of(plan, anatomy), factors, thinner)
+        cut(model, anatomy, drops, keeps_of(plan, anatomy), masks, undo, orders, factors, thinner, mixtures)
         yield model
     finally:
         undo.restore()
