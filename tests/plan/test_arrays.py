@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,14 @@ def test_a_plan_parsed_without_its_file_is_equal_but_has_nothing_to_look_into() 
         plan.arrays["b"]
     with pytest.raises(InputError, match="arrays"):
         Plan.loads('{"arrays": {"a": [1]}}')
+
+
+def test_they_go_from_process_to_process() -> None:
+    """Several that heal together share what the first of them chose."""
+    arrays = Arrays({"b": np.arange(3), "a": np.ones((2, 2))})
+    again = pickle.loads(pickle.dumps(arrays))
+    assert again == arrays and all((again[name] == arrays[name]).all() for name in arrays)
+    bare = Arrays(digest=arrays.digest)
+    assert pickle.loads(pickle.dumps(bare)) == bare
+    plan = Plan.of(["decoder.1"], arrays=arrays)
+    assert pickle.loads(pickle.dumps(plan)) == plan

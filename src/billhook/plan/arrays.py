@@ -58,6 +58,9 @@ class Arrays(Mapping[str, NDArray[Any]]):
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arrays, (None if self._content is None else dict(self._content), self.digest)
+
     def __repr__(self) -> str:
         return f"Arrays({self.digest or 'none'})"
 
