@@ -182,8 +182,11 @@ def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(tensor, small.model.state_dict()[name], atol=1e-5, rtol=1e-5)
     with pytest.raises(InputError, match="hidden channels, which lora knows nothing of"):
         heal_walk.heal(out, out=tmp_path / "lora", method="lora")
-    with pytest.raises(InputError, match="hidden channels, which --heal scales knows nothing of"):
-        billhook.compress(tiny_lm, budget="params=0.7", out=tmp_path / "no", recipe="hidden-channels", heal="scales")
+
+
+def test_what_knows_nothing_of_hidden_channels_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hidden channels, which --heal lora knows nothing of"):
+        billhook.compress(tiny_lm, budget="params=0.7", out=tmp_path / "no", recipe="hidden-channels", heal="lora")
 
 
 def test_side_by_side(tiny_lm: Path, tmp_path: Path) -> None:
