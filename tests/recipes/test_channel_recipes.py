@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from families import VOCABULARY, build
 from pydantic import ValidationError
 
+import billhook
 from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.measure.cost import CostModel
@@ -20,9 +22,14 @@ from billhook.plan.budget import Budget
 from billhook.plan.check import check
 from billhook.plan.comparison import Entry
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.plan.target import Target
+from billhook.recipes import heal as heal_walk
 from billhook.recipes.catalogue import load
+from billhook.recipes.compare import compare
 from billhook.recipes.find import find, pose_for
+from billhook.recipes.heal import applied, differing
+from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
 from billhook.report.cuts import left_of, narrower
 from billhook.scores import named
@@ -34,18 +41,18 @@ WINDOWS = Windows.of(IDS, "noise")
 
 
 @pytest.fixture(scope="module")
-def opened() -> Any:
+def thing() -> Any:
     model = build("qwen3")
     return SimpleNamespace(model=model, anatomy=discover(model))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_meets_its_budget_with_as_many_channels_as_it_may(name: str, opened: Any, tmp_path: Path) -> None:
-    recipe, outline = load(name), opened.anatomy.outline
+def test_a_recipe_meets_its_budget_with_as_many_channels_as_it_may(name: str, thing: Any, tmp_path: Path) -> None:
+    recipe, outline = load(name), thing.anatomy.outline
     assert recipe.aim is Target.UNIFORM
     problem = pose_for(recipe, outline, Budget.parse("params=0.8"), recipe.aim)
-    found = find(recipe, opened, problem, WINDOWS, None, seed=0, place=tmp_path, progress=None)  # type: ignore[arg-type]
-    again = find(recipe, opened, problem, WINDOWS, None, seed=0, place=tmp_path, progress=None)  # type: ignore[arg-type]
+    found = find(recipe, thing, problem, WINDOWS, None, seed=0, place=tmp_path, progress=None)  # type: ignore[arg-type]
+    again = find(recipe, thing, problem, WINDOWS, None, seed=0, place=tmp_path, progress=None)  # type: ignore[arg-type]
     assert found == again
     plan = found.plan(recipe.aim)
     check(plan, outline)
@@ -57,7 +64,7 @@ def test_a_recipe_meets_its_budget_with_as_many_channels_as_it_may(name: str, op
     assert found.record.steps[-1].realised["params"] == pytest.approx(len(edit.indices) / 32, abs=0.02)
 
 
-def test_scores_are_what_they_say(opened: Any) -> None:
+def test_scores_are_what_they_say(thing: Any) -> None:
     """By plain hooks on one block and the head, in float64."""
     model, seen = build("qwen3"), {}
 
@@ -71,13 +78,13 @@ def test_scores_are_what_they_say(opened: Any) -> None:
     model.lm_head.register_forward_hook(keep("head"))
     with torch.no_grad():
         model(IDS)
-    trace = stream_trace(opened.model, opened.anatomy, WINDOWS)
+    trace = stream_trace(thing.model, thing.anatomy, WINDOWS)
     given, carried, reads = trace.given["decoder"], trace.carried["decoder"], trace.reads["decoder"]
     assert len(given) == len(reads) == 11 and len(carried) == 5
     for place, name in ((4, "attention"), (5, "mlp"), (10, "head")):
         torch.testing.assert_close(given[place].rms, seen[name].square().mean(0).sqrt(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(carried[2].rms, seen["stream"].square().mean(0).sqrt(), atol=1e-5, rtol=1e-5)
-    activation = named("stream-activation").function(trace, opened.anatomy)["decoder"]
+    activation = named("stream-activation").function(trace, thing.anatomy)["decoder"]
     torch.testing.assert_close(activation, torch.stack([g.rms for g in given]).sum(0))
     total = torch.zeros(32, dtype=torch.float64)
     for weights, z in zip(reads, given, strict=True):
@@ -85,12 +92,12 @@ def test_scores_are_what_they_say(opened: Any) -> None:
         total += energy / energy.sum() / 11
     for x in carried:
         total += x.rms**2 / (x.rms**2).sum() / 5
-    torch.testing.assert_close(named("stream-reads").function(trace, opened.anatomy)["decoder"], total)
+    torch.testing.assert_close(named("stream-reads").function(trace, thing.anatomy)["decoder"], total)
     assert [w.shape[0] for w in reads[5]] == [48, 48] and [w.shape[0] for w in reads[4]] == [40, 20, 20]
 
 
-def test_choices_that_look_at_nothing(opened: Any) -> None:
-    problem = pose_channels(opened.anatomy.outline, Budget.parse("params=0.8"), stack="decoder")
+def test_choices_that_look_at_nothing(thing: Any) -> None:
+    problem = pose_channels(thing.anatomy.outline, Budget.parse("params=0.8"), stack="decoder")
     evenly = even_channels(problem).indices
     assert len(evenly) == problem.left and {b - a for a, b in pairwise(evenly)} == {1, 2}
     assert random_channels(problem, 0) == random_channels(problem, 0) != random_channels(problem, 1)
@@ -141,8 +148,8 @@ def test_recipes_that_make_no_sense(changes: dict[str, Any], reason: str) -> Non
         Recipe.model_validate(whole | changes)
 
 
-def test_a_comparison_says_what_is_left(opened: Any) -> None:
-    outline = opened.anatomy.outline
+def test_a_comparison_says_what_is_left(thing: Any) -> None:
+    outline = thing.anatomy.outline
     problem = pose_channels(outline, Budget.parse("params=0.8"), stack="decoder")
     edit = even_channels(problem)
     assert narrower((), (), (), [edit]) == [f"decoder: {problem.left} hidden channels kept"]
@@ -151,3 +158,39 @@ def test_a_comparison_says_what_is_left(opened: Any) -> None:
     assert all(abs(value - 100 * problem.left / 32) < 2 for value in left.values())
     entry = Entry(recipe="x", seed=0, baseline=False, asked="params=0.8", target=Target.UNIFORM, channels=(edit,))
     assert entry.plan.channels == (edit,) and Entry.model_validate_json(entry.model_dump_json()) == entry
+
+
+def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Record, card, page and an ordinary checkpoint; the result told apart from the dense model again."""
+    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    out = tmp_path / "out"
+    run = billhook.compress(tiny_lm, budget="params=0.7", out=out, recipe="hidden-channels", max_new_tokens=2)
+    (edit,) = run.plan.channels
+    assert run.realised["params"] <= 0.7 and run.healing is not None and not run.healing.refused
+    config = json.loads((out / "config.json").read_text())
+    assert config["hidden_size"] == len(edit.indices) and "auto_map" not in config
+    small = opened(out, dtype=None, device="cpu", trust_remote_code=False)
+    assert CostModel(small.anatomy.outline).dense["params"] == run.costs["params"].compressed
+    card, page = ((out / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    for text in (card, page):
+        assert f"{len(edit.indices):,} of" in text and "in all that reads or writes the stream" in text
+    assert "- width-pruning" in card and "depth-pruning" not in card and "An ordinary checkpoint" in card
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    plan = Plan.read(out)
+    again = applied(model, plan, differing(small.model, model, plan, out))
+    for name, tensor in again.state_dict().items():
+        torch.testing.assert_close(tensor, small.model.state_dict()[name], atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="hidden channels, which lora knows nothing of"):
+        heal_walk.heal(out, out=tmp_path / "lora", method="lora")
+
+
+def test_what_knows_nothing_of_hidden_channels_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hidden channels, which --heal lora knows nothing of"):
+        billhook.compress(tiny_lm, budget="params=0.7", out=tmp_path / "no", recipe="hidden-channels", heal="lora")
+
+
+def test_side_by_side(tiny_lm: Path, tmp_path: Path) -> None:
+    result = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["hidden-channels"])
+    (entry,) = (entry for entry in result.entries if entry.recipe == "hidden-channels")
+    assert entry.channels and not entry.refused
+    assert "hidden channels kept" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")

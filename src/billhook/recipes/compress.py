@@ -317,7 +317,7 @@ def _settled(
                 f"recipe {chosen.name} leaves different widths, which target uniform cannot carry; use target "
                 f"remote, or a recipe whose allocation is uniform"
             )
-    elif aim is Target.UNIFORM and chosen.unit not in ("block", "weight"):
+    elif aim is Target.UNIFORM and chosen.unit not in ("block", "weight", "channel"):
         raise InputError(
             f"recipe {chosen.name} drops {chosen.unit}s, which target uniform cannot carry: an ordinary checkpoint has "
             f"the same sublayers in every block; use target remote, or a recipe of whole blocks"
