@@ -40,9 +40,10 @@ def audit(
     See ``skip_effects``, ``tokenwise``, ``stitches``, ``depth_maps``, ``neighbours`` and ``transition`` for what is
     measured and where it comes from. Maps between depths are taken at no more than 33 evenly spaced depths, stitches
     between 7. Cost in block forwards: n over both texts; about n (n - 1) for the skips and the tokenwise maps and 21 n
-    for the stitches, all over ``held``. Memory: both texts' streams, (n + 1) x tokens x hidden in the model's dtype,
-    and a few hidden^2 in float64. In a model whose blocks read keys and values of earlier ones, only the dense streams
-    are looked at.
+    for the stitches, all over ``held``. Of processor time that is, on the demo model (2,048 tokens fitted, 1,024 held,
+    bfloat16, one core with AMX), 43 s for the maps between depths, 39 s for the tokenwise ones, 36 s for the skips.
+    Memory: both texts' streams, (n + 1) x tokens x hidden in the model's dtype, and a few hidden^2 in float64. In a
+    model whose blocks read keys and values of earlier ones, only the dense streams are looked at.
     """
     fitted, judged = Replay(model, anatomy, fit, stack, progress), Replay(model, anatomy, held, stack, progress)
     name, blocks = judged.stack.name, len(judged.stack.blocks)
