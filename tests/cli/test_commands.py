@@ -143,7 +143,7 @@ def test_compress_hands_on_everything_it_was_given(monkeypatch):
     assert callable(call.__dict__.pop("progress"))
     assert call.__dict__ == {
         "positional": ("org/model",), "budget": "size=100MB", "out": Path("o"), "recipe": "greedy",
-        "heal": "closed-form", "select": "none", "target": Target.UNIFORM,
+        "heal": "closed-form", "select": "none", "target": Target.UNIFORM, "prior": None,
         "calibration": "self", "seed": 3, "dtype": "bfloat16", "device": "cuda:1",
         "overwrite": True, "trust_remote_code": True, "max_new_tokens": 9,
     }  # fmt: skip

@@ -106,13 +106,13 @@ def _owned(block: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 def _lend(teacher: nn.Module, student: FSDPModule, lent: Lent) -> None:
     def lack(*_: Any) -> None:
         for owner, name, _from, _as in lent:
-            owner._parameters[name] = None
+            owner.register_parameter(name, None)
         student.reshard()
 
     def borrow(*_: Any) -> None:
         student.unshard()
         for owner, name, holder, its_name in lent:
-            owner._parameters[name] = holder._parameters[its_name]
+            owner.register_parameter(name, holder.get_parameter(its_name))
 
     lack()
     teacher.register_forward_pre_hook(borrow)
