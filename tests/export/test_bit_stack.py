@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = build("llama")
     anatomy = discover(model)
     folder = stack(model, anatomy, batch("llama", model), tmp_path / "stack", levels=1)
-    with pytest.raises(InputError, match="1,000 bytes are too few"):
+    with pytest.raises(InputError, match=r"^1,000 bytes are too few"):
         unstack(folder, tmp_path / "out", size=1000)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no stack"):
         unstack(tmp_path / "empty", tmp_path / "out", size=10**9)
-    (folder / "stack.json").write_text("[]")
-    with pytest.raises(InputError, match="holds no stack"):
-        unstack(folder, tmp_path / "out", size=10**9)
+    index = json.loads((folder / "stack.json").read_text())
+    path = index["linears"][0]
+    odd_shape = {**index, "shapes": {**index["shapes"], path: [3, 5]}}
+    odd_order = {**index, "blocks": [[99, 8]]}
+    for damaged in ([], odd_shape, odd_order, {**index, "dtype": "load"}):
+        (folder / "stack.json").write_text(json.dumps(damaged))
+        with pytest.raises(InputError, match="holds no stack"):
+            unstack(folder, tmp_path / "out", size=10**9)
+    (folder / "stack.json").write_text(json.dumps(index))
+    for name in ("rest.safetensors", "blocks.bin"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:100]) if name.startswith("rest") else (folder / name).unlink()
+        with pytest.raises(InputError, match="holds no stack"):
+            unstack(folder, tmp_path / "out", size=10**9)
+        (folder / name).write_bytes(content)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="already exists"):
+        stack(model, anatomy, batch("llama", model), folder)
     cut = apply(model, anatomy, Plan.of(["decoder.1.mlp"]))
     from billhook.surgery.form import form_after, write_form
     from billhook.surgery.live import drops_of, orders_of

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from billhook.anatomy.low_rank import is_conv, matrix
 from billhook.data import Windows
 from billhook.measure.batches import Batch, batches_of
 from billhook.measure.patch import hooked, observing
-from billhook.models import building, copy_extras
+from billhook.models import building, check_out, copy_extras
 from billhook.models.checks import read_config
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
@@ -103,6 +104,7 @@ def stack(
     block an eigenvalue decomposition of the smaller side. Raises InputError for a model that is cut already, and for
     values that are not finite.
     """
+    check_out(out, overwrite)
     if levels < 1:
         raise InputError(f"{levels} levels leave nothing of a linear; give at least 1")
     if declares_cuts(model.config.to_dict()):
@@ -159,19 +161,33 @@ def unstack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, size
     as the stacked model had, whatever ``size``. A file of blocks that was cut off does too. Raises InputError where not
     even everything else fits, or a folder holds no stack.
     """
+    check_out(out, overwrite, source)
     folder = Path(source)
     try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        paths, shapes, order, rank = (index[key] for key in ("linears", "shapes", "blocks", "rank"))
-        turned, dtype = set(index["transposed"]), getattr(torch, index["dtype"])
-        rest = load_file(folder / _REST)
-        needed = (folder / _REST).stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors, read = _summed(folder, size)
+    except InputError:
+        raise
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{source} holds no stack that Billhook wrote: {error}") from error
-    if size < needed:
-        raise InputError(f"{size:,} bytes are too few: what is not stacked takes {needed:,} already")
+    read_config(folder)
+    with building(out, overwrite) as place:
+        copy_extras(folder, Path(place))
+        (Path(place) / "config.json").write_bytes((folder / "config.json").read_bytes())
+        (Path(place) / _INDEX).unlink(missing_ok=True)
+        save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
+    return read
+
+
+def _summed(folder: Path, size: int) -> tuple[dict[str, Tensor], int]:
+    """The tensors of as much of a stack as fits into ``size`` bytes, and how many were read."""
+    index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+    paths, shapes, order, rank = (index[key] for key in ("linears", "shapes", "blocks", "rank"))
+    turned, dtype = set(index["transposed"]), getattr(torch, index["dtype"])
+    rest = load_file(folder / _REST)
+    read = (folder / _REST).stat().st_size
+    if size < read:
+        raise InputError(f"{size:,} bytes are too few: what is not stacked takes {read:,} already")
     sums = {path: torch.zeros(shapes[path]) for path in paths}
-    read = needed
     with (folder / _BLOCKS).open("rb") as file:
         for number, length in order:
             content = file.read(length) if read + length <= size else b""
@@ -185,13 +201,7 @@ def unstack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, size
     for path, total in sums.items():
         weight = (total / rest[f"scale of {path}"].float()).to(dtype)
         tensors[f"{path}.weight"] = weight.T.contiguous() if path in turned else weight
-    with building(out, overwrite) as place:
-        read_config(folder)
-        copy_extras(folder, Path(place))
-        (Path(place) / "config.json").write_bytes((folder / "config.json").read_bytes())
-        (Path(place) / _INDEX).unlink(missing_ok=True)
-        save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
-    return read
+    return tensors, read
 
 
 def _ranked(found: dict[str, list[tuple[float, bytes]]]) -> Iterator[tuple[str, bytes]]:
