@@ -20,7 +20,8 @@ class Healing:
     ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
     block that is run in parts counts once for the dense stream, for the healed one, and for its reads. (What it takes
     to find out how a linear reaches the stream, two more runs of the first batch, is left out, and so are the three
-    runs of the held-back windows that judge the whole.)
+    runs of the held-back windows that judge the whole.) New weights that come with a choice have none: its search
+    counts them.
 
     ``cut`` and ``healed`` are the distances of the cut and of the healed model from the dense one on the windows that
     no fit saw (see ``divergence``); None where nothing was refitted. A healing that made the model no better is

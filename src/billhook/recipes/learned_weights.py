@@ -62,7 +62,7 @@ def learned_weights(
     for unit, mine in held.units.items():
         for linear in mine:
             note(zeros, arrays, unit, linear, state.masks[linear.name])
-    healing = Healing(state.weights, (), {}, lessons.tokens, held.work) if state.weights else None
+    healing = Healing(state.weights, (), {}, lessons.tokens, 0) if state.weights else None
     best = min(look.held for look in looks)
     return Sparse(edits_of(zeros, pattern), Arrays(arrays), {}, work + held.work, healing), best
 

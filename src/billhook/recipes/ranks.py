@@ -54,7 +54,7 @@ def take_apart(
         Factorise(unit=unit, linear=path, rank=rank): basis((unit, path), rank).contiguous().numpy()
         for (unit, path), rank in sorted(ranks.items())
     }
-    healing = _healing(model, learned, ranks, windows, work) if learned else None
+    healing = _healing(model, learned, ranks, windows) if learned else None
     units = tuple(str(unit) for unit in dict.fromkeys(edit.unit for edit in edits))
     costs = realised(problem.costs(ranks), problem.dense)
     step = Step(units=units, score=None, objective=None, realised=costs, work=work)
@@ -68,7 +68,7 @@ def take_apart(
 
 
 def _healing(
-    model: Opened, learned: Mapping[Linear, Factors], ranks: Mapping[Linear, int], windows: Windows, work: int
+    model: Opened, learned: Mapping[Linear, Factors], ranks: Mapping[Linear, int], windows: Windows
 ) -> Healing:
     """What the linears that become two have learned to compute, as weights of the original model."""
     tensors = {}
@@ -78,4 +78,4 @@ def _healing(
             linear: Any = model.model.get_submodule(name)
             weight = factors.weight(ranks[unit, path]).to(linear.weight)
             tensors[f"{name}.weight"] = weight.T.contiguous() if is_conv(linear) else weight
-    return Healing(tensors, (), {}, windows.tokens, work)
+    return Healing(tensors, (), {}, windows.tokens, 0)

@@ -108,7 +108,7 @@ def drive(
     means = {str(address): scores.mean().item() for address, scores in sorted(found.scores.items())}
     begun, best = found.looks[0].held, min(look.held for look in found.looks)
     record = _record(recipe, problem, found.keeps, found.costs, GOALS[goal], held.work)
-    healing = Healing(found.weights, (), {}, lessons.tokens, held.work)
+    healing = Healing(found.weights, (), {}, lessons.tokens, 0)
     if goal == "kl":
         healing = replace(healing, cut=begun, healed=best)
     return found.keeps, record, {"mean score of a unit while candidates shrink": means}, healing
