@@ -134,7 +134,7 @@ def test_impossible_tasks(family: str, budget: str, target: Target, reason: str)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"score": None}, "channels need a score"),
+        ({"score": None}, "channels need a score, and no other"),
         ({"score": {"word": "wanda-structured"}}, "not one of channels"),
         ({"unit": "neuron"}, "not one of neurons|go with the choices"),
         ({"heal": "bias"}, "in closed form, or not"),

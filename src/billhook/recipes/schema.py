@@ -314,10 +314,10 @@ class Baseline(_Words):
 class Recipe(_Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice, a knapsack and widths have a ``score``; a greedy, evolutionary or learned one (gates, sampled
-    masks, bandit: those by ``loss`` only; what is trained by ``loss`` or ``kl``) has an ``objective``, which is to be
-    kept low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error of the
-    last ``stream``, or one of three distances of the output (see ``measure.distances``).
+    A one-shot choice, a knapsack, widths and channels have a ``score``; a greedy, evolutionary or learned one (gates,
+    sampled masks, bandit: those by ``loss`` only; what is trained by ``loss`` or ``kl``) has an ``objective``, which is
+    to be kept low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error of
+    the last ``stream``, or one of three distances of the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -354,12 +354,8 @@ class Recipe(_Words):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.choice.word == "widths" and self.score is None:
-            raise ValueError("widths need a score")
-        if self.choice.word == "channels" and self.score is None:
-            raise ValueError("channels need a score")
         if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths", "channels")):
-            raise ValueError("a one-shot choice or a knapsack needs a score, and no other choice has one")
+            raise ValueError("one-shot, knapsack, widths and channels need a score, and no other choice has one")
         thin = self.choice.word == "channels"
         if (self.unit == "channel") != thin and not (self.unit == "channel" and self.choice.word in BLIND_WIDTHS):
             raise ValueError("hidden channels go with the choices channels, random and evenly-spaced")
@@ -403,7 +399,7 @@ class Recipe(_Words):
         if self.score is not None and named(self.score.word).needs == "knockouts" and self.unit != "group":
             raise ValueError(f"score {self.score.word} takes a pass for each unit: unit must be group")
         if (self.objective is not None) != (learned or self.trains or self.choice.word in ("greedy", "evolve")):
-            raise ValueError("a greedy or evolve choice needs an objective (such as kl or loss), no other has one")
+            raise ValueError("a greedy, evolve or learned choice needs an objective (such as kl), and no other has one")
         if self.trains and self.objective not in ("kl", "loss"):
             raise ValueError(f"choice {self.choice.word} is trained: objective must be kl or loss")
         if learned and self.objective != "loss":

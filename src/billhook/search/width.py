@@ -185,7 +185,8 @@ def _cut(
         if gone == len(batches):
             raise InputError(
                 f"budget {problem.budget} cannot be met with the units that have scores, in {len(orders)} sublayers: "
-                f"what the calibration never reached is unknown and stays; more text may reach it"
+                f"the others stay (what the calibration never reached, and more text may reach; where neurons are "
+                f"merged, half of them)"
             )
         costs = _move(steps, costs, batches[gone][2], 1)
         gone += 1
