@@ -13,7 +13,7 @@ from billhook.anatomy.ups import ups
 from billhook.plan.errors import InputError
 
 MOST = 0.5  # of the neurons of an MLP are merged away at most
-ALIKE = 0.1  # of the largest distance: nearer neurons count as one feature
+ALIKE = 0.1  # of the largest squared distance, as in the authors' code: nearer neurons count as one feature
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Features:
         self._size = torch.ones(inner.count, device=self.rows[0].device)
 
     def merges(self, count: int, within: float = float("inf")) -> list[Merge]:
-        """Merge the nearest pair, and again, ``count`` times or as long as the nearest are ``within`` this distance.
+        """Merge the nearest pair, and again, ``count`` times or as long as the nearest are ``within`` this squared
+        distance, relative to the largest.
 
         The squared distance of two neurons is that of all they hold, with the better of both signs; of a pair the one
         of lower number stays, with the mean of what they read, weighed by how many neurons each stands for already,

@@ -99,15 +99,15 @@ def complexity_sentence(run: Run) -> str:
         return ""
     merged = [unit for unit, share in shares.items() if share < 1]
     words = (
-        "Feature complexity: no two neurons of an MLP compute nearly the same (within a tenth of the largest distance "
-        "of their weights)."
+        "Feature complexity: no two neurons of an MLP compute nearly the same (within a tenth of the largest squared "
+        "distance of their weights)."
     )
     if merged:
         least = min(merged, key=lambda unit: (shares[unit], Address.parse(unit)))
         words = (
-            f"Feature complexity: merging neurons that compute nearly the same (within a tenth of the largest distance "
-            f"of their weights) leaves {percent(fmean(shares.values()))} of an MLP on average, least in {least} "
-            f"({percent(shares[least])})."
+            f"Feature complexity: merging neurons that compute nearly the same (within a tenth of the largest squared "
+            f"distance of their weights) leaves {percent(fmean(shares.values()))} of an MLP on average, least in "
+            f"{least} ({percent(shares[least])})."
         )
         if min(shares.values()) <= 0.5:
             words += " No more than half are merged."

@@ -16,8 +16,8 @@ from billhook.scores.registry import score
 
 @score("feature-merging", needs="weights")
 def feature_merging(trace: WidthTrace, anatomy: Anatomy) -> dict[Address, Tensor]:
-    """The distance at which a neuron is merged into another one, when the nearest two of an MLP are merged again and
-    again, relative to the largest distance there.
+    """The squared distance at which a neuron is merged into another one, when the nearest two of an MLP are merged
+    again and again, relative to the largest there.
 
     Those that half of all merges leave have none, and stay. The later a merge the higher the score, at least as high as
     before. See ``measure.features`` for what is merged, how, and where it comes from. Cost: one look at the weights,
