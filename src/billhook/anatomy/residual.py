@@ -143,9 +143,9 @@ def _scales(
     norms: list[str],
     roots: tuple[str, ...],
 ) -> tuple[tuple[str, int, float], ...]:
-    """With r the root of channels before over after, a norm divides by r less than one that takes what is gone for
-    zeros, and an embedding that is multiplied by the root of their number by r less than before. Where that embedding
-    is the head too, its weight has grown by r there, for which the final norm makes up."""
+    """With r the root of channels before over after, a norm divides by r more than one that takes what is gone for
+    zeros, and an embedding that is multiplied by the root of their number is multiplied by r less than before. Where
+    that embedding is the head too, its weight has grown by r there, and the final norm stays as it is."""
     config: Any = owner_of(model, stack.path)[1].config
     offset = 1.0 if config.model_type in NORMS_FROM_ONE else 0.0
     powers = {f"{path}.weight": 1 for path in norms if f"{path}.weight" in axes}

@@ -70,9 +70,9 @@ def compare(
     progress: Progress | None = None,
     told: Callable[[Entry], None] | None = None,
 ) -> Comparison:
-    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights or that
-    cut nothing, and those of experts where there are none) and the baselines at each budget, judge every result against
-    the dense model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
+    """Run ``recipes`` (by default all that come with Billhook, but for those of single weights, those that cut nothing,
+    and those of experts where there are none) and the baselines at each budget, judge every result against the dense
+    model on the same text, and leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
     random baseline is drawn several times. By default nothing is healed, so that methods are judged by what they cut;

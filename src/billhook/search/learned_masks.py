@@ -54,7 +54,8 @@ class LearnedMasks:
     moves the logits. What it comes to is the likeliest mask of each group.
 
     Source: MaskLLM (arXiv 2409.17481) and its authors' code (NVlabs/MaskLLM): schedules of temperature and scale, and
-    the weight of the prior, from there. Left out: the reward for large weights that stay. Memory: for 2:4 and each
+    the weight of the prior, from there (scales are a hundred times larger there, logits about a hundred times smaller);
+    the rate is our own. Left out: the reward for large weights that stay. Memory: for 2:4 and each
     weight 6 numbers in float32. Raises InputError for patterns of more than 70 masks.
     """
 
