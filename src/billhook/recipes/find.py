@@ -101,8 +101,8 @@ class Choice:
     def plan(self, target: Target) -> Plan:
         """What the recipe found, as a plan."""
         whole = Plan.of(self.found.drops, target, self.keeps, self.sparsities, self.arrays, self.channels)
-        edits = (*whole.factorised(self.bases).edits, *self.apart)
-        return whole.factorised(self.bases).model_copy(update={"schedule": self.schedule, "edits": edits})
+        plan = whole.factorised(self.bases)
+        return plan.model_copy(update={"schedule": self.schedule, "edits": (*plan.edits, *self.apart)})
 
 
 Task = Problem | WidthProblem | WeightProblem | RankProblem | ChannelProblem
