@@ -25,6 +25,7 @@ from billhook.plan.target import Target
 from billhook.recipes.apply import apply as apply_on_disk
 from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.compare import compare
+from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import heal
 from billhook.recipes.learned_weights import after, kept_of
@@ -56,6 +57,7 @@ def test_the_budget_is_met_and_again(name: str, tmp_path: Path) -> None:
     assert 0.49 < share <= 0.5 and found.record.steps[-1].realised["params"] == pytest.approx(share)
     assert {edit.pattern for edit in plan.sparsities} == {load(name).choice.pattern}  # type: ignore[union-attr]
     assert (found.healing is not None) == (name.startswith("sparsegpt") or name in ("pst", "gradient-flow"))
+    assert found.healing is None or found.healing.work == 0  # counted in the search
     assert carried_out(name, build("llama"), tmp_path) == found
     applied = apply(model, discover(model), plan)  # counts and patterns are checked
     left = sum(int((p != 0).sum()) for n, p in applied.named_parameters() if ".layers." in n)
@@ -117,6 +119,10 @@ def test_learned_masks_begin_with_those_of_an_earlier_result(tiny_lm: Path, tmp_
     alike = [((one[key] == 0) == (two[key] == 0)).float().mean().item() for key in one if ".layers." in key]
     assert sum(alike) / len(alike) > 0.95
     assert f"--prior {earlier}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert first.measures is not None
+    elsewhere = first.model_copy(update={"measures": first.measures.model_copy(update={"calibration": "other.txt"})})
+    (earlier / "billhook.json").write_text(elsewhere.model_dump_json(), encoding="utf-8")
+    assert calibrated_with(earlier) == calibrated_with(earlier / "billhook.json") == ["other.txt"]
     with pytest.raises(InputError, match="recipe wanda learns none"):
         billhook.compress(tiny_lm, out=tmp_path / "no", recipe="wanda", prior=earlier, **about)
     dropped = tmp_path / "dropped.json"

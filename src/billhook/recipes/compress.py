@@ -159,7 +159,7 @@ def compress(
                 drill,
                 lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows,
             ]
-            before = () if prior is None else calibrated_with(_folder(prior))
+            before = () if prior is None else calibrated_with(prior)
             texts = judged_on(
                 model, calibration, [text for text in read if text is not None], seed, progress, read_before=before
             )
@@ -249,11 +249,6 @@ def _workplace(out: str | os.PathLike[str], device: str, several: bool) -> Itera
     else:
         with claimed(out) as place:
             yield place, True
-
-
-def _folder(prior: str | os.PathLike[str]) -> Path:
-    """Where the record of an earlier result lies: the folder, also of a file in it."""
-    return Path(prior).parent if Path(prior).is_file() else Path(prior)
 
 
 def _of_the_first(search: Callable[[], Choice]) -> Choice:

@@ -85,8 +85,9 @@ def calibrated_with(source: str | os.PathLike[str]) -> list[str]:
 
 
 def recorded(source: str | os.PathLike[str]) -> Run | None:
-    """The record in a folder that Billhook wrote, None where there is none. InputError for a damaged one."""
-    path = Path(source) / RECORD
+    """The record in a folder that Billhook wrote, which may be named itself; None where there is none. InputError for a
+    damaged one."""
+    path = Path(source) if Path(source).name == RECORD else Path(source) / RECORD
     if not path.is_file():
         return None
     try:
