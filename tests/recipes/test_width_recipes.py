@@ -102,6 +102,7 @@ def test_what_is_trained_while_it_narrows_comes_with_its_weights(tiny_lm: Path, 
     assert run.plan.keeps and run.realised["params"] <= 0.8 and run.healing is not None
     assert run.healing.method == "group-sparse" and run.healing.unhealed and run.healing.divergence is not None
     assert run.search is not None and run.search.objective == "divergence from dense"
+    assert run.search.work > 0 and run.healing.work == 0
     assert "--heal" not in (out / "README.md").read_text(encoding="utf-8")
     assert sum(p.numel() for p in billhook.load(out).model.parameters()) < sum(
         p.numel() for p in billhook.load(tiny_lm).model.parameters()
