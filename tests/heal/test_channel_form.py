@@ -54,6 +54,26 @@ def divergence(log_p: Tensor, logits: Tensor) -> float:
     return float((log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean())
 
 
+def test_a_model_that_puts_out_the_stream_is_judged_by_the_channels_that_stay() -> None:
+    built: Any = build("gemma3")
+    model = built.model
+    anatomy = discover(model)
+    plan = Plan.of([], channels=[kept(32, 24)])
+    padded = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    padded["attention_mask"][:, :5] = 0
+    healing = closed_form(model, anatomy, plan, [padded])
+    with healed(model, healing):
+        small = apply(model, anatomy, plan)
+    batch = {name: value[-8:] for name, value in padded.items()}
+    with torch.no_grad():
+        dense, far, near = (m(**batch)[0][:, 5:] for m in (model, apply(model, anatomy, plan), small))
+    errors = [
+        ((other - dense[..., 8:]).square().sum(-1) / dense[..., 8:].square().sum(-1)).mean() for other in (far, near)
+    ]
+    assert [healing.cut, healing.healed] == pytest.approx([float(error) for error in errors], rel=1e-3)
+    assert errors[1] < errors[0]
+
+
 def test_reads_take_a_channel_off_the_others_that_hold_it() -> None:
     """Channel 5 is written as channel 4 everywhere: the closed form has nothing to lose without it."""
     model: Any = build("qwen3")

@@ -20,7 +20,7 @@ from billhook.heal.judge import divergences
 from billhook.measure.routing import Routing
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Keep, Plan
+from billhook.plan.plan import HiddenChannels, Keep, Plan
 from billhook.surgery import apply, simulate
 from billhook.surgery.reopen import load
 
@@ -163,6 +163,9 @@ def test_what_is_refused() -> None:
         merge(model, anatomy, Plan.of([]), WINDOWS)
     with pytest.raises(InputError, match="at least two windows"):
         merge(model, anatomy, Plan.of([], keeps=[keep]), Windows.of(WINDOWS.ids[:1], "one"))
+    thinner = HiddenChannels(stack="decoder", indices=tuple(range(8)))
+    with pytest.raises(InputError, match="hidden channels go by closed-form"):
+        merge(model, anatomy, Plan.of([], keeps=[keep], channels=[thinner]), WINDOWS)
     llama = build("llama")
     neurons = Keep(unit=Address("decoder", 1, "mlp"), inner="neuron", indices=(0, 1))
     with pytest.raises(InputError, match="takes away experts"):

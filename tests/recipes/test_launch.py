@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.record import Run
 from billhook.recipes import training
 from billhook.recipes.compress import compress
+from billhook.recipes.heal import heal
 from billhook.recipes.opened import opened
 from billhook.recipes.workplace import workplace
 from billhook.surgery.reopen import load
@@ -71,6 +73,7 @@ def test_processes_on_several_devices_share_what_is_kept(tiny_lm: Path, monkeypa
 
 def test_what_several_cannot_share_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="share a healing by training alone, which closed-form is not; start one"):
-        compress(tiny_lm, budget="params=0.8", out=tmp_path / "out")
+    for walk in (partial(compress, budget="params=0.8"), partial(heal, method="closed-form")):
+        with pytest.raises(InputError, match="share a healing by training alone, which closed-form is not; start one"):
+            walk(tiny_lm, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()

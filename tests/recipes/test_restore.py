@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli.terminal import billhook, fake_recipe
 from families import FAMILIES, VOCABULARY, build
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from billhook.recipes.compare import compare
 from billhook.recipes.compress import compress
 from billhook.recipes.restore import restore as take_back
 from billhook.recipes.schema import Recipe
+from billhook.report.headline import verdict
 from billhook.search.restored_span import restored_span
 
 CAUSAL = [name for name in FAMILIES if build(name).can_generate() and not build(name).config.is_encoder_decoder]
@@ -137,6 +139,9 @@ def test_from_the_recipe_to_a_checkpoint(
     assert "what was cut" not in page and "pruned" not in card
     command = f"billhook restore {tuned} --base {tiny_lm} --recipe {name} --seed 0 --out DIR"
     assert command in card and command in page
+    fake_recipe(monkeypatch, "restore", run)
+    shown = " ".join(billhook("restore", tuned, "--base", tiny_lm, "--out", out).stdout.split())
+    assert verdict(run).partition(",")[0] in shown, "the terminal says what was put back too"
 
 
 def test_the_words_go_together() -> None:

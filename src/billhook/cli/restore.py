@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views, run_json
+from billhook.cli.output import print_json, print_views, printable, run_json
 from billhook.cli.progress import bars
 
 _BASE = "The model that MODEL was trained from: same architecture, same shapes."
@@ -60,6 +61,8 @@ def restore(
         print_json(run_json(run, out))
         return
     from billhook.cli import tables, views
+    from billhook.report.headline import verdict
 
+    told = Text(printable(verdict(run)))
     written = [views.side_by_side(generation) for generation in run.generations[:1]]
-    print_views(tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))
+    print_views(told, tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))

@@ -160,9 +160,11 @@ def _judged(
     model: nn.Module, anatomy: Anatomy, batches: list[dict[str, Any]], held: list[Tensor], plan: Plan, healing: Healing
 ) -> Healing:
     """As ``verdict.judged``, by what the whole models put out: the stream that is left has other channels. Of a model
-    without a head for tokens it is the squared error of its output, relative to the dense one."""
+    without a head for tokens it is the squared error of its output, relative to the dense one; where that is the stream
+    itself, over the channels that stay."""
     if not healing.tensors:
         return healing
+    (edit,) = plan.channels
     before = now = 0.0
     count = 0
     for inputs, rows in zip(batches, held, strict=True):
@@ -178,8 +180,10 @@ def _judged(
             with healed(model, healing), simulate(model, anatomy, plan):
                 better = model(**some)[0]
         speaks = anatomy.head is not None and dense.ndim == 3
+        dense = dense if dense.shape == cut.shape else dense[..., list(edit.indices)]
         mask = some.get("attention_mask")
-        real = mask.bool() if speaks and mask is not None else torch.ones(dense.shape[:-1], dtype=torch.bool)
+        padded = mask is not None and mask.shape == dense.shape[:-1]
+        real = mask.bool() if padded else torch.ones(dense.shape[:-1], dtype=torch.bool, device=dense.device)
         for one, a, b in zip(dense[real].split(128), cut[real].split(128), better[real].split(128), strict=True):
             before, now = before + _apart(one, a, speaks), now + _apart(one, b, speaks)
         count += int(real.sum())

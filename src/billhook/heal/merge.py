@@ -17,7 +17,7 @@ from billhook.heal.alike import averaged, grouped
 from billhook.heal.closed_form import require_healable
 from billhook.heal.condense import Expert, foremost, low_reads, low_writes
 from billhook.heal.divergence import divergence, held_back
-from billhook.heal.healing import Healing, put
+from billhook.heal.healing import Healing, put, require_no_channels
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.spans import Spans
 from billhook.heal.verdict import healed_and_cut
@@ -76,13 +76,16 @@ def merge(
     of one block are given. Raises InputError for plans that do more than take away experts of one stack and take those
     that stay apart, for experts that are laid out in a way that is not known, and for fewer than two windows.
     """
+    require_no_channels(plan, "merging")
     keeps = {keep.unit: keep for keep in keeps_of(plan, anatomy)}
     names = {unit.stack for unit in keeps}
     factors = plan.factors if isinstance(plan, Plan) else ()
     ranks = {edit.unit: edit.rank for edit in factors if edit.unit in keeps and is_mixture(edit, anatomy)}
     merges = len(names) == 1 and all(keep.inner == "expert" for keep in keeps.values())
     if drops_of(plan, anatomy) or not merges or len(ranks) != len(factors):
-        raise InputError("merging takes a plan that takes away experts of one stack, and nothing else")
+        raise InputError(
+            "merging takes a plan that takes away experts of one stack and at most takes apart those that stay"
+        )
     require_healable(anatomy)
     for keep in keeps.values():
         neuron_axes(model, mixture_of(inner_of(anatomy, keep)))

@@ -38,8 +38,9 @@ def check_channels(plan: Plan, outline: Outline) -> None:
             raise InputError(f"{what}: none is kept")
         if any(a >= b for a, b in zip(edit.indices, edit.indices[1:], strict=False)):
             raise InputError(f"{what}: indices must rise")
-        if edit.indices[0] < 0 or edit.indices[-1] >= stack.hidden_size:
-            raise InputError(f"{what} are numbered from 0 to {stack.hidden_size - 1}, not to {edit.indices[-1]}")
+        odd = [index for index in (edit.indices[0], edit.indices[-1]) if not 0 <= index < stack.hidden_size]
+        if odd:
+            raise InputError(f"{what} are numbered from 0 to {stack.hidden_size - 1}; there is no {odd[0]}")
         if len(edit.indices) % stack.channel_multiple:
             raise InputError(
                 f"{what}: {len(edit.indices)} are left, and this {outline.family} model takes multiples of "

@@ -32,7 +32,7 @@ from billhook.recipes.costs import costs_of
 from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
 from billhook.recipes.flattening import require_flattening
-from billhook.recipes.heal import applied, healing_text, new_weights, record_of
+from billhook.recipes.heal import applied, healing_text, new_weights, record_of, require_sharable
 from billhook.recipes.learned_weights import require_prior
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
@@ -92,10 +92,7 @@ def compress(
     wanted = asked(select, way)
     device = processes.local(device)
     several = processes.count() > 1
-    if several and way not in TRAINED:
-        raise InputError(
-            f"several processes were started, and they share a healing by training alone, which {way} is not; start one"
-        )
+    require_sharable(way)
     begins = None if prior is None else Plan.read(prior)
     if begins is not None and not isinstance(candidates[0].choice, LearnedMasks):
         raise InputError(f"--prior is what learned masks begin with, and recipe {candidates[0].name} learns none")

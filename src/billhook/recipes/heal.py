@@ -117,6 +117,7 @@ def heal(
     from billhook.recipes import together, training  # with peft and accelerate: seconds that others need not wait
 
     device = processes.local(device)
+    require_sharable(method)
     check_out(out, overwrite, source)
     if tokens < 1 or method == "none":
         raise InputError("nothing to heal with: give a method and at least 1 token")
@@ -194,6 +195,15 @@ def heal(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+def require_sharable(method: str) -> None:
+    """InputError where several processes were started for a way to heal that they cannot share."""
+    if processes.count() > 1 and method not in TRAINED:
+        raise InputError(
+            f"several processes were started, and they share a healing by training alone, which {method} is not; start "
+            f"one"
+        )
 
 
 def require_units(method: str, plan: Plan) -> None:
