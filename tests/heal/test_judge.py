@@ -19,7 +19,7 @@ from billhook.recipes.heal import METHODS, record_of
 NAME = "model.layers.3.mlp.down_proj.weight"
 
 
-def test_kept_where_it_is_nearer_on_the_windows_held_back_and_gone_where_not() -> None:
+def test_kept_where_it_is_nearer_on_the_windows_held_back_and_gone_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     anatomy, windows, given = discover(model), text(), []
 
@@ -38,7 +38,11 @@ def test_kept_where_it_is_nearer_on_the_windows_held_back_and_gone_where_not() -
         assert healing.refused == (now >= was) == (not healing.tensors)
         record = record_of(healing)
         assert (record.divergence, record.refused) == ((was, now), now >= was)
-    assert {healing.refused for healing in found.values()} == {True, False}
+    for figures, refused in (([2.0, 1.0], False), ([1.0, 2.0], True)):
+        with monkeypatch.context() as told:
+            told.setattr("billhook.heal.judge.divergences", lambda *_, figures=figures: figures)
+            healing = ways[0.5](model, anatomy, PLAN, windows, None)
+        assert (healing.refused, not healing.tensors) == (refused, refused)
     with pytest.raises(InputError, match="at least two windows"):
         ways[0.0](model, anatomy, PLAN, Windows.of(windows.ids[:1], "one"), None)
 
