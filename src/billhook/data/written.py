@@ -64,13 +64,13 @@ def _sample(model: Any, ids: torch.Tensor, steps: int, generator: torch.Generato
     written: list[torch.Tensor] = []
     parts = torch.split(ids, ROWS)
     for part in parts:
-        cache, row = None, [part[:, :0]]
+        cache, columns = None, [part[:, :0]]
         for _ in range(steps):
             logits, cache = forward(model, part.to(model.device), cache)
             chances = torch.softmax(logits[:, -1].float().cpu(), dim=-1)
             part = drawn(chances, generator)[:, None]
-            row.append(part)
+            columns.append(part)
             if progress:
-                progress("writing text", len(written) * steps + len(row) - 1, len(parts) * steps)
-        written.append(torch.cat(row, dim=1))
+                progress("writing text", len(written) * steps + len(columns) - 1, len(parts) * steps)
+        written.append(torch.cat(columns, dim=1))
     return torch.cat(written)

@@ -182,8 +182,9 @@ def _judged(
         speaks = anatomy.head is not None and dense.ndim == 3
         dense = dense if dense.shape == cut.shape else dense[..., list(edit.indices)]
         mask = some.get("attention_mask")
-        padded = mask is not None and mask.shape == dense.shape[:-1]
-        real = mask.bool() if padded else torch.ones(dense.shape[:-1], dtype=torch.bool, device=dense.device)
+        if mask is None or mask.shape != dense.shape[:-1]:
+            mask = torch.ones(dense.shape[:-1], device=dense.device)
+        real = mask.bool()
         for one, a, b in zip(dense[real].split(128), cut[real].split(128), better[real].split(128), strict=True):
             before, now = before + _apart(one, a, speaks), now + _apart(one, b, speaks)
         count += int(real.sum())

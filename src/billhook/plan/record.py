@@ -217,10 +217,10 @@ class Graft(_Record):
 COMPLEXITY = "feature complexity"
 """What an inspection calls the share of the neurons of an MLP that is left when those that compute nearly the same are
 merged."""
-_ACTS = (
-    *("average", "fuse", "flatten", "gains", "second-order", "merge"),
-    *("sparse-training", "group-sparse", "nested-ranks"),
-)
+
+_TOGETHER = ("average", "fuse", "flatten", "gains", "second-order", "merge")
+_TRAINED = ("sparse-training", "group-sparse", "nested-ranks")
+_ACTS = (*_TOGETHER, *_TRAINED)
 
 
 class HealStep(_Record):
