@@ -96,7 +96,7 @@ def test_equal_neurons_everywhere_are_possible_for_every_target(target: Target) 
         (("decoder.1", "neuron", "0"), "unit decoder.1 is no sublayer"),
         (("decoder.1.mlp.neuron.3", "neuron", "0"), "unit decoder.1.mlp.neuron.3 is no sublayer"),
         (("decoder.1.mlp", "expert", "0"), "the experts of decoder.1.mlp cannot be cut: it has no experts"),
-        (("decoder.1.mlp", "neuron", "3,16"), "are numbered from 0 to 15, not to 16"),
+        (("decoder.1.mlp", "neuron", "3,16"), "are numbered from 0 to 15; there is no 16"),
         (("decoder.1.mlp", "neuron", ()), "none is kept; drop decoder.1.mlp instead"),
         (("decoder.1.mlp", "neuron", (3, 1)), "indices must rise"),
         (("decoder.1.mlp", "neuron", (-1, 1)), "are numbered from 0 to 15"),

@@ -20,12 +20,13 @@ from billhook.evaluate import evidence
 from billhook.evaluate.generations import repetition
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.plan.address import Address
+from billhook.plan.budget import split_budgets
 from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
-from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare, split_budgets
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace

@@ -122,3 +122,19 @@ def _would_be_right(kind: str) -> str:
 
 def _either(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def split_budgets(text: str) -> list[str]:
+    """``params=0.9,0.8`` -> ``["params=0.9", "params=0.8"]``, each of them a budget of its own."""
+    found: list[str] = []
+    kind = ""
+    for part in text.split(","):
+        name, equals, number = part.strip().rpartition("=")
+        kind = name if equals else kind
+        if not kind:
+            raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
+        budget = Budget.parse(f"{kind}={number}")
+        if budget.until_cliff:
+            raise InputError("budget until=cliff ends elsewhere for each method; a comparison needs amounts")
+        found.append(str(budget))
+    return list(dict.fromkeys(found))

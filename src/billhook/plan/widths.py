@@ -69,8 +69,8 @@ def _check_indices(keep: Keep, inner: InnerOutline) -> None:
         raise InputError(f"{what}: none is kept; drop {keep.unit} instead")
     if any(a >= b for a, b in zip(keep.indices, keep.indices[1:], strict=False)):
         raise InputError(f"{what}: indices must rise")
-    if keep.indices[0] < 0 or keep.indices[-1] >= inner.count:
-        raise InputError(f"{what} are numbered from 0 to {inner.count - 1}, not to {keep.indices[-1]}")
+    if odd := [i for i in keep.indices if not 0 <= i < inner.count]:
+        raise InputError(f"{what} are numbered from 0 to {inner.count - 1}; there is no {odd[0]}")
     if len(keep.indices) < inner.least:
         raise InputError(f"{what}: {len(keep.indices)} are too few; the router needs {inner.least}")
     run = inner.count // inner.parts

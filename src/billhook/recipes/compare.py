@@ -21,7 +21,7 @@ from billhook.evaluate.probes import answers, paired, posed
 from billhook.heal import require_healable
 from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
-from billhook.plan.budget import Budget
+from billhook.plan.budget import Budget, split_budgets
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -206,22 +206,6 @@ def _standard() -> list[str]:
 
 #: Stand in every comparison.
 BASELINES = ("random", "evenly-spaced", "first", "last")
-
-
-def split_budgets(text: str) -> list[str]:
-    """``params=0.9,0.8`` -> ``["params=0.9", "params=0.8"]``, each of them a budget of its own."""
-    found: list[str] = []
-    kind = ""
-    for part in text.split(","):
-        name, equals, number = part.strip().rpartition("=")
-        kind = name if equals else kind
-        if not kind:
-            raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
-        budget = Budget.parse(f"{kind}={number}")
-        if budget.until_cliff:
-            raise InputError("budget until=cliff ends elsewhere for each method; a comparison needs amounts")
-        found.append(str(budget))
-    return list(dict.fromkeys(found))
 
 
 def _judged(

@@ -18,13 +18,13 @@ from billhook.evaluate.policy_quality import Judge
 from billhook.evaluate.probes import paired, posed
 from billhook.evaluate.turn_policy import turned_to
 from billhook.models import building, check_out, fingerprint
-from billhook.plan.budget import Budget
+from billhook.plan.budget import Budget, split_budgets
 from billhook.plan.errors import InputError
 from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
 from billhook.plan.record import ProbeEvidence
 from billhook.recipes import catalogue
 from billhook.recipes import policy as walk
-from billhook.recipes.compare import RANDOM_SEEDS, split_budgets
+from billhook.recipes.compare import RANDOM_SEEDS
 from billhook.recipes.find import find
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment
