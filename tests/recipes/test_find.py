@@ -22,8 +22,9 @@ from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.recipes import opened
 from billhook.recipes.catalogue import load
+from billhook.recipes.choices import Greedy, OneShot
 from billhook.recipes.find import _ledger, find, require_path
-from billhook.recipes.schema import Greedy, OneShot, Recipe
+from billhook.recipes.schema import Recipe
 from billhook.search import Memo, greedy, pose
 from billhook.search.cliff import cliff
 

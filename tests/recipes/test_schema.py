@@ -4,7 +4,7 @@ import pytest
 
 from billhook.plan.errors import InputError
 from billhook.recipes.catalogue import DEFAULTS, DEFAULTS_UNIFORM, load, names, recipes, source_of
-from billhook.recipes.schema import Greedy
+from billhook.recipes.choices import Greedy
 from billhook.scores import SCORES
 
 GOOD = "name: mine\ntitle: Mine\nunit: sublayer\nobjective: kl\nchoice: {word: greedy}\n"

@@ -17,8 +17,8 @@ from billhook.data import Windows
 from billhook.measure.trace import trace
 from billhook.plan.budget import Budget
 from billhook.recipes.catalogue import load, names, source_of
+from billhook.recipes.choices import Evolve, Sampled
 from billhook.recipes.find import find, pose_for
-from billhook.recipes.schema import Evolve, Sampled
 from billhook.recipes.words import explained, needs, passes, sentences
 from billhook.scores import SCORES
 

@@ -9,8 +9,9 @@ from billhook.measure.stream import stream_trace
 from billhook.plan.budget import realised
 from billhook.plan.plan import HiddenChannels
 from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.choices import Thinned
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Recipe, Thinned
+from billhook.recipes.schema import Recipe
 from billhook.scores import named
 from billhook.search.channels import ChannelProblem, even_channels, most_important, random_channels
 

@@ -22,7 +22,8 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan, Provenance
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.schema import BiMask, Recipe, Widths
+from billhook.recipes.choices import BiMask, Widths
+from billhook.recipes.schema import Recipe
 from billhook.scores import Score, named
 from billhook.search.bimask import bimask
 from billhook.search.blind_widths import even_widths, random_widths

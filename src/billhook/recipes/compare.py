@@ -28,13 +28,14 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import ProbeEvidence, TextEvidence
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.choices import Baseline
 from billhook.recipes.costs import costs_of
 from billhook.recipes.find import Choice, find, pose_for, require_cut
 from billhook.recipes.heal import applied, healing_text, new_weights
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
-from billhook.recipes.schema import Baseline, Recipe
+from billhook.recipes.schema import Recipe
 from billhook.recipes.settings import (
     CALIBRATION_LENGTH,
     CALIBRATION_TOKENS,

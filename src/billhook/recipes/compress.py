@@ -28,6 +28,7 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.choices import BiMask, GroupSparse, LearnedMasks
 from billhook.recipes.costs import costs_of
 from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
@@ -37,7 +38,7 @@ from billhook.recipes.learned_weights import require_prior
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, BiMask, GroupSparse, Heal, LearnedMasks, Recipe
+from billhook.recipes.schema import TRAINED, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.sharing import require_sharing

@@ -25,11 +25,7 @@ from billhook.plan.record import SearchRecord
 from billhook.plan.schedule import Schedule
 from billhook.plan.target import Target
 from billhook.recipes.channels import choose_channels
-from billhook.recipes.flattening import paired, require_flattening
-from billhook.recipes.learned import learned
-from billhook.recipes.opened import Opened, versions
-from billhook.recipes.ranks import Bases, take_apart
-from billhook.recipes.schema import (
+from billhook.recipes.choices import (
     Bandit,
     Evolve,
     Greedy,
@@ -39,7 +35,6 @@ from billhook.recipes.schema import (
     Masks,
     OneShot,
     Ranks,
-    Recipe,
     Sampled,
     Span,
     SparseTraining,
@@ -47,6 +42,11 @@ from billhook.recipes.schema import (
     Trained,
     Widths,
 )
+from billhook.recipes.flattening import paired, require_flattening
+from billhook.recipes.learned import learned
+from billhook.recipes.opened import Opened, versions
+from billhook.recipes.ranks import Bases, take_apart
+from billhook.recipes.schema import Recipe
 from billhook.recipes.scored import scored
 from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin

@@ -9,8 +9,8 @@ from billhook.data import Windows
 from billhook.measure.gates import Gates
 from billhook.measure.stand_ins import Adapters, LowRank
 from billhook.plan.address import Address
+from billhook.recipes.choices import Bandit, Sampled, Trained
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Bandit, Sampled, Trained
 from billhook.search import Found, Problem
 
 Progress = Callable[[str, int, int], None]

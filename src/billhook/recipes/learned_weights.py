@@ -17,8 +17,9 @@ from billhook.plan.check import check
 from billhook.plan.errors import InputError
 from billhook.plan.masks import parse_pattern, unpack
 from billhook.plan.plan import Plan
+from billhook.recipes.choices import LearnedMasks, SparseTraining
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import LearnedMasks, Recipe, SparseTraining
+from billhook.recipes.schema import Recipe
 from billhook.search import learned_masks
 from billhook.search.exchanged import Goal
 from billhook.search.masks import chosen

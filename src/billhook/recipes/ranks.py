@@ -15,8 +15,9 @@ from billhook.measure.batches import batches_of
 from billhook.plan.budget import realised
 from billhook.plan.plan import Factorise
 from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.choices import Ranks
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Ranks, Recipe
+from billhook.recipes.schema import Recipe
 from billhook.search.bases import Linear, bases
 from billhook.search.nested import Factors, nested
 from billhook.search.ranks import RankProblem, spread

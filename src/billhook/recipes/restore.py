@@ -24,11 +24,11 @@ from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import Returned, Run, SearchRecord
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
+from billhook.recipes.choices import Graded, RestoredSpan
 from billhook.recipes.costs import costs_of
 from billhook.recipes.heal import applied
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, write_down
-from billhook.recipes.schema import Graded, RestoredSpan
 from billhook.recipes.workplace import claimed
 from billhook.search.restored_span import restored_span
 

@@ -8,8 +8,8 @@ from billhook.data import Windows
 from billhook.measure.ablation import Ablator, ablation
 from billhook.measure.sums import Trace
 from billhook.plan.address import Address
+from billhook.recipes.choices import Score
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import Score
 from billhook.scores import named
 
 Progress = Callable[[str, int, int], None]

@@ -10,9 +10,10 @@ from billhook.plan.budget import realised
 from billhook.plan.masks import parse_pattern
 from billhook.plan.plan import Plan
 from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.choices import LearnedMasks, Masks, SparseTraining
 from billhook.recipes.learned_weights import learned_weights
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import GOALS, LearnedMasks, Masks, Recipe, SparseTraining
+from billhook.recipes.schema import GOALS, Recipe
 from billhook.search.sparsity import Sparse, WeightProblem, require_sparsifiable, sparsify
 from billhook.search.zeroth_order import sparsities, zeroth_order
 

@@ -22,9 +22,10 @@ from billhook.plan.budget import realised
 from billhook.plan.check import units
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
+from billhook.recipes.choices import BiMask, GroupSparse, Widths
 from billhook.recipes.learned_weights import goal_of
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import GOALS, BiMask, GroupSparse, Recipe, Widths
+from billhook.recipes.schema import GOALS, Recipe
 from billhook.recipes.scored import scored
 from billhook.scores import named
 from billhook.search.bimask import bimask

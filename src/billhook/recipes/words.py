@@ -22,8 +22,7 @@ from billhook.heal.data_free import data_free
 from billhook.heal.features import merged_features
 from billhook.heal.training import METHODS
 from billhook.measure.ablation import Kind
-from billhook.recipes.find import BASELINES
-from billhook.recipes.schema import (
+from billhook.recipes.choices import (
     Bandit,
     BiMask,
     Coarse,
@@ -31,7 +30,6 @@ from billhook.recipes.schema import (
     Greedy,
     Masks,
     Ranks,
-    Recipe,
     RestoredSpan,
     Sampled,
     Score,
@@ -40,6 +38,8 @@ from billhook.recipes.schema import (
     Trained,
     Widths,
 )
+from billhook.recipes.find import BASELINES
+from billhook.recipes.schema import Recipe
 from billhook.scores import named
 from billhook.search import share
 
