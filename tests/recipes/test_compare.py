@@ -164,7 +164,7 @@ def test_all_that_come_along_take_part_but_those_of_single_weights(tiny_lm: Path
 def test_entries_of_other_continuations_are_judged_again(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
     windows = Windows.of(torch.arange(8).reshape(2, 4), "text")
-    given = catalogue.load("first"), ["params=0.8"], 0, model, windows, [("other", windows)], None
+    given = catalogue.load("first"), ["params=0.8"], 0, model, windows, None, [("other", windows)], None
     before = _key(*given)
     assert _key(*given) == before
     monkeypatch.setattr("billhook.recipes.compare.COMPARED_NEW_TOKENS", COMPARED_NEW_TOKENS + 1)
