@@ -89,8 +89,8 @@ def _allowed(schema: dict[str, Any]) -> str:
 
 _WORK = "The work of a generated token, as shares of the plain model's: flops=0.9,0.8,0.7."
 _TAKING_PART = (
-    "A policy to take part: NAME, NAME:parameter=value,... or a .json file; give it again for more. Those that come "
-    "along, if not given."
+    "A policy to take part: NAME, NAME:parameter=value,... or a .json file; give it again for more. "
+    "If not given: static-skip, ffn-skip, voids, similarity-exit, lora-drop, first-router and self-speculation."
 )
 
 
@@ -110,7 +110,7 @@ def compare(
     device: options.Device = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
-    """Run MODEL under every policy at each amount of work, and say which costs least for the time that it saves.
+    """Run MODEL under several policies at each amount of work, and say which costs least for the time that it saves.
 
     DIR gets comparison.html and comparison.json. The plain model and blocks skipped evenly and at random always take
     part. Dials are turned on your text, everything is judged on other text, by perplexity and by exact answers.

@@ -69,9 +69,8 @@ class Loop:
                 f"{training.rows} windows a step cannot be shared by {self.accelerator.num_processes} processes"
             )
 
-    @property
     def mesh(self) -> DeviceMesh | None:
-        """Over all processes, where each is to hold a part of every block."""
+        """A new one over all processes, where each is to hold a part of every block."""
         if not self._sharded:
             return None
         return init_device_mesh(self.fit.device.type, (self.accelerator.num_processes,))

@@ -17,7 +17,7 @@ from billhook.surgery.low_rank_experts import mixtures_of
 def require_linears(plan: object, anatomy: Anatomy) -> None:
     """InputError for a plan that takes experts apart: merging alone gives these new weights."""
     if mixtures_of(plan, anatomy):
-        raise InputError("experts in two parts cannot be healed; their weights come of the merging")
+        raise InputError("experts in two parts cannot be healed; their weights come from the merging")
 
 
 def projected(model: nn.Module, factors: Iterable[Factor]) -> dict[str, Tensor]:

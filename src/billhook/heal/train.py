@@ -89,7 +89,7 @@ def train(
         loop = Loop(student, windows.ids.to(model.device), training, tokens, state, facts, progress, weights, routes)
         taught = Student(cut, model, ends, "dense")
         blocks = {path: stack.blocks[old].path for path, old in zip(student.paths, left, strict=True)}
-        mesh = loop.mesh
+        mesh = loop.mesh()
         shards = None if mesh is None else _shards(student, model, anatomy, mesh)
         shard = None if shards is None else (lambda path: shards.take(path, blocks[path]))
         subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training, shard)
