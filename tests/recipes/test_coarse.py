@@ -87,7 +87,7 @@ def test_the_words_are_checked_and_explained() -> None:
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 1024)
     monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
-    monkeypatch.setattr(walk, "judged_on", lambda *rest: [])
+    monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     out = tmp_path / "out"
     run = billhook.compress(tiny_lm, budget="params=0.6", out=out, recipe="comp", max_new_tokens=2)

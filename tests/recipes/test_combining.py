@@ -57,7 +57,7 @@ def test_compressed_with_an_act(
     """The folder holds the new weights, the record says whose they are, and any engine loads it."""
     monkeypatch.setattr("billhook.recipes.heal.HEALING_TOKENS", 1024)
     monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
-    monkeypatch.setattr(walk, "judged_on", lambda *rest: [])
+    monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     out = tmp_path / "out"
     run = walk.compress(tiny_lm, budget="blocks=0.8", out=out, recipe=name)

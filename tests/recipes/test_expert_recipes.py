@@ -93,7 +93,7 @@ def test_an_expert_that_was_never_picked_is_unknown_and_stays() -> None:
             assert all(2 in keep.indices for keep in keeps if keep.unit == address)
             assert any(2 not in keep.indices for keep in keeps)
     forced[address][:] = math.inf
-    with pytest.raises(InputError, match="unknown and stays"):
+    with pytest.raises(InputError, match="the others stay"):
         allocate(pose_width(anatomy.outline, Budget.parse("params=0.8"), "expert", Target.UNIFORM), forced, "uniform")
 
 

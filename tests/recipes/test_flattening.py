@@ -52,7 +52,7 @@ def test_the_report_says_what_became_of_which_block(
 ) -> None:
     monkeypatch.setattr("billhook.recipes.heal.HEALING_TOKENS", 1024)
     monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
-    monkeypatch.setattr(walk, "judged_on", lambda *rest: [])
+    monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     walk.compress(tiny_lm, budget="blocks=0.6", out=tmp_path / "out", recipe="flatten-gpt")
     run = Run.model_validate_json((tmp_path / "out" / "billhook.json").read_text())

@@ -121,7 +121,7 @@ def twins(tiny_lm: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
-    monkeypatch.setattr(walk, "judged_on", lambda *rest: [])
+    monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
 
 
