@@ -36,7 +36,7 @@ class Family:
     stacks: dict[str, int]
     generates: bool = True
     pads: bool = True
-    tolerance: float = 1e-4
+    tolerance: float = 5e-4
     note: str = ""
 
     def prompt(self, model: PreTrainedModel, batch: int = 1, padding: Padding = None) -> dict[str, Tensor]:

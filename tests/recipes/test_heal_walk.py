@@ -55,6 +55,7 @@ from billhook.heal import loop
 from billhook.recipes import heal as walk
 from billhook.recipes import proof, training
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 keep, calls = loop.keep, []
 def interrupted(*args):
     keep(*args)

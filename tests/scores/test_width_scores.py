@@ -17,7 +17,12 @@ from billhook.scores import SCORES, named
 
 WINDOWS = Windows.of(torch.randint(3, 90, (4, 10), generator=torch.Generator().manual_seed(3)), "test")
 MLP, ATTENTION = Address("decoder", 2, "mlp"), Address("decoder", 2, "attention")
-WIDE = sorted(name for name, score in SCORES.items() if score.needs in ("weights", "channels", "slopes"))
+#: All but the one of neurons alone (see tests/measure/test_features.py).
+WIDE = sorted(
+    name
+    for name, score in SCORES.items()
+    if score.needs in ("weights", "channels", "slopes") and name != "feature-merging"
+)
 
 
 def watched(model, answer: str = "loss") -> tuple[WidthTrace, object]:

@@ -72,7 +72,7 @@ def test_the_first_ranks_are_those_that_were_trained(name: str) -> None:
         assert factors.energies.shape == starts[linear].energies.shape and (factors.energies >= 0).all()
     opened: Any = type("Opened", (), {"model": model, "anatomy": anatomy})
     windows: Any = type("Windows", (), {"tokens": IDS.numel()})
-    found = _healing(opened, learned, ranks, windows, 0)
+    found = _healing(opened, learned, ranks, windows)
     x = FAMILIES[name].inputs(model, 3, "left" if FAMILIES[name].pads else None)
     with torch.no_grad(), healed(model, found):
         expected = model(**x).logits
@@ -102,7 +102,7 @@ def test_training_brings_what_matters_to_the_front(monkeypatch: pytest.MonkeyPat
     after = []
     for steps in (1, 80):
         learned = nested(model, anatomy, starts, ranks, batches(model), steps=steps, seed=0)
-        after.append(off(model, anatomy, plan_of(learned, ranks), _healing(opened, learned, ranks, windows, 0)))
+        after.append(off(model, anatomy, plan_of(learned, ranks), _healing(opened, learned, ranks, windows)))
     assert after[1] < 0.9 * after[0], after
 
 
