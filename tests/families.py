@@ -10,7 +10,7 @@ pixels equals a count of blocks. Windows are shorter than the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -36,7 +36,7 @@ class Family:
     stacks: dict[str, int]
     generates: bool = True
     pads: bool = True
-    tolerance: float = 5e-4
+    tolerance: float = 1e-4
     note: str = ""
 
     def prompt(self, model: PreTrainedModel, batch: int = 1, padding: Padding = None) -> dict[str, Tensor]:
@@ -227,7 +227,9 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _decoder("Qwen2ForCausalLM", use_sliding_window=True, sliding_window=4, max_window_layers=2),
     "qwen3": _decoder("Qwen3ForCausalLM", head_dim=10),
     "gemma2": _decoder("Gemma2ForCausalLM", head_dim=10, sliding_window=4, query_pre_attn_scalar=12),
-    "gemma3": _decoder("Gemma3ForCausalLM", blocks=7, head_dim=10, sliding_window=4, query_pre_attn_scalar=12),
+    "gemma3": replace(  # its logits reach 9; what differs by 2e-4 in float32 differs by 2e-15 in float64
+        _decoder("Gemma3ForCausalLM", blocks=7, head_dim=10, sliding_window=4, query_pre_attn_scalar=12), tolerance=5e-4
+    ),
     "phi3": _decoder("Phi3ForCausalLM"),
     "olmo2": _decoder("Olmo2ForCausalLM"),
     "granite": _decoder(

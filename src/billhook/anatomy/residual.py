@@ -21,7 +21,7 @@ from billhook.anatomy.groups import width_in
 from billhook.anatomy.low_rank import LowRank
 from billhook.anatomy.roles import NotUnderstood
 from billhook.anatomy.types import Anatomy, Residual, Stack
-from billhook.anatomy.vocabulary import STREAM_WIDTH
+from billhook.anatomy.vocabulary import EMBED_SCALE, STREAM_WIDTH
 from billhook.plan.address import Address
 from billhook.plan.outline import BlockOutline, Outline, SublayerOutline
 
@@ -61,7 +61,7 @@ def _residual(model: PreTrainedModel, anatomy: Anatomy, stack: Stack) -> Residua
                 axes |= dict(_bias(model, name))
     for path in norms:
         axes |= dict.fromkeys(_norm(model, path, count), 0)
-    roots = tuple(p for p, m in model.named_modules() if vars(m).get("scalar_embed_scale") == count**0.5)
+    roots = tuple(p for p, m in model.named_modules() if vars(m).get(EMBED_SCALE) == count**0.5)
     return Residual(
         stack=stack.name,
         count=count,

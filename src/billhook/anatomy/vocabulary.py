@@ -97,6 +97,12 @@ ALL_HEADS = ("split_size", "all_head_size", "inner_dim")
 NEURONS = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "d_ff", "n_inner")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
+#: How an attention says that it turns queries and keys by position, where only some of them do.
+ROTATES = "use_rope"
+
+#: How an embedding says by how much it is multiplied: the number, and the tensor made of it.
+EMBED_SCALE, EMBED_SCALE_TENSOR = "scalar_embed_scale", "embed_scale"
+
 STREAM_WIDTH = ("hidden_size", "hidden_dim", "embed_dim", "embedding_dim")
 
 #: Names of a router, and of parts of a mixture that every token runs through.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, Stack, Sublayer
 from billhook.anatomy.undo import Undo
-from billhook.anatomy.vocabulary import CACHES
+from billhook.anatomy.vocabulary import CACHES, ROTATES
 from billhook.plan.errors import InputError
 from billhook.runtime.silence import Forward, place
 
@@ -35,7 +35,7 @@ def kinds(model: nn.Module, anatomy: Anatomy) -> dict[int, Hashable]:
         if attention is None or not sublayers["attention"].cache_width:
             continue
         size = sublayers["attention"]
-        rotates = getattr(model.get_submodule(attention.module), "use_rope", True)
+        rotates = getattr(model.get_submodule(attention.module), ROTATES, True)
         found[block.address.block] = (size.kv_heads, size.head_dim, size.cache_width, size.window, rotates)
     return found
 

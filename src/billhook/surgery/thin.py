@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy, Residual
 from billhook.anatomy.config import owners, resolve
+from billhook.anatomy.vocabulary import EMBED_SCALE, EMBED_SCALE_TENSOR
 from billhook.plan.plan import HiddenChannels
 
 Setter = Callable[[Any, str, Any], None]
@@ -50,8 +51,8 @@ def _tell(model: nn.Module, anatomy: Anatomy, residual: Residual, left: int, put
         put(model.get_submodule(path), name, (left,))
     for path in residual.roots:
         module: Any = model.get_submodule(path)
-        put(module, "scalar_embed_scale", left**0.5)
-        put(module, "embed_scale", torch.full_like(module.embed_scale, left**0.5))
+        put(module, EMBED_SCALE, left**0.5)
+        put(module, EMBED_SCALE_TENSOR, torch.full_like(getattr(module, EMBED_SCALE_TENSOR), left**0.5))
     for path in owners(anatomy.stack(residual.stack)):
         for name, value in (("hidden_size", left), *residual.states):
             put(resolve(model, path), name, value)
