@@ -25,7 +25,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.runtime.attention_rank import _ranks, attention_ranks
 from billhook.runtime.catalogue import policy_of, write_policy
-from billhook.runtime.depth_routers import kept_shares, train_depth_routers
+from billhook.runtime.depth_routers import DepthRouters, _tokens, kept_shares, train_depth_routers
 from billhook.runtime.mixture_of_depths import MixtureOfDepths
 from billhook.runtime.silence import stream_out, with_stream
 
@@ -180,6 +180,31 @@ def test_shares_fall_along_a_cosine_and_their_mean_is_the_ratio() -> None:
             assert kept_shares(count, ratio, decay=False) == [ratio] * count
     assert kept_shares(4, 0.5, decay=True) == pytest.approx([1.0, 0.75, 0.25, 0.0])
     assert kept_shares(3, 0.9, decay=True) == pytest.approx([1.0, 0.9, 0.8])
+
+
+def test_a_level_is_a_quantile_and_at_the_ends_scores_do_not_matter() -> None:
+    routers = DepthRouters(torch.zeros(2, 4), torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 6.0]]))
+    assert [routers.level(1, ratio) for ratio in (1.0, 0.75, 0.5, 0.25, 0.0)] == [1.0, 1.5, 2.0, 4.0, 6.0]
+    model = build("llama")
+    anatomy = discover(model)
+    weight = drawn(anatomy).tensors()["w"]
+    for levels, block in ((torch.full((5, 5), 9.0), 1), (torch.full((5, 5), -9.0), 3)):  # shares 1, 1/2 and 0
+        policy = MixtureOfDepths(blocks="1-3").with_tensors({"w": weight, "levels": levels})
+        with policy.attach(model, anatomy) as attached, torch.no_grad():
+            model(IDS)
+        assert attached.counts.share_run(Address("decoder", block, "mlp")) == (1 if block == 1 else 0)
+
+
+def test_which_tokens_are_routed_and_which_are_learnt_from() -> None:
+    batch = {
+        "input_ids": torch.tensor([[0, 7, 7, 5], [7, 7, 5, 6]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1]] * 2),
+    }
+    images, words = [[False, True, True, False], [False, True, False, False]], [[False] * 3 + [True], [False] * 2]
+    routed, told = _tokens(batch, (7,), True)
+    assert routed.tolist() == images
+    assert told.tolist() == [words[0], [*words[1], True, True]]
+    assert _tokens(batch, (7,), False)[0].tolist() == [[False, True, True, True]] * 2
 
 
 def test_the_rank_of_a_map() -> None:

@@ -47,16 +47,15 @@ class DepthRouters:
         low, high = math.floor(place), math.ceil(place)
         return float(torch.lerp(self.levels[block, low], self.levels[block, high], place - low))
 
+    def handed_on(self, stream: Tensor, after: Tensor, score: Tensor, runs: Tensor) -> Tensor:
+        """x + m (y - x) for tokens that run (1), m x for those that do not (0), m = 1 + ``SCALE`` tanh(score), with x
+        the stream that came in and y what the block made of it; ``runs`` [rows, tokens]."""
+        weight = (1 + SCALE * score.tanh()).to(stream.dtype)[..., None]
+        runs = runs.to(stream.dtype)[..., None]
+        return runs * (stream + weight * (after - stream)) + (1 - runs) * weight * stream
+
     def to(self, device: torch.device) -> DepthRouters:
         return DepthRouters(self.weight.to(device), self.levels.to(device))
-
-
-def reweighted(stream: Tensor, after: Tensor, score: Tensor, runs: Tensor) -> Tensor:
-    """x + runs m (y - x) for tokens that run (1) and m x for those that do not (0), m = 1 + ``SCALE`` tanh(score): the
-    stream that a block hands on, with x what came in and y what it made of it; ``runs`` [rows, tokens]."""
-    weight = (1 + SCALE * score.tanh()).to(stream.dtype)[..., None]
-    runs = runs.to(stream.dtype)[..., None]
-    return runs * (stream + weight * (after - stream)) + (1 - runs) * weight * stream
 
 
 def kept_shares(count: int, ratio: float, *, decay: bool) -> list[float]:
@@ -87,12 +86,12 @@ def train_depth_routers(
     """Routers for ``blocks`` under which the model goes on predicting what it does though tokens step around them.
 
     A step takes one batch. In each of the blocks the tokens whose scores are highest run, a share r of those that are
-    routed in the batch (``kept_shares`` of ``ratio``, in every other step of a ratio drawn from 0 to 1); what is handed
-    on is ``reweighted``. The gradient of what runs is that of a soft gate, sigmoid((score - level) / T), with T the
-    spread of the scores (straight-through). The loss, in nats a token: KL(plain || routed) of the next tokens, after
-    every real token that does not stand for a part of an image. With ``vision`` the tokens of images alone are routed,
-    all the others run. Adam on the routers, rate ``RATE`` times ``SPREAD``, decaying to 0 along a cosine. Weights of
-    the model are frozen. ``levels`` are measured in the end, at ``ratio``, over all batches.
+    routed in the batch (``kept_shares`` of ``ratio``, in every other step of a ratio drawn from 0 to 1). The gradient
+    of what runs is that of a soft gate, sigmoid((score - level) / T), with T the spread of the scores
+    (straight-through). The loss, in nats a token: KL(plain || routed) of the next tokens, after every real token that
+    does not stand for a part of an image. With ``vision`` the tokens of images alone are routed, all the others run.
+    Adam on the routers, rate ``RATE`` times ``SPREAD``, decaying to 0 along a cosine. Weights of the model are frozen.
+    ``levels`` are measured in the end, at ``ratio``, over all batches.
 
     Cost: each step two forward passes and one backward pass of a batch, all tokens computed. The same seed gives the
     same routers. InputError where nothing is routed, and where the loss is not finite.
@@ -189,7 +188,7 @@ class _Soft:
             soft = ((score - level) / some.detach().std().clamp(min=1e-6)).sigmoid()
             runs = (score >= level).to(soft) + soft - soft.detach()
             after = stream_out(output)
-            left = torch.where(routed[..., None], reweighted(stream, after, score, runs), after)
+            left = torch.where(routed[..., None], self._routers.handed_on(stream, after, score, runs), after)
             return with_stream(output, left)
 
         return forward

@@ -18,7 +18,7 @@ from billhook.plan.errors import InputError
 from billhook.runtime.attached import Attached
 from billhook.runtime.attention_rank import attention_ranks
 from billhook.runtime.counts import Counts
-from billhook.runtime.depth_routers import Batch, DepthRouters, kept_shares, reweighted, train_depth_routers
+from billhook.runtime.depth_routers import Batch, DepthRouters, kept_shares, train_depth_routers
 from billhook.runtime.numbers import read_numbers, write_numbers
 from billhook.runtime.policy import Policy
 from billhook.runtime.routers import routable
@@ -199,7 +199,8 @@ class Depths:
             output = self._spared(original, sparing, runs, args, kwargs) if some else original(*args, **kwargs)
             self._count(block, runs)
             after = stream_out(output)
-            left = torch.where(routed[..., None], reweighted(stream, after, score, runs), after)
+            handed_on = self._routers.handed_on(stream, after, score, runs)
+            left = torch.where(routed[..., None], handed_on, after)
             return with_stream(output, left)
 
         return forward
