@@ -3,7 +3,7 @@
 with trained routers, tokens picked at random, and whole blocks left out for every token.
 
     python benchmarks/mod_figures.py [MODEL] [IMAGES] [STEPS] [RATIOS] [BATCH]
-                                     (default: llava-mnist 3000 60 0.5,0.25 32)
+                                     (default: llava-mnist 2000 120 0.5,0.25 32)
 
 Routers learn on the last 2,048 images of the training set, from the model's own answers, in batches of BATCH; the
 model has seen those images. Every line is held against the untouched model on the same images, with a 95 %
@@ -53,7 +53,7 @@ class AtRandom(DepthRouters):
 
 
 def main(
-    source: str = str(MODEL), images: str = "3000", steps: str = "60", ratios: str = "0.5,0.25", batch: str = "32"
+    source: str = str(MODEL), images: str = "2000", steps: str = "120", ratios: str = "0.5,0.25", batch: str = "32"
 ) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     tokenizer, anatomy = AutoTokenizer.from_pretrained(source), discover(model)
@@ -85,9 +85,6 @@ def main(
     print(f"{'':<44}{'FLOPs':>7}{'right':>9}  against the untouched model")
     plain = right()
     print(f"{'untouched':<44}{1:>7.1%}{plain.mean():>9.2%}", flush=True)
-    for block in range(1, len(ranks)):
-        show(f"block {block} left out for every token", lambda b=block: static(b).attach(model, anatomy))
-        show(f"block {block} left out for the image", lambda b=block: drawn(model, anatomy, str(b), 0.0, False))
     for decay in (True, False):
         policy = MixtureOfDepths(tokens="vision", blocks=BLOCKS, decay=decay, steps=int(steps))
         policy = policy.fitted_on(model, anatomy, batches)
@@ -100,6 +97,9 @@ def main(
                 f"at random, {kind} shares, ratio {ratio:g}",
                 lambda r=ratio, d=decay: drawn(model, anatomy, BLOCKS, r, d),
             )
+    for block in range(1, len(ranks)):
+        show(f"block {block} left out for every token", lambda b=block: static(b).attach(model, anatomy))
+        show(f"block {block} left out for the image", lambda b=block: drawn(model, anatomy, str(b), 0.0, False))
 
 
 def static(block: int) -> StaticSkip:

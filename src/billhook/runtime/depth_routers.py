@@ -86,7 +86,7 @@ def train_depth_routers(
     """Routers for ``blocks`` under which the model goes on predicting what it does though tokens step around them.
 
     A step takes one batch. In each of the blocks the tokens whose scores are highest run, a share r of those that are
-    routed in the batch (``kept_shares`` of ``ratio``, in every other step of a ratio drawn from 0 to 1). The gradient
+    routed in the batch (``kept_shares`` of ``ratio``, in every other step of a ratio drawn above it). The gradient
     of what runs is that of a soft gate, sigmoid((score - level) / T), with T the spread of the scores
     (straight-through). The loss, in nats a token: KL(plain || routed) of the next tokens, after every real token that
     does not stand for a part of an image. With ``vision`` the tokens of images alone are routed, all the others run.
@@ -108,7 +108,7 @@ def train_depth_routers(
     with frozen(model):
         for step in range(steps):
             batch = batches[step % len(batches)]
-            share = float(torch.rand((), generator=draw)) if step % 2 else ratio
+            share = ratio if step % 2 else ratio + (1 - ratio) * float(torch.rand((), generator=draw))
             routed, told = _tokens(batch, seen, vision)
             with torch.no_grad():
                 plain = _predicted(model, batch, told)
