@@ -276,6 +276,11 @@ def test_help_is_there_at_once():
     assert done.stdout.strip() == "[]"
 
 
+def test_python_runs_it_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "billhook", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("billhook ")
+
+
 def test_what_was_realised_is_shown_where_no_amount_was_asked(monkeypatch):
     fake_recipe(monkeypatch, "compress", RUN.model_copy(update={"asked": "until=cliff"}))
     shown = " ".join(billhook(*COMMANDS["compress"]).stdout.split())
