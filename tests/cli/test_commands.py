@@ -43,8 +43,12 @@ def test_help_names_every_option_and_an_example_within_80_columns(name):
 
 
 @pytest.mark.parametrize(
-    "words", ["compare", "tune-policy", "recipes", "recipes show", "policies", "policies explain", "policies compare"]
-)
+    "words",
+    [
+        "compare", "stack", "unstack", "tune-policy", "recipes", "recipes show", "policies", "policies explain",
+        "policies compare",
+    ],
+)  # fmt: skip
 def test_help_of_the_other_commands_has_an_example_within_80_columns(words):
     result = billhook(*words.split(), "--help")
     assert result.exit_code == 0
