@@ -139,7 +139,8 @@ def compress(
                 model=model.model,
                 progress=progress,
             )
-            longer = healing_text(model, calibration, seed, progress) if way != "none" else None
+            surveyed = healing_text(model, calibration, seed, progress) if way != "none" or chosen.surveys else None
+            longer = surveyed if way != "none" else None
             lessons: Windows | Selection | None = None
             drill: Windows | None = None
             if way in TRAINED or chosen.trains:
@@ -153,7 +154,7 @@ def compress(
                     lessons = training.selection(model, calibration, wanted, TRAINING_TOKENS, seed, place, progress)
             read = [
                 windows,
-                longer,
+                surveyed,
                 drill,
                 lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows,
             ]
@@ -173,6 +174,7 @@ def compress(
                 seed=seed,
                 place=place,
                 progress=progress,
+                survey=surveyed,
                 lessons=drill,
                 prior=begins,
             )
