@@ -20,6 +20,7 @@ from billhook.recipes.catalogue import load, names
 from billhook.recipes.compress import compress
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.settings import CALIBRATION_TOKENS
+from billhook.report.provenance import facts
 
 SHORT, LONG = (
     Windows.of(torch.randint(3, VOCABULARY, (rows, 12), generator=torch.Generator().manual_seed(rows)), f"{rows} rows")
@@ -73,8 +74,13 @@ def test_it_is_read_also_where_nothing_is_healed(
         return find(*args, survey=survey, **kwargs)
 
     monkeypatch.setattr(walk, "find", spy)
-    compress(tiny_lm, budget="params=0.85", recipe="flap", heal="none", out=tmp_path / "flap", max_new_tokens=2)
-    compress(tiny_lm, budget="blocks=0.5", recipe="block-influence", heal="none", out=tmp_path / "b", max_new_tokens=2)
+    run = compress(tiny_lm, budget="params=0.85", recipe="flap", heal="none", out=tmp_path / "flap", max_new_tokens=2)
+    other = compress(
+        tiny_lm, budget="blocks=0.5", recipe="block-influence", heal="none", out=tmp_path / "b", max_new_tokens=2
+    )
     long, none = asked
     assert long is not None and long.tokens > 2 * CALIBRATION_TOKENS
     assert none is None
+    assert run.search is not None and run.search.surveyed == long.tokens
+    assert other.search is not None and other.search.surveyed == 0
+    assert ("tokens surveyed", f"{long.tokens:,}, for statistics of one pass") in facts(run)

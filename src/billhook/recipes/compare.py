@@ -189,6 +189,7 @@ def compare(
             outline=model.anatomy.outline,
             calibration=calibration,
             tokens=windows.ids.numel(),
+            surveyed=survey.tokens if survey is not None else 0,
             budgets=tuple(asked),
             entries=tuple(entries),
             titles={recipe.name: recipe.title for recipe in chosen},

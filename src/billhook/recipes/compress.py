@@ -222,7 +222,12 @@ def compress(
             asked=str(limits),
             realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
             costs=costs,
-            search=choice.record.model_copy(update={"prior": "" if prior is None else os.fspath(prior)}),
+            search=choice.record.model_copy(
+                update={
+                    "prior": "" if prior is None else os.fspath(prior),
+                    "surveyed": surveyed.tokens if surveyed is not None and chosen.surveys else 0,
+                }
+            ),
             measures=measures(model, calibration, windows, seen, choice.importance),
             healing=healing,
             environment=environment(model),
