@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +41,8 @@ from billhook.recipes.schema import TRAINED, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.sharing import require_sharing
+from billhook.recipes.together import of_the_first, shared
 from billhook.recipes.weights import require_weights
-from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
 
 if TYPE_CHECKING:
@@ -92,7 +91,6 @@ def compress(
     way = _way(candidates[0], heal)  # the default recipes are at one in this
     wanted = asked(select, way)
     device = processes.local(device)
-    several = processes.count() > 1
     require_sharable(way)
     begins = None if prior is None else Plan.read(prior)
     if begins is not None and not isinstance(candidates[0].choice, LearnedMasks):
@@ -128,16 +126,18 @@ def compress(
         prepared(model.model, tokenizer, prompt, max_new_tokens)
     posed(model.model, tokenizer)
 
-    with _workplace(out, device, several) as (place, first):
+    with shared(out, device) as (place, first):
         with clock.step("measure"):
-            windows = windows_of(
-                calibration,
-                tokenizer,
-                tokens=CALIBRATION_TOKENS,
-                length=model.length(CALIBRATION_LENGTH),
-                seed=seed,
-                model=model.model,
-                progress=progress,
+            windows = of_the_first(
+                lambda: windows_of(
+                    calibration,
+                    tokenizer,
+                    tokens=CALIBRATION_TOKENS,
+                    length=model.length(CALIBRATION_LENGTH),
+                    seed=seed,
+                    model=model.model,
+                    progress=progress,
+                )
             )
             surveyed = healing_text(model, calibration, seed, progress) if way != "none" or chosen.surveys else None
             longer = surveyed if way != "none" else None
@@ -180,7 +180,7 @@ def compress(
             )
 
         with clock.step("search"):
-            choice = _of_the_first(search) if several else search()
+            choice = of_the_first(search)
 
         plan = choice.plan(aim).model_copy(
             update={
@@ -241,25 +241,6 @@ def compress(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
-
-
-@contextmanager
-def _workplace(out: str | os.PathLike[str], device: str, several: bool) -> Iterator[tuple[Path, bool]]:
-    """The place of this run, or of all that share it, and whether this process is the one that writes."""
-    if several:
-        from billhook.recipes.together import shared
-
-        with shared(out, device) as found:
-            yield found
-    else:
-        with claimed(out) as place:
-            yield place, True
-
-
-def _of_the_first(search: Callable[[], Choice]) -> Choice:
-    from billhook.recipes.together import of_the_first
-
-    return of_the_first(search)
 
 
 def _way(recipe: Recipe, heal: Heal | None) -> str:
