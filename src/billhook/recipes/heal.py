@@ -234,14 +234,16 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     return Healing(whole(model.model, model.anatomy, keeps, found, channels), (), {}, 0, 0)
 
 
-def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
+def healing_text(
+    model: Opened, calibration: str, seed: int, progress: Progress | None, *, tokens: int | None = None
+) -> Windows:
     """More of the calibration text than a search needs, as much as there is: regressions have many more unknowns."""
     length = model.length(CALIBRATION_LENGTH)
     return of_the_first(
         lambda: windows_of(
             calibration,
             model.tokenizer,
-            tokens=HEALING_TOKENS,
+            tokens=tokens or HEALING_TOKENS,
             length=length,
             seed=seed,
             model=model.model,
