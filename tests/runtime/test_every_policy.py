@@ -17,6 +17,7 @@ from billhook.plan.schedule import Schedule, Site
 from billhook.runtime.catalogue import POLICIES, policy_of
 from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
+from billhook.runtime.mixture_of_depths import MixtureOfDepths
 from billhook.runtime.policy import Policy
 from billhook.runtime.voids import Voids
 
@@ -26,6 +27,15 @@ def router(anatomy: Anatomy, *, threshold: float) -> Policy:
     stack = anatomy.outline.stack("decoder")
     weight = torch.randn(len(stack.blocks), stack.hidden_size, generator=torch.Generator().manual_seed(4))
     return FirstRouter(threshold=threshold).with_tensors({"w": weight, "b": torch.zeros(len(weight))})
+
+
+def depths(anatomy: Anatomy, *, ratio: float) -> Policy:
+    """Routers that are drawn, for all blocks but the first: about half of the tokens step around a block."""
+    stack = anatomy.outline.stack("decoder")
+    weight = torch.randn(len(stack.blocks), stack.hidden_size, generator=torch.Generator().manual_seed(4))
+    levels = torch.linspace(-6, 6, 11).expand(len(weight), 11)
+    policy = MixtureOfDepths(ratio=ratio, blocks=f"1-{len(weight) - 1}", decay=False)
+    return policy.with_tensors({"w": weight, "levels": levels})
 
 
 def quiet(anatomy: Anatomy) -> list[Policy]:
@@ -39,6 +49,7 @@ def quiet(anatomy: Anatomy) -> list[Policy]:
         Voids(threshold=0, prompt=(0.0,) * blocks, generation=(0.0,) * blocks),
         Scheduled(schedule=turns),
         router(anatomy, threshold=0),
+        depths(anatomy, ratio=1),
     ]
 
 
@@ -54,6 +65,7 @@ def loud(anatomy: Anatomy) -> list[Policy]:
         Voids(threshold=0.9, prompt=tuple(void), generation=(1.0, 0.5, 1.0, *[1.0] * (blocks - 3))),
         Scheduled(schedule=Schedule(tables=(table, ()))),
         router(anatomy, threshold=0.5),
+        depths(anatomy, ratio=0.5),
     ]
 
 
