@@ -192,6 +192,7 @@ def test_budgets_side_by_side(text: str, expected: list[str]) -> None:
         ("joy=0.9", "joy"),
         ("params=0.9,", "params="),
         ("until=cliff", "a comparison needs amounts"),
+        ("params=0.9,latency=0.8", "budget latency=0.8 ends elsewhere for each method"),
     ],
 )
 def test_bad_budgets(text: str, message: str, tiny_lm: Path, tmp_path: Path) -> None:
