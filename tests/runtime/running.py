@@ -52,7 +52,8 @@ def drawn_experts(anatomy: Anatomy, *, keep: float, experts: int = 3) -> NeuronE
     """Experts that are drawn, with a router that sends about as many tokens to each."""
     draw = torch.Generator().manual_seed(6)
     hidden = anatomy.outline.stack("decoder").hidden_size
-    tensors = {"router.weight": torch.randn(experts, hidden, generator=draw), "router.bias": torch.zeros(experts)}
+    weight, bias = torch.randn(experts, hidden, generator=draw), 3 * torch.randn(experts, generator=draw)
+    tensors = {"router.weight": weight, "router.bias": bias}
     for address, neurons in neurons_of(anatomy).items():
         tensors[f"{address}.worth"] = torch.rand(experts, neurons.count, generator=draw)
     return NeuronExperts(keep=keep, experts=experts).with_tensors(tensors)

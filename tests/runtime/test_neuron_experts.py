@@ -131,6 +131,8 @@ def test_experts_are_the_neurons_that_kinds_of_tokens_use() -> None:
         assert sorted(experts.kept(address, 0.5).tolist()) == [list(range(24)), list(range(24, 48))]
     judge = Judge(model, anatomy, Windows.of(text(4, seed=2), "held back"))
     assert judge(policy)[0].kl.value < 1e-4
+    whole = NeuronExperts(keep=1.0, experts=2).fitted(model, anatomy, windows)
+    assert whole.turned(0.75) == NeuronExperts(keep=0.75, experts=2).fitted(model, anatomy, windows)
     alone = NeuronExperts(keep=0.5, experts=1).fitted(model, anatomy, windows)
     assert judge(alone)[0].kl.value > 0.1
 

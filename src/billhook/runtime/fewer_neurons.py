@@ -53,8 +53,7 @@ def run_fewer(model: PreTrainedModel, neurons: Inner, kept: Tensor, route: Route
     """Let the linears of an MLP compute, for a token of expert e, the neurons ``kept``[e] alone, until ``undo`` is
     restored. ``kept`` is [experts, neurons kept], so that what stands between the linears works on one tensor.
 
-    An expert's weights are copied the first time that it is called: its rows of the linears that read, its columns of
-    the one that writes.
+    The weights of every expert are copied: its rows of the linears that read, its columns of the one that writes.
     """
     for path in dict.fromkeys(s.parameter.rpartition(".")[0] for s in neurons.slices):
         module = model.get_submodule(path)
@@ -66,22 +65,17 @@ def _linear(module: nn.Module, slices: list[Slice], kept: Tensor, route: Route) 
     weights = [s for s in slices if s.parameter.endswith(".weight")]
     biases = [s for s in slices if not s.parameter.endswith(".weight")]
     turned = (weights[0].axis == 1) != weights[0].writes  # a weight held as [inputs, outputs]
-    own: dict[int, tuple[Tensor, Tensor | None]] = {}
-
-    def of(expert: int) -> tuple[Tensor, Tensor | None]:
-        """Weight [outputs, inputs] and bias [outputs] of an expert."""
-        if expert not in own:
-            weight = _part(module.get_parameter("weight").detach(), weights, kept[expert])
-            bias = getattr(module, "bias", None)
-            if biases:
-                bias = _part(module.get_parameter("bias").detach(), biases, kept[expert])
-            own[expert] = (weight.T.contiguous() if turned else weight), bias
-        return own[expert]
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    own: list[tuple[Tensor, Tensor | None]] = []
+    for indices in kept:
+        part = _part(weight, weights, indices)
+        rest = bias if bias is None or not biases else _part(bias.detach(), biases, indices)
+        own.append((part.T.contiguous() if turned else part, rest))
 
     def forward(x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         groups = route.groups(len(flat))
-        parts = [linear(flat if where is None else flat[where], *of(expert)) for expert, where in groups]
+        parts = [linear(flat if where is None else flat[where], *own[expert]) for expert, where in groups]
         if len(parts) > 1:
             parts = [torch.cat(parts)[torch.cat([where for _, where in groups if where is not None]).argsort()]]
         return parts[0].reshape(*x.shape[:-1], -1)

@@ -38,7 +38,7 @@ class NeuronExperts(Policy):
     is, not tuned to its experts.
 
     Keys and values: never skipped, every attention runs. State: none. Cost beside the model's own: a small product a
-    token, and memory for the weights of each expert in use, a copy of its neurons.
+    token, and memory for a copy of the neurons of each expert, ``experts`` times ``keep`` of all MLPs.
     """
 
     name: ClassVar[str] = "neuron-experts"
