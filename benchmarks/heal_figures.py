@@ -15,19 +15,12 @@ import time
 from pathlib import Path
 
 import torch
-from protocol import DATA, LENGTH, Bed, bed
+from protocol import LENGTH, Bed, bed
 
-from billhook.data import windows as windows_of
 from billhook.heal import closed_form, healed
-from billhook.plan.budget import Budget
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for
-from billhook.recipes.measures import watch
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
-from billhook.scores import named
-from billhook.search import one_shot, pose
 
 SUBLAYERS = [f"decoder.{i}.mlp" for i in (3, 4, 5, 13, 16, 26)]
 SUBLAYERS += [f"decoder.{i}.attention" for i in (5, 6, 7, 17, 25, 26)]
@@ -47,7 +40,7 @@ def main(
     b.live.to(getattr(torch, dtype))
     plans = {name: by_recipe(b, name, text) for name in recipes} or of_depth(b, text)
     windows = b.calibrated(int(tokens), LENGTH, text)
-    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
+    c4 = b.c4
     print(f"healed on {windows.ids.numel()} tokens of {text}, {dtype}")
     print(f"{'':<28} {'WikiText-2':>10} {'C4':>8} {'seconds':>8} {'refitted':>9}")
     print(f"{'dense':<28} {b.perplexity():>10.2f} {b.perplexity(test=c4):>8.2f}", flush=True)
@@ -68,24 +61,16 @@ def main(
 
 
 def of_depth(b: Bed, text: str) -> dict[str, Plan]:
-    recipe = catalogue.load("block-influence")
-    seen = watch(b.model, b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH, text), None)
-    scores = named("block-influence")(seen, b.anatomy, **recipe.score_parameters)
-    problem = pose(b.anatomy.outline, Budget.parse("blocks=24"), recipe.unit)
+    influence = b.chosen("block-influence", "blocks=24", Target.UNIFORM, text=text)
     return {
-        "6 blocks, block influence": Plan.of(one_shot(problem, scores, per="unit", work=0).drops),
+        "6 blocks, block influence": influence.plan(Target.UNIFORM),
         "12 sublayers, greedy": Plan.of(SUBLAYERS),
     }
 
 
 def by_recipe(b: Bed, name: str, text: str) -> Plan:
-    recipe = catalogue.load(name)
-    windows = b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH, text)
-    target = Target.UNIFORM if recipe.unit == "block" else Target.REMOTE
-    problem = pose_for(recipe, b.anatomy.outline, Budget.parse("params=0.8"), target)
-    seen = watch(b.model, windows, None)
-    found = find(recipe, b.model, problem, windows, seen, seed=0, place=WORK, progress=None)
-    return Plan.of(found.found.drops, target, found.keeps)
+    target = Target.UNIFORM if catalogue.load(name).unit == "block" else Target.REMOTE
+    return b.chosen(name, "params=0.8", target, text=text).plan(target)
 
 
 if __name__ == "__main__":

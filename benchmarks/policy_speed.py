@@ -7,7 +7,9 @@ the cut saves, which has to be at least 0.85, with the 95% interval of a bootstr
 
 - ffn-skip set to leave out exactly a quarter of the MLPs of every generated token, its cosines computed all the same,
   against a cut of as many MLPs;
-- even-skip of a fifth of the blocks, against the same blocks cut.
+- even-skip of a fifth of the blocks, against the same blocks cut;
+- neuron-experts of half of the neurons of every MLP, four experts and a router that are drawn, against a cut of as many
+  neurons.
 
 Time is wall time, and with one thread (OMP_NUM_THREADS=1) the processor time of this process, which other programs
 disturb far less. A few minutes on two idle CPU cores.
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.types import Inner
 from billhook.data import windows
 from billhook.evaluate.bench import engine
 from billhook.evaluate.workload import Workload, ready
@@ -34,9 +37,11 @@ from billhook.measure.latency import Timed, interleaved
 from billhook.measure.patch import observing
 from billhook.models import Loaded, load
 from billhook.plan.address import Address
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Keep, Plan
 from billhook.runtime.even_skip import EvenSkip
+from billhook.runtime.fewer_neurons import neurons_of
 from billhook.runtime.ffn_skip import FfnSkip
+from billhook.runtime.neuron_experts import NeuronExperts
 from billhook.runtime.policy import Policy
 from billhook.surgery import apply
 
@@ -57,19 +62,31 @@ def main(source: str = "demo", dtype: str = "bfloat16", rounds: str = "61") -> i
     even = EvenSkip(speedup=1.25)
     blocks = [Address("decoder", i) for i in range(count) if i not in even.kept(count)]
     print(engine(loaded.model), flush=True)
+    neurons = neurons_of(anatomy)
+    halves = [Keep(unit=a, inner="neuron", indices=tuple(range(inner.count // 2))) for a, inner in neurons.items()]
+    half, experts = Plan.of((), keeps=halves), drawn_experts(anatomy, neurons)
     worst = min(
-        measured(loaded, anatomy, f"{len(mlps)} of {count} MLPs by ffn-skip", ffn, mlps, int(rounds)),
-        measured(loaded, anatomy, f"{len(blocks)} of {count} blocks by even-skip", even, blocks, int(rounds)),
+        measured(loaded, anatomy, f"{len(mlps)} of {count} MLPs by ffn-skip", ffn, Plan.of(mlps), int(rounds)),
+        measured(loaded, anatomy, f"{len(blocks)} of {count} blocks by even-skip", even, Plan.of(blocks), int(rounds)),
+        measured(loaded, anatomy, "half of the neurons by neuron-experts", experts, half, int(rounds)),
     )
     print(f"at least {REQUIRED} of what the work is worth everywhere: {'yes' if worst >= REQUIRED else 'no'}")
     return 0 if worst >= REQUIRED else 1
 
 
-def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, units: list[Address], rounds: int) -> float:
-    """Time saved by the policy over time saved by cutting the units, from interleaved rounds: processor time with one
+def drawn_experts(anatomy: Anatomy, neurons: dict[Address, Inner]) -> Policy:
+    """What they are does not change what they cost."""
+    draw, hidden = torch.Generator().manual_seed(0), anatomy.outline.stack("decoder").hidden_size
+    worth = {f"{address}.worth": torch.rand(4, inner.count, generator=draw) for address, inner in neurons.items()}
+    router = {"router.weight": torch.randn(4, hidden, generator=draw), "router.bias": torch.zeros(4)}
+    return NeuronExperts(keep=0.5).with_tensors(router | worth)
+
+
+def measured(loaded: Loaded, anatomy: Anatomy, what: str, policy: Policy, plan: Plan, rounds: int) -> float:
+    """Time saved by the policy over time saved by the cut of a plan, from interleaved rounds: processor time with one
     thread, else wall time."""
     model = loaded.model
-    cut = apply(model, anatomy, Plan.of(units))
+    cut = apply(model, anatomy, plan)
     text = windows("builtin", loaded.tokenizer, tokens=DECODE.prompt_tokens, length=DECODE.prompt_tokens)
     with observing(model), observing(cut):
         plain, worth = ready(model, DECODE, text.ids), ready(cut, DECODE, text.ids)

@@ -14,13 +14,20 @@ import torch
 from billhook.anatomy import Anatomy
 from billhook.data import Windows, windows
 from billhook.plan.address import Address
+from billhook.plan.budget import Budget
 from billhook.plan.plan import Plan
+from billhook.plan.target import Target
+from billhook.recipes import catalogue
+from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, opened
+from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, HEALING_TOKENS
 from billhook.surgery import simulate
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LENGTH = 1024
 WINDOWS = 16
+WORK = Path("out/benchmarks")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,41 @@ class Bed:
     def calibrated(self, tokens: int, length: int = LENGTH, text: str = "wiki_calib.txt.gz", skip: int = 0) -> Windows:
         """The first windows of a text, after ``skip`` of them."""
         return windows(DATA / text, self.model.tokenizer, tokens=tokens, length=length, skip=skip)
+
+    @property
+    def c4(self) -> Windows:
+        """The second domain."""
+        return windows(DATA / "c4_docs.jsonl.gz", self.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
+
+    def chosen(
+        self,
+        name: str,
+        budget: str,
+        target: Target = Target.REMOTE,
+        *,
+        text: str = "wiki_calib.txt.gz",
+        skip: int = 0,
+        tokens: int = CALIBRATION_TOKENS,
+        survey: int = HEALING_TOKENS,
+        lessons: Windows | None = None,
+    ) -> Choice:
+        """What a recipe chooses, on as much text as ``compress`` reads unless told."""
+        recipe = catalogue.load(name)
+        problem = pose_for(recipe, self.anatomy.outline, Budget.parse(budget), target)
+        short, long = (self.calibrated(n, CALIBRATION_LENGTH, text, skip) for n in (tokens, survey))
+        seen = watch(self.model, short, None)
+        return find(
+            recipe,
+            self.model,
+            problem,
+            short,
+            seen,
+            seed=0,
+            place=WORK,
+            progress=None,
+            survey=long,
+            lessons=lessons,
+        )
 
     def perplexity(self, plan: Plan | Iterable[Address] = (), test: Windows | None = None) -> float:
         """Per token, over non-overlapping windows, the first token of each unpredicted."""

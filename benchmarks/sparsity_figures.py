@@ -1,52 +1,43 @@
 """WikiText-2 and C4 perplexity of SmolLM2-135M with half of the weights in its blocks set to zero.
 
-    python benchmarks/sparsity_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...]      (default: demo 8192 bfloat16 all)
+    python benchmarks/sparsity_figures.py [MODEL] [DTYPE] [RECIPE ...]      (default: demo bfloat16 all)
 
 Every recipe of single weights on the same calibration, at params=0.5; those that train read some fifty thousand tokens
-more of the same text. DTYPE float32 is for processors without bfloat16,
-where it is many times faster; say so with the figures. Minutes to an hour, by the machine."""
+more of the same text. DTYPE float32 is for processors without bfloat16, where it is many times faster; say so with the
+figures. Minutes to an hour, by the machine."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import DATA, LENGTH, bed
+from protocol import bed
 
-from billhook.data import windows as windows_of
 from billhook.heal import healed
 from billhook.measure.cost import cost
 from billhook.measure.latency import now
-from billhook.measure.sums import Trace
-from billhook.plan.budget import Budget
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for
-from billhook.recipes.settings import CALIBRATION_LENGTH, TRAINING_LENGTH, TRAINING_TOKENS
+from billhook.recipes.settings import HEALING_TOKENS, TRAINING_LENGTH, TRAINING_TOKENS
 
 BUDGET = "params=0.5"
-WORK = Path("out/benchmarks/sparsity-figures")
 
 
-def main(source: str = "demo", tokens: str = "8192", dtype: str = "bfloat16", *recipes: str) -> None:
+def main(source: str = "demo", dtype: str = "bfloat16", *recipes: str) -> None:
     b = bed(source)
     b.live.to(getattr(torch, dtype))
-    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH)
+    c4 = b.c4
     lessons = b.calibrated(TRAINING_TOKENS * 8 // 7, TRAINING_LENGTH)
     outline = b.anatomy.outline
     dense = cost(outline)["params"]
-    print(f"calibrated on {windows.tokens} tokens of wiki_calib, {dtype}, {BUDGET}")
+    print(f"calibrated on {HEALING_TOKENS} tokens of wiki_calib, {dtype}, {BUDGET}")
     print(f"{'recipe':<18} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}", flush=True)
     print(f"{'dense':<18} {1:>8.4f} {b.perplexity():>10.2f} {b.perplexity(test=c4):>8.2f}", flush=True)
     for name in recipes or [n for n in catalogue.names() if catalogue.load(n).unit == "weight"]:
-        recipe = catalogue.load(name)
-        problem = pose_for(recipe, outline, Budget.parse(BUDGET), Target.UNIFORM)
         begun = now()
-        choice = find(recipe, b.model, problem, windows, Trace(), seed=0, place=WORK, progress=None, lessons=lessons)
+        choice = b.chosen(name, BUDGET, Target.UNIFORM, lessons=lessons)
         seconds = now() - begun
         plan = choice.plan(Target.UNIFORM)
         zeros = {edit.unit: sum(edit.zeros.values()) for edit in choice.sparsities}

@@ -15,22 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from protocol import DATA, LENGTH, Bed, bed
+from protocol import bed
 
-from billhook.data import windows as windows_of
 from billhook.evaluate.bench import engine
 from billhook.evaluate.intervals import quartiles
 from billhook.evaluate.workload import DECODE_1, PREFILL, prompt_ids, ready
 from billhook.measure.cost import CostModel
 from billhook.measure.latency import interleaved
 from billhook.measure.patch import observing
-from billhook.plan.budget import Budget
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
-from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for
-from billhook.recipes.measures import watch
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.surgery import apply
 
 BUDGET = "params=0.8"
@@ -42,8 +36,8 @@ ROUNDS = 9
 def main(dtype: str = "bfloat16", *recipes: str) -> None:
     b = bed()
     b.live.to(getattr(torch, dtype))
-    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    plans = {"dense": Plan(), **found(b, recipes or RECIPES)}
+    c4 = b.c4
+    plans = {"dense": Plan(), **{name: b.chosen(name, BUDGET).plan(Target.REMOTE) for name in recipes or RECIPES}}
     print(f"{'recipe':<18} {'params':>7} {'WikiText-2':>10} {'C4':>8}", flush=True)
     costs = CostModel(b.anatomy.outline)
     for name, plan in plans.items():
@@ -53,17 +47,6 @@ def main(dtype: str = "bfloat16", *recipes: str) -> None:
     for workload in (PREFILL, DECODE_1):
         timed(models, workload)
     print(engine(b.live))
-
-
-def found(b: Bed, recipes: tuple[str, ...]) -> dict[str, Plan]:
-    windows = b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH)
-    seen = watch(b.model, windows, None)
-    plans = {}
-    for name in recipes:
-        problem = pose_for(catalogue.load(name), b.anatomy.outline, Budget.parse(BUDGET), Target.REMOTE)
-        choice = find(catalogue.load(name), b.model, problem, windows, seen, seed=0, place=WORK, progress=None)
-        plans[name] = choice.plan(Target.REMOTE)
-    return plans
 
 
 def timed(models: dict[str, Any], workload: Any) -> None:

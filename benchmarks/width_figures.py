@@ -1,10 +1,10 @@
 """WikiText-2 and C4 perplexity of SmolLM2-135M at 20% of the block parameters, cut in width, on the same calibration.
 
-    python benchmarks/width_figures.py [MODEL] [TOKENS] [DTYPE] [RECIPE ...] [text=FILE] [skip=N]
-    (default: demo 3072 bfloat16, all recipes, text=wiki_calib.txt.gz skip=0)
+    python benchmarks/width_figures.py [MODEL] [DTYPE] [RECIPE ...] [text=FILE] [skip=N] [survey=TOKENS]
+    (default: demo bfloat16, all recipes, text=wiki_calib.txt.gz skip=0 survey=20480)
 
 Another text of the test data, or other windows of the same (after ``skip`` of them), say how far a figure depends on
-what it was calibrated on.
+what it was calibrated on; so does the length of the text that scores of a single pass read.
 
 Every recipe of width, those of hidden channels included, then two choices that look at nothing: the same widths as the
 first recipe's, with units at random (seed 0) and evenly spaced. Nothing is healed. DTYPE float32 is for processors
@@ -15,47 +15,39 @@ from __future__ import annotations
 
 import random
 import sys
-from pathlib import Path
 from time import perf_counter as now
 
 import torch
-from protocol import DATA, LENGTH, Bed, bed
+from protocol import Bed, bed
 
 from billhook.data import Windows
-from billhook.data import windows as windows_of
 from billhook.measure.cost import CostModel
-from billhook.plan.budget import Budget
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.find import find, pose_for
-from billhook.recipes.measures import watch
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.settings import CALIBRATION_TOKENS, HEALING_TOKENS
 from billhook.surgery import simulate
 
 BUDGET = "params=0.8"
-WORK = Path("out/benchmarks/width-figures")
 
 
-def main(source: str = "demo", tokens: str = str(CALIBRATION_TOKENS), dtype: str = "bfloat16", *more: str) -> None:
-    given = {"text": "wiki_calib.txt.gz", "skip": "0", **dict(word.split("=", 1) for word in more if "=" in word)}
+def main(source: str = "demo", dtype: str = "bfloat16", *more: str) -> None:
+    given = {"text": "wiki_calib.txt.gz", "skip": "0", "survey": str(HEALING_TOKENS)}
+    given |= dict(word.split("=", 1) for word in more if "=" in word)
+    text, skip, survey = given["text"], int(given["skip"]), int(given["survey"])
     recipes = [word for word in more if "=" not in word]
     b = bed(source)
     b.live.to(getattr(torch, dtype))
-    c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    windows = b.calibrated(int(tokens), CALIBRATION_LENGTH, given["text"], int(given["skip"]))
-    seen = watch(b.model, windows, None)
-    print(f"calibrated on {windows.tokens} tokens of {given['text']} from window {given['skip']} on, {dtype}, {BUDGET}")
-    print(f"{'recipe':<24} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}  units left", flush=True)
+    c4 = b.c4
+    print(f"searched on {CALIBRATION_TOKENS} and scored on {survey} tokens of {text} from window {skip} on, {dtype}")
+    print(f"{BUDGET:<24} {'realised':>8} {'WikiText-2':>10} {'C4':>8} {'seconds':>8}  units left", flush=True)
     show(b, "dense", Plan.of([]), c4, 0.0)
     first: tuple[Keep, ...] = ()
     for name in recipes or [
         n for n in catalogue.names() if catalogue.load(n).wide or catalogue.load(n).unit == "channel"
     ]:
-        recipe = catalogue.load(name)
-        problem = pose_for(recipe, b.anatomy.outline, Budget.parse(BUDGET), Target.REMOTE)
         begun = now()
-        choice = find(recipe, b.model, problem, windows, seen, seed=0, place=WORK, progress=None)
+        choice = b.chosen(name, BUDGET, text=text, skip=skip, survey=survey)
         show(b, name, choice.plan(Target.REMOTE), c4, now() - begun)
         first = first or choice.keeps
     for name, choose in (("random", at_random), ("evenly-spaced", evenly_spaced)) if first else ():

@@ -43,8 +43,12 @@ def test_help_names_every_option_and_an_example_within_80_columns(name):
 
 
 @pytest.mark.parametrize(
-    "words", ["compare", "tune-policy", "recipes", "recipes show", "policies", "policies explain", "policies compare"]
-)
+    "words",
+    [
+        "compare", "stack", "unstack", "tune-policy", "recipes", "recipes show", "policies", "policies explain",
+        "policies compare",
+    ],
+)  # fmt: skip
 def test_help_of_the_other_commands_has_an_example_within_80_columns(words):
     result = billhook(*words.split(), "--help")
     assert result.exit_code == 0
@@ -274,6 +278,11 @@ def test_help_is_there_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_python_runs_it_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "billhook", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("billhook ")
 
 
 def test_what_was_realised_is_shown_where_no_amount_was_asked(monkeypatch):

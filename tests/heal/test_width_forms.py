@@ -14,7 +14,6 @@ from torch import Tensor
 from billhook.anatomy import discover
 from billhook.heal.bias import compensated
 from billhook.heal.reconstruct import gram_of_reads, reconstruction
-from billhook.heal.residual_path import residual_path
 from billhook.heal.unit_scales import scaled, unit_scales
 from billhook.measure.patch import hooked
 from billhook.plan.errors import InputError
@@ -83,28 +82,6 @@ def test_the_bias_takes_the_mean_error_away(seed: int) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 4))
-def test_the_residual_path_is_the_best_of_its_rank_on_these_inputs(seed: int, rank: int) -> None:
-    h, weight, _ = drawn(seed)
-    path = residual_path(h.T @ h, weight, rank)
-    assert path.up.shape[1] == path.down.shape[0] == rank
-    total = (h @ weight.T).square().sum().item()
-    best = torch.linalg.svdvals((h @ weight.T).double())[rank:].square().sum().item()
-    left = (h @ (weight - path.up @ path.down).T).square().sum().item()
-    assert left == pytest.approx(best, abs=1e-3 * total)
-    assert path.error == pytest.approx(best / total, abs=1e-3)
-    torch.testing.assert_close(path.merged(torch.zeros_like(weight)), path.up @ path.down)
-
-
-def test_all_ranks_give_the_lost_weight_back_where_inputs_lie() -> None:
-    h, weight, _ = drawn(4)
-    h[:, 3] = 0
-    path = residual_path(h.T @ h, weight, 4)
-    torch.testing.assert_close(h @ path.merged(torch.zeros_like(weight)).T, h @ weight.T, atol=1e-3, rtol=1e-3)
-    assert path.error < 1e-6
-
-
-@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1e-8, 0.1, 10.0]))
 def test_scales_solve_their_problem(seed: int, penalty: float) -> None:
     """Three units of 2, 3 and 2 inputs in mixed order; the second one goes."""
@@ -146,10 +123,6 @@ def test_in_a_model_of_every_kind_each_form_writes_more_nearly_what_was_written(
     assert lost(h, weight, kept, scaled(weight, units, kept, scales)) < plain
     assert lost(h, weight, kept, reconstruction(gram, weight, kept, 0.01)) < 0.95 * plain
     assert lost(h, weight, kept, weight[:, kept], compensated(h.mean(0), weight, kept)) < plain
-    gone = torch.arange(0, h.shape[1], 3)
-    path = residual_path(gram, weight.index_fill(1, kept, 0.0), 3)
-    left = lost(h, weight.index_fill(1, kept, 0.0), torch.arange(h.shape[1]), path.up @ path.down)
-    assert left < plain and len(gone) + len(kept) == h.shape[1]
 
 
 @pytest.mark.parametrize("kept", [[0, 0], [0, 9], [-1]])
@@ -164,10 +137,7 @@ def test_damaged_statistics_are_refused() -> None:
     gram = (h.T @ h).index_fill(0, torch.tensor([1]), float("nan"))
     for call in (
         lambda: reconstruction(gram, weight, kept, 0.1),
-        lambda: residual_path(gram, weight, 1),
         lambda: unit_scales(gram, weight, torch.arange(7), kept, 0.1),
     ):
         with pytest.raises(InputError, match="NaN"):
             call()
-    with pytest.raises(InputError, match="rank"):
-        residual_path(h.T @ h, weight, 0)

@@ -66,6 +66,7 @@ def test_generation_token_by_token(name: str) -> None:
     flops, cache = generate(model, 12, input_ids=torch.tensor([[5]]))
     expected = cost(discover(model).outline, prompt_tokens=1, new_tokens=12)
     assert expected["kv_bytes"] * 12 == pytest.approx(cache)
+    assert expected["memory"] == pytest.approx(expected["size"] + cache)
     if name not in UNCOUNTED:
         assert expected["flops"] == pytest.approx(flops, rel=FLOPS_TOLERANCE)
 
@@ -78,6 +79,7 @@ def test_generation_of_an_encoder_decoder(name: str) -> None:
     flops, cache = generate(model, 8, **inputs)
     expected = cost(discover(model).outline, prompt_tokens=source, new_tokens=8)
     assert expected["kv_bytes"] * (source + 8) == pytest.approx(cache)
+    assert expected["memory"] == pytest.approx(expected["size"] + cache)
     assert expected["flops"] == pytest.approx(flops, rel=FLOPS_TOLERANCE)
 
 

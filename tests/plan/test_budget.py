@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from billhook.plan.budget import Budget, realised
 from billhook.plan.errors import InputError
 
-DENSE = {"params": 100e6, "size": 300e6, "flops": 2e12, "kv_bytes": 4096.0, "blocks": 30.0}
+DENSE = {"params": 100e6, "size": 300e6, "memory": 310e6, "flops": 2e12, "kv_bytes": 4096.0, "blocks": 30.0}
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ DENSE = {"params": 100e6, "size": 300e6, "flops": 2e12, "kv_bytes": 4096.0, "blo
         ("size=100MB", {"size": 100e6}),
         ("size=100 MiB", {"size": 100 * 2**20}),
         ("flops=1.5T", {"flops": 1.5e12}),
+        ("memory=200MB", {"memory": 200e6}),
         ("kv_bytes=2KiB", {"kv_bytes": 2048}),
         ("blocks=24", {"blocks": 24}),
         ("blocks=1", {"blocks": 1}),
@@ -53,9 +54,10 @@ def test_amounts(text: str, ceilings: dict[str, float]) -> None:
         ("blocks=2.5", "is out of range; give a fraction of dense between 0 and 1 (0.8) or an absolute number (24)"),
         ("blocks=0", "is out of range"),
         ("blocks=1e999", "is out of range"),
-        ("layers=0.8", "budget kind 'layers' is unknown; use params, size, flops, kv_bytes or blocks"),
-        ("latency=0.8", "budget latency needs a measured model"),
-        ("memory=0.8", "budget memory needs a measured model"),
+        ("layers=0.8", "budget kind 'layers' is unknown; use params, size, memory, flops, kv_bytes, blocks or latency"),
+        ("latency=1.2", "is out of range; give a fraction of the dense model's time between 0 and 1 (0.8)"),
+        ("latency=30ms", "'30ms' is not an amount of latency; give a fraction of the dense model's time"),
+        ("latency=0.8,params=0.9", "latency is measured, and stands alone"),
         ("params=0.8,params=0.7", "names params twice"),
         ("until=", "budget 'until=': until is written until=cliff, with no limit beside it"),
         ("until=dawn", "until is written until=cliff"),
@@ -99,6 +101,16 @@ def test_a_whole_number_of_equal_blocks_keeps_its_own_fraction(blocks: int, para
     kept = data.draw(st.integers(1, blocks - 1))
     dense = {"params": float(blocks * params)}
     assert Budget.parse(f"params={kept / blocks:.12f}").satisfied({"params": float(kept * params)}, dense)
+
+
+def test_latency_is_for_those_who_measure() -> None:
+    budget = Budget.parse("latency=0.8")
+    assert budget.latency == 0.8 and str(budget) == "latency=0.8"
+    assert Budget.parse("params=0.8").latency is None
+    with pytest.raises(
+        InputError, match=r"budget latency=0\.8 is measured, which only compress does; use params, size"
+    ):
+        budget.ceilings(DENSE)
 
 
 def test_realised_fractions() -> None:

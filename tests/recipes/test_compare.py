@@ -26,7 +26,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes import heal as heal_walk
-from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, Texts, _distinct, _key, compare
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.workplace import workplace
@@ -164,7 +164,8 @@ def test_all_that_come_along_take_part_but_those_of_single_weights(tiny_lm: Path
 def test_entries_of_other_continuations_are_judged_again(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
     windows = Windows.of(torch.arange(8).reshape(2, 4), "text")
-    given = catalogue.load("first"), ["params=0.8"], 0, model, windows, None, [("other", windows)], None
+    texts = Texts(windows, None, None, None, (("other", windows),))
+    given = catalogue.load("first"), ["params=0.8"], 0, model, texts
     before = _key(*given)
     assert _key(*given) == before
     monkeypatch.setattr("billhook.recipes.compare.COMPARED_NEW_TOKENS", COMPARED_NEW_TOKENS + 1)
@@ -191,6 +192,7 @@ def test_budgets_side_by_side(text: str, expected: list[str]) -> None:
         ("joy=0.9", "joy"),
         ("params=0.9,", "params="),
         ("until=cliff", "a comparison needs amounts"),
+        ("params=0.9,latency=0.8", "budget latency=0.8 ends elsewhere for each method"),
     ],
 )
 def test_bad_budgets(text: str, message: str, tiny_lm: Path, tmp_path: Path) -> None:

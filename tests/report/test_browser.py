@@ -67,7 +67,8 @@ class Browser:
         console = [entry["message"] for entry in self.driver.get_log("browser")]
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return console, [url for url in urls if not url.startswith(("data:", "blob:"))]
+        own = ("data:", "blob:", "chrome:")  # the last are the browser's, for its first empty page
+        return console, [url for url in urls if not url.startswith(own)]
 
 
 @pytest.fixture(scope="module")

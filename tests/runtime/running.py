@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from billhook.anatomy import Anatomy, discover
+from billhook.runtime.fewer_neurons import neurons_of
+from billhook.runtime.neuron_experts import NeuronExperts
 
 #: Families that generate text, their models in a fixed state: nothing in these tests changes a weight.
 GENERATING = [name for name, family in FAMILIES.items() if family.generates]
@@ -44,3 +46,14 @@ def state(model: PreTrainedModel) -> list[Any]:
         hooks = [len(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         found.append((name, id(module), own, hooks, getattr(module, "layer_idx", None)))
     return found
+
+
+def drawn_experts(anatomy: Anatomy, *, keep: float, experts: int = 3) -> NeuronExperts:
+    """Experts that are drawn, with a router that sends about as many tokens to each."""
+    draw = torch.Generator().manual_seed(6)
+    hidden = anatomy.outline.stack("decoder").hidden_size
+    weight, bias = torch.randn(experts, hidden, generator=draw), 3 * torch.randn(experts, generator=draw)
+    tensors = {"router.weight": weight, "router.bias": bias}
+    for address, neurons in neurons_of(anatomy).items():
+        tensors[f"{address}.worth"] = torch.rand(experts, neurons.count, generator=draw)
+    return NeuronExperts(keep=keep, experts=experts).with_tensors(tensors)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from running import GENERATING, NEW, equal, generate, ready, state
+from running import GENERATING, NEW, drawn_experts, equal, generate, ready, state
 from transformers import GenerationConfig, TextStreamer
 
 from billhook.anatomy import Anatomy
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
 from billhook.runtime.catalogue import POLICIES, policy_of
+from billhook.runtime.fewer_neurons import neurons_of
 from billhook.runtime.first_router import FirstRouter
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.mixture_of_depths import MixtureOfDepths
@@ -66,6 +67,7 @@ def loud(anatomy: Anatomy) -> list[Policy]:
         Scheduled(schedule=Schedule(tables=(table, ()))),
         router(anatomy, threshold=0.5),
         depths(anatomy, ratio=0.5),
+        *([drawn_experts(anatomy, keep=0.5)] if neurons_of(anatomy) else []),
     ]
 
 
@@ -75,13 +77,17 @@ def test_what_leaves_out_nothing_changes_nothing(name: str) -> None:
     before, plain = state(model), generate(model, prompt)
     policies = quiet(anatomy)
     # self-speculation always leaves the text as it is: test_speculate; kv-share is for decoders: test_kv_share
-    assert {policy.name for policy in policies} | {"expert-skip", "kv-share"} == set(POLICIES) - {"self-speculation"}
+    assert {policy.name for policy in policies} | {"expert-skip", "neuron-experts", "kv-share"} == set(POLICIES) - {
+        "self-speculation"
+    }
     if any(inner.kind == "expert" for units in anatomy.inner.values() for inner in units):
         policies.append(policy_of("expert-skip:text=1e-9"))  # its comparison runs, and leaves out nothing
+    if neurons_of(anatomy):
+        policies.append(drawn_experts(anatomy, keep=1.0))  # its router runs
     for policy in policies:
         with policy.attach(model, anatomy) as attached:
             assert equal(generate(model, prompt), plain), policy
-        assert not sum(attached.counts.skipped.values())
+        assert not sum(attached.counts.skipped.values()) + sum(attached.counts.left_out.values())
         assert state(model) == before
 
 
@@ -99,7 +105,8 @@ def test_a_row_does_not_see_its_neighbours(name: str) -> None:
         with policy.attach(model, anatomy) as attached:
             ids, logits = generate(model, prompt)
             own_ids, own = generate(model, alone)
-        assert sum(attached.counts.skipped.values()) > 0 or policy.name in may_agree
+        left_out = sum(attached.counts.skipped.values()) + sum(attached.counts.left_out.values())
+        assert left_out > 0 or policy.name in may_agree
         if exact:
             assert torch.equal(ids[1, -NEW:], own_ids[0, -NEW:]), policy
             torch.testing.assert_close(logits[:, 1], own[:, 0], atol=2e-3, rtol=2e-3)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.anatomy.mixtures import is_usual
+from billhook.anatomy.mixtures import gated, is_usual
 from billhook.anatomy.types import Sublayer
+from billhook.anatomy.vocabulary import DOWN, GATE_UP
 from billhook.plan.outline import MixtureOutline
 
 
@@ -66,11 +67,11 @@ def mixtures(model: nn.Module, sublayer: Sublayer, block: str) -> dict[str, Mixt
     found = {}
     for inside, module in model.get_submodule(sublayer.module).named_modules():
         names = {name for name, _ in module.named_parameters()}
-        if inside.rpartition(".")[2] != "experts" or names != {"gate_up_proj", "down_proj"}:
+        if inside.rpartition(".")[2] != "experts" or names != {GATE_UP, DOWN}:
             continue
         experts: Any = module
         if is_usual(experts) and isinstance(experts.act_fn, nn.Module):
-            count, hidden, neurons = experts.down_proj.shape
+            count, hidden, neurons = gated(experts)[1].shape
             path = f"{sublayer.module}.{inside}".removeprefix(f"{block}.")
             found[path] = MixtureOutline(experts=count, hidden=hidden, neurons=neurons)
     return found

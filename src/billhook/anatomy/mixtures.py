@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from billhook.anatomy.types import Inner
+from billhook.anatomy.vocabulary import DOWN, GATE_UP, UP
 from billhook.plan.errors import InputError
 
 
@@ -38,7 +39,7 @@ def neuron_axes(model: nn.Module, mixture: Mixture) -> dict[str, tuple[int, int]
     runs (2 where gate lies above up). InputError for experts laid out in another way."""
     module: Any = model.get_submodule(mixture.experts)
     plain = not getattr(module, "is_transposed", False) and getattr(module, "is_concatenated", True)
-    known = {"gate_up_proj": (0, 2), "up_proj": (0, 1), "down_proj": (1, 1)}
+    known = {GATE_UP: (0, 2), UP: (0, 1), DOWN: (1, 1)}
     leaves = {name: name.rpartition(".")[2] for name in mixture.tensors}
     unknown = sorted(set(leaves.values()) - set(known))
     if not plain or unknown:
@@ -59,8 +60,14 @@ def neuron_values(experts: nn.Module, number: int, tokens: Tensor) -> Tensor:
     """What the neurons of one expert hand to its write, for tokens [n, hidden]: [n, neurons]. For the layouts that
     ``neuron_axes`` knows."""
     module: Any = experts
-    if hasattr(module, "gate_up_proj"):
-        values: Tensor = module._apply_gate(linear(tokens, module.gate_up_proj[number]))
+    if hasattr(module, GATE_UP):
+        values: Tensor = module._apply_gate(linear(tokens, getattr(module, GATE_UP)[number]))
         return values
-    found: Tensor = module.act_fn(linear(tokens, module.up_proj[number]))
+    found: Tensor = module.act_fn(linear(tokens, getattr(module, UP)[number]))
     return found
+
+
+def gated(experts: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """Gate above up [experts, 2 neurons, hidden] and down [experts, hidden, neurons], of experts whose gate
+    ``is_usual``."""
+    return experts.get_parameter(GATE_UP), experts.get_parameter(DOWN)

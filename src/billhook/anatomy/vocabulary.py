@@ -109,5 +109,8 @@ STREAM_WIDTH = ("hidden_size", "hidden_dim", "embed_dim", "embedding_dim")
 ROUTERS = ("gate", "router")
 SHARED_EXPERTS = ("shared_experts", "shared_expert", "shared_expert_gate")
 
+#: Names of the weights of fused experts: gate above up in one, or up alone, and down.
+GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
+
 #: Where a config lists blocks that have the weights of an earlier one (see ``surgery.sharing``).
 SHARED_BLOCKS = "shared_blocks"

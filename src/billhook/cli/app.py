@@ -24,7 +24,9 @@ from billhook.cli.output import printable
 from billhook.cli.policies import policies
 from billhook.cli.recipes import recipes
 from billhook.cli.restore import restore
+from billhook.cli.stack import stack
 from billhook.cli.tune_policy import tune_policy
+from billhook.cli.unstack import unstack
 from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
@@ -85,6 +87,8 @@ app.command("compare", no_args_is_help=True)(compare)
 app.command("heal", no_args_is_help=True)(heal)
 app.command("restore", no_args_is_help=True)(restore)
 app.command("apply", no_args_is_help=True)(apply)
+app.command("stack", no_args_is_help=True)(stack)
+app.command("unstack", no_args_is_help=True)(unstack)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command("bench", no_args_is_help=True)(bench)
 app.command("generate", no_args_is_help=True)(generate)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
+from billhook.cli.results import show
 
 _PLAN = "A plan: a JSON file, a billhook.json, or the folder of an earlier result."
 
@@ -50,9 +50,4 @@ def apply(
         )
     if lost := run.environment.get("not healed"):
         typer.echo(f"billhook: note: {lost}", err=True)
-    if as_json:
-        print_json(run_json(run, out))
-        return
-    from billhook.cli import tables, views
-
-    print_views(tables.compared(run), views.cut(run), views.where_to_look(run, out))
+    show(run, out, as_json)

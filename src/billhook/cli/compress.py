@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
-from billhook.plan import processes
+from billhook.cli.results import show
 
 _BUDGET = (
     "What the result may cost: a fraction of dense (params=0.8) or a number with its unit (size=100MB). "
-    "Kinds: params, size, flops, kv_bytes, blocks; several with commas between. "
+    "Kinds: params, size, memory, flops, kv_bytes, blocks; several with commas between. "
+    "Or latency=0.8: the time of decoding, measured. "
     "Or until=cliff: cut until the next step costs out of proportion."
 )
 
@@ -68,12 +68,4 @@ def compress(
             prior=prior,
             progress=progress,
         )
-    if not processes.is_first():
-        return
-    if as_json:
-        print_json(run_json(run, out))
-        return
-    from billhook.cli import tables, views
-
-    written = [views.side_by_side(generation) for generation in run.generations[:1]]
-    print_views(tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))
+    show(run, out, as_json)

@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views, run_json
 from billhook.cli.progress import bars
-from billhook.plan import processes
+from billhook.cli.results import show
 
 
 class Method(StrEnum):
@@ -84,12 +83,4 @@ def heal(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    if not processes.is_first():
-        return
-    if as_json:
-        print_json(run_json(run, out))
-        return
-    from billhook.cli import tables, views
-
-    written = [views.side_by_side(generation) for generation in run.generations[:1]]
-    print_views(tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))
+    show(run, out, as_json)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views, printable, run_json
 from billhook.cli.progress import bars
+from billhook.cli.results import show
 
 _BASE = "The model that MODEL was trained from: same architecture, same shapes."
 _RECIPE = (
@@ -57,12 +56,6 @@ def restore(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    if as_json:
-        print_json(run_json(run, out))
-        return
-    from billhook.cli import tables, views
     from billhook.report.headline import verdict
 
-    told = Text(printable(verdict(run)))
-    written = [views.side_by_side(generation) for generation in run.generations[:1]]
-    print_views(told, tables.compared(run), views.cut(run), *written, views.where_to_look(run, out))
+    show(run, out, as_json, told=verdict(run))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Literal
 
@@ -149,20 +149,25 @@ def _on_window(
     for start in range(0, predicted, step):
         here = slice(start, min(start + step, predicted))
         wanted = ids[0, here.start + 1 : here.stop + 1].to(dense.device)
-        right = of_dense(here)[0]
-        for place, of_one in enumerate(of_each):
-            sums[place] += _sums(right, of_one(here)[0].to(dense.device), wanted)
+        sums += _sums(of_dense(here)[0], (of_one(here)[0].to(dense.device) for of_one in of_each), wanted)
     return sums / predicted
 
 
-def _sums(dense: Tensor, compressed: Tensor, wanted: Tensor) -> NDArray[np.float64]:
-    """Sums over tokens, from logits [t, V] and the tokens that came [t]."""
-    same = dense.argmax(-1) == compressed.argmax(-1)
-    p = dense.float().log_softmax(-1)
-    q = compressed.float().log_softmax(-1)
-    loss_dense, loss_compressed = (-x.gather(-1, wanted[:, None]).sum(dtype=torch.float64) for x in (p, q))
-    kl = (p.exp() * (p - q)).sum(-1).sum(dtype=torch.float64)
-    return torch.stack([loss_dense, loss_compressed, kl, same.sum(dtype=torch.float64)]).cpu().numpy()
+def _sums(dense: Tensor, compressed: Iterable[Tensor], wanted: Tensor) -> NDArray[np.float64]:
+    """Sums over tokens for each candidate [c, 4], from logits [t, V] and the tokens that came [t]."""
+    best, p = dense.argmax(-1), dense.float().log_softmax(-1)
+    chances, loss = p.exp(), _loss(p, wanted)
+    rows = []
+    for logits in compressed:
+        same = best == logits.argmax(-1)
+        q = logits.float().log_softmax(-1)
+        kl = (chances * (p - q)).sum(-1)
+        rows.append(torch.stack([loss, _loss(q, wanted), *(x.sum(dtype=torch.float64) for x in (kl, same))]))
+    return torch.stack(rows).cpu().numpy()
+
+
+def _loss(log_chances: Tensor, wanted: Tensor) -> Tensor:
+    return -log_chances.gather(-1, wanted[:, None]).sum(dtype=torch.float64)
 
 
 def protocol(windows: Windows, bos: int | None) -> str:

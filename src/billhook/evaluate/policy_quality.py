@@ -135,7 +135,7 @@ def savings(counts: Counts, model: PreTrainedModel, anatomy: Anatomy, tokens: in
         whole = costs.saving(unit)
         ran, projected = counts.share_run(unit), counts.share_projected(unit)
         if counts.left_out[unit]:
-            ran -= counts.share_left_out(unit) * outline.experts_share(unit)
+            ran -= counts.share_left_out(unit) * outline.inner_share(unit)
         flops += (ran - 1) * whole["flops"]
         if projected:
             flops += projected * (whole["flops"] - 2 * idle_params(model, anatomy.sublayer(unit)) * tokens)

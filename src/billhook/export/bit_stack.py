@@ -7,6 +7,7 @@ import heapq
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,8 @@ def unstack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, size
     """
     check_out(out, overwrite, source)
     folder = Path(source)
-    try:
+    with _stacked(folder):
         tensors, read = _summed(folder, size)
-    except InputError:
-        raise
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{source} holds no stack that Billhook wrote: {error}") from error
     read_config(folder)
     with building(out, overwrite) as place:
         copy_extras(folder, Path(place))
@@ -176,6 +173,24 @@ def unstack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, size
         (Path(place) / _INDEX).unlink(missing_ok=True)
         save_file(tensors, Path(place) / "model.safetensors", metadata={"format": "pt"})
     return read
+
+
+def sizes(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """Bytes of a stack: those that are always needed, and all. InputError where a folder holds none."""
+    with _stacked(Path(source)):
+        rest, blocks = ((Path(source) / name).stat().st_size for name in (_REST, _BLOCKS))
+    return rest, rest + blocks
+
+
+@contextmanager
+def _stacked(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong in the reading of a stack is one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{folder} holds no stack that Billhook wrote: {error}") from error
 
 
 def _summed(folder: Path, size: int) -> tuple[dict[str, Tensor], int]:

@@ -9,6 +9,7 @@ from string import Template
 from billhook.anatomy import Anatomy
 from billhook.anatomy.low_rank import LowRank
 from billhook.anatomy.low_rank_experts import LowRankExperts
+from billhook.anatomy.vocabulary import DOWN, GATE_UP
 from billhook.surgery.form import Form
 
 _SPLIT = Template('''\
@@ -29,9 +30,9 @@ def split(model: nn.Module, name: str, path: str, owner: str) -> None:
             block.set_submodule(inside, LowRank(inputs, rank, outputs, old.bias is not None))''')
 
 
-_EXPERTS = """
-            if hasattr(old, "gate_up_proj"):
-                block.set_submodule(inside, LowRankExperts(*old.down_proj.shape, rank, old.act_fn))
+_EXPERTS = f"""
+            if hasattr(old, "{GATE_UP}"):
+                block.set_submodule(inside, LowRankExperts(*old.{DOWN}.shape, rank, old.act_fn))
                 continue"""
 
 

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from billhook.anatomy.types import Anatomy, Sublayer
-from billhook.anatomy.undo import Undo
+from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
-from billhook.heal.divergence import held_back
 from billhook.heal.healing import Healing, healed
-from billhook.heal.places import Place, places
-from billhook.heal.reads import reads_of, same_inputs
+from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.walk import Walk
-from billhook.heal.watch import Seen, watching
 from billhook.heal.widths import inner_left, whole
 from billhook.measure.batches import Batch, batches_of
 from billhook.measure.patch import observing
@@ -68,13 +64,14 @@ def channel_form(
 
 
 class _ThinWalk(Walk):
-    """The walk of ``closed_form`` with the cut stream in a model of its own, which is narrower."""
+    """The walk of ``closed_form`` with the cut stream in a model of its own, which is narrower; every place is behind
+    the gap."""
 
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, stepper: Stepper, drops: frozenset[Address], keeps: tuple[Keep, ...]
     ) -> None:
         super().__init__(model, anatomy, stepper, drops, ())
-        self._dense_model, self._dense_stepper, self._inner = model, stepper, keeps
+        self._inner = keeps
 
     def beside(self, thin: nn.Module, stepper: Stepper, kept: Iterable[int]) -> None:
         """The model that the cut stream walks through, and the channels that it has."""
@@ -82,78 +79,8 @@ class _ThinWalk(Walk):
         stepper.like(self._dense_stepper)
         self._kept = torch.tensor(tuple(kept), device=next(thin.parameters()).device)
 
-    def through(self, places: list[Place], progress: Progress | None) -> None:
-        """From the first block to the last; every place is behind the gap."""
-        dense = [self._dense_stepper.enter(i) for i in range(len(self._dense_stepper.batches))]
-        cut = [self._stepper.enter(i) for i in range(len(dense))]
-        self.held = held_back([len(stream) for stream in dense])
-        self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
-        waiting: Place | None = None
-        seen: Seen = {}
-        for index, place in enumerate(places):
-            if place.acts(self._drops):
-                if waiting is not None:
-                    cut = self._heal(waiting, cut, self._left(dense), seen)
-                waiting, seen = place, self._watched(place)
-            dense = self._ahead(place, dense, seen if place is waiting else {})
-            if progress is not None:
-                progress("healing", index + 1, len(places))
-        if waiting is not None:
-            self._heal(waiting, cut, self._left(dense), seen)
-
-    def _left(self, dense: list[Tensor]) -> list[Tensor]:
-        return [stream[..., self._kept] for stream in dense]
-
-    def _room(self, sublayers: Iterable[Sublayer]) -> Seen:
-        """Of the dense model; what reads through anything but linears is left alone."""
-        groups = {part: reads_of(self._dense_model, part) for part in sublayers}
-        return {part.address: (reads, {name: [] for name in reads}) for part, reads in groups.items() if reads}
-
-    def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
-        self._count("dense", place)
-        silent, hooks = place.silent(frozenset()), watching(seen)
-        return [self._dense_stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
-
-    def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
-        self._count("cut", place)
-        undo = Undo()
-        try:
-            self._take(self._reads(place, cut, seen), undo)
-            return self._writes(place, cut, target)
-        finally:
-            undo.restore()
-
-    def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
-        """New reads: what the dense sublayer was given is guessed from the channels that stay."""
-        here = {part.address: reads_of(self._model, part) for part in place.sublayers if part.address in seen}
-        now: Seen = {address: (reads, {name: [] for name in reads}) for address, reads in here.items()}
-        if now:
-            self._count("reads", place)
-            silent, hooks = place.silent(self._drops), watching(now)
-            for i, stream in enumerate(cut):
-                self._stepper.run(i, place, stream, silent, hooks)
-        new: dict[str, Tensor] = {}
-        for address, (reads, given) in now.items():
-            x, goal = same_inputs(given), same_inputs(seen[address][1])
-            if x is None or goal is None:
-                continue
-            x, goal = ([t.reshape(*s.shape[:2], -1) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
-            lacks = []
-            for values, wanted in zip(x, goal, strict=True):
-                lack = wanted.float().clone()
-                lack[..., self._kept] -= values.float()
-                lacks.append(lack)
-            solution = self._solve(list(reads), x, lacks, goal)
-            if solution is not None:
-                new |= {name: self._folded(name, linear, solution.change) for name, linear in reads.items()}
-        return new
-
-    def _folded(self, name: str, linear: nn.Module, change: Tensor) -> Tensor:
-        """W[:, kept] + W D' for the change D [kept, all] of what is read, W [outputs, all] being the dense weight."""
-        old: Any = linear.weight
-        full = inner_left(self._dense_model, self._anatomy, self._inner, name).float()
-        more = change @ full if type(linear).__name__ == "Conv1D" else full @ change.T
-        return torch.as_tensor((old.detach().float() + more).to(old.dtype))
+    def _whole(self, reads: dict[str, nn.Module]) -> dict[str, Tensor]:
+        return {name: inner_left(self._dense_model, self._anatomy, self._inner, name) for name in reads}
 
 
 def _judged(

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.anatomy.mixtures import Mixture, mixture_of, neuron_axes, neuron_values
+from billhook.anatomy.mixtures import Mixture, gated, mixture_of, neuron_axes, neuron_values
 from billhook.anatomy.types import Anatomy, Block
 from billhook.anatomy.undo import Undo
+from billhook.anatomy.vocabulary import DOWN, GATE_UP
 from billhook.data import Windows
 from billhook.heal.alike import averaged, grouped
 from billhook.heal.closed_form import require_healable
@@ -191,7 +192,7 @@ class _Walk:
         given: list[tuple[Tensor, ...]] = []
         self._run(number, self.merged, [(module, lambda module, args, kwargs, output: given.append(args))])
         real = [self.spans.real(i, stream).reshape(-1) for i, stream in enumerate(self.merged)]
-        gate_up, down = module.gate_up_proj.detach().clone(), module.down_proj.detach().clone()
+        gate_up, down = (weight.detach().clone() for weight in gated(module))
         for expert in range(len(down)):
             x = []
             for (hidden, picked, weights), rows in zip(given, real, strict=True):
@@ -201,8 +202,8 @@ class _Walk:
             values = neuron_values(module, expert, tokens).float() * shares
             new = how(Expert(gate_up[expert], down[expert]), tokens.float() * shares, values)
             gate_up[expert], down[expert] = new.gate_up, new.down
-        put(self.model, f"{mixture.experts}.gate_up_proj", gate_up, undo)
-        put(self.model, f"{mixture.experts}.down_proj", down, undo)
+        put(self.model, f"{mixture.experts}.{GATE_UP}", gate_up, undo)
+        put(self.model, f"{mixture.experts}.{DOWN}", down, undo)
         return self._run(number, self.merged)
 
     def _route(self, number: int, mixture: Mixture, wanted: list[Tensor], ahead: list[Tensor], undo: Undo) -> None:
@@ -232,7 +233,7 @@ class _Walk:
 
     def _write(self, number: int, mixture: Mixture, ahead: list[Tensor], undo: Undo) -> list[Tensor]:
         """The stream behind the block with new down projections, and these in the model."""
-        module, name = self.model.get_submodule(mixture.experts), next(n for n in mixture.tensors if "down" in n)
+        module, name = self.model.get_submodule(mixture.experts), f"{mixture.experts}.{DOWN}"
         given: list[tuple[Tensor, ...]] = []
         hook = [(module, lambda module, args, kwargs, output: given.append(args))]
         after = self._run(number, self.merged, hook)

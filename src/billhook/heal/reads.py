@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ def reads_of(model: nn.Module, sublayer: Sublayer) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name.removesuffix(".weight")) for name in sublayer.reads}
 
 
-def folded(reads: dict[str, nn.Module], change: Tensor) -> dict[str, Tensor]:
+def folded(reads: dict[str, nn.Module], change: Tensor, whole: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """New weights by name. The reads W are given x; with D [hidden, hidden] such that x D is the best guess of what x
-    lacks, W reads (x + x D) from now on."""
+    lacks, W reads (x + x D) from now on. Where x has some of the channels only, D is [some, hidden], and ``whole`` has
+    the weights over all of them."""
     new = {}
     for name, linear in reads.items():
         old: Any = linear.weight
-        weight = old.detach().float()
+        weight = (whole or {}).get(name, old.detach()).float()
         more = change @ weight if type(linear).__name__ == "Conv1D" else weight @ change.T
-        new[name] = (weight + more).to(old.dtype)
+        new[name] = (old.detach().float() + more).to(old.dtype)
     return new
 
 

@@ -51,6 +51,8 @@ class Walk:
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._anatomy, self._stepper, self._drops = model, anatomy, stepper, drops
+        self._dense_model, self._dense_stepper = model, stepper
+        self._kept: Tensor | slice = slice(None)  # the channels of the dense stream that the cut one has
         self._keeps = {keep.unit: keep for keep in keeps}
         self._factors = {f"{factor.path}.weight": factor for factor in factors}
         self.held: list[Tensor] = []
@@ -62,19 +64,20 @@ class Walk:
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
         it; as long as nothing is missing, the streams are one and the same."""
-        dense = [self._stepper.enter(i) for i in range(len(self._stepper.batches))]
+        dense = [self._dense_stepper.enter(i) for i in range(len(self._dense_stepper.batches))]
         self.held = held_back([len(stream) for stream in dense])
         self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
-        cut, waiting, gap = dense, None, False
+        waiting, gap = None, self._model is not self._dense_model
+        cut = [self._stepper.enter(i) for i in range(len(dense))] if gap else dense
         seen: Seen = {}
-        found = donors(self._model, places, self._drops)
+        found = {} if gap else donors(self._model, places, self._drops)
         apart = {factor.edit.unit for factor in self._factors.values()}
         self._donors = {mlp: donor for mlp, donor in found.items() if mlp not in self._keeps and mlp not in apart}
         giving = {donor.address: donor for donor in self._donors.values()}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
-                    cut = self._heal(waiting, cut, dense, seen) if gap else dense
+                    cut = self._heal(waiting, cut, self._left(dense), seen) if gap else dense
                 waiting, seen = place, self._watched(place) if gap else {}
             gap = (
                 gap
@@ -88,7 +91,10 @@ class Walk:
             if progress is not None:
                 progress("healing", index + 1, len(places))
         if waiting is not None and gap:
-            self._heal(waiting, cut, dense, seen)
+            self._heal(waiting, cut, self._left(dense), seen)
+
+    def _left(self, dense: list[Tensor]) -> list[Tensor]:
+        return [stream[..., self._kept] for stream in dense]
 
     def _narrower(self, place: Place) -> list[Keep]:
         return [self._keeps[s.address] for s in place.sublayers if s.address in self._keeps]
@@ -102,14 +108,14 @@ class Walk:
         return {} if place.mixed else self._room(place.kept(self._drops))
 
     def _room(self, sublayers: Iterable[Sublayer]) -> Seen:
-        groups = {s: reads_of(self._model, s) for s in sublayers}
+        groups = {s: reads_of(self._dense_model, s) for s in sublayers}
         return {s.address: (reads, {name: [] for name in reads}) for s, reads in groups.items() if reads}
 
     def _ahead(self, place: Place, streams: list[Tensor], seen: Seen) -> list[Tensor]:
         """The dense stream, one place on; what the reads are given is added to ``seen``."""
         self._count("dense", place)
         silent, hooks = place.silent(frozenset()), watching(seen)
-        return [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
+        return [self._dense_stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(streams)]
 
     def _heal(self, place: Place, cut: list[Tensor], target: list[Tensor], seen: Seen) -> list[Tensor]:
         """The cut stream, one place on, with reads and writes of the place refitted, as narrow as they will be."""
@@ -133,7 +139,8 @@ class Walk:
 
     def _reads(self, place: Place, cut: list[Tensor], seen: Seen) -> dict[str, Tensor]:
         """New reads: what the dense sublayer was given is guessed from what this one is given."""
-        now: Seen = {address: (reads, {name: [] for name in reads}) for address, (reads, _) in seen.items()}
+        here = {part.address: reads_of(self._model, part) for part in place.sublayers if part.address in seen}
+        now: Seen = {address: (reads, {name: [] for name in reads}) for address, reads in here.items()}
         if now:
             self._count("reads", place)
             silent, hooks = place.silent(self._drops), watching(now)
@@ -144,12 +151,18 @@ class Walk:
             x, goal = same_inputs(given), same_inputs(seen[address][1])
             if x is None or goal is None:
                 continue
-            x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
-            lacks = [there.float() - here.float() for here, there in zip(x, goal, strict=True)]
+            x, goal = ([t.reshape(*s.shape[:2], -1) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
+            lacks = [there.float().clone() for there in goal]
+            for lack, read in zip(lacks, x, strict=True):
+                lack[..., self._kept] -= read.float()
             solution = self._solve(list(reads), x, lacks, goal)
             if solution is not None:
-                new |= folded(reads, solution.change)
+                new |= folded(reads, solution.change, self._whole(reads))
         return new
+
+    def _whole(self, reads: dict[str, nn.Module]) -> dict[str, Tensor]:
+        """The weights of reads over all channels of the dense stream, where the cut one has fewer."""
+        return {}
 
     def _graft(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor]) -> dict[str, Tensor]:
         """New parameters of an MLP that takes neurons of its donor, its write still to be fitted; none without gain."""

@@ -19,6 +19,7 @@ Costs = dict[str, float]
 UNITS = {
     "params": "parameters",
     "size": "bytes",
+    "memory": "bytes",
     "flops": "FLOPs",
     "kv_bytes": "bytes per token",
     "blocks": "blocks",
@@ -34,6 +35,7 @@ class CostModel:
     - ``params``: parameters inside the blocks; zeros that a mask sets do not count. They save nothing else: they are
       stored and multiplied with like any weight, unless an engine has kernels for them.
     - ``size``: bytes of the weights in a file, header aside; tied weights once, all in the average stored width.
+    - ``memory``: bytes of the weights and of the cache at the end; what is computed in between is left out.
     - ``flops``: two per weight and token (embeddings aside; of a mixture only the experts that a token uses) and four
       per head channel and query-key pair, for the pairs that the mask allows (Kaplan et al. 2020, section 2.1, who
       count every pair). The head runs once per produced token. Norms, rotations, activation functions and the
@@ -53,14 +55,14 @@ class CostModel:
         self._prompt, self._new = prompt_tokens, max(new_tokens, 1)
         self._source = next((s.hidden_size for s in outline.stacks if not s.causal), 0)
         crossed = any(_crosses(stack) for stack in outline.stacks)
-        self._positions = prompt_tokens + (self._new if crossed else self._new - 1)
+        self.positions = prompt_tokens + (self._new if crossed else self._new - 1)
         self._shares: dict[Address, Costs] = {}
         self._parts: dict[Address, frozenset[Address]] = {}
         for stack in outline.stacks:
             for index, block in enumerate(stack.blocks):
                 self._add(Address(stack.name, index), block, stack)
         self.dense: Costs = dict.fromkeys(UNITS, 0.0)
-        self.dense["size"] = outline.other_params * outline.bytes_per_param
+        self.dense["size"] = self.dense["memory"] = outline.other_params * outline.bytes_per_param
         self.dense["flops"] = 2.0 * outline.head_params * self._new
         for block_address in self._parts:
             self.dense = _plus(self.dense, self._shares[block_address], 1)
@@ -115,7 +117,8 @@ class CostModel:
 
     def _add(self, address: Address, block: BlockOutline, stack: StackOutline) -> None:
         total = {**dict.fromkeys(UNITS, 0.0), "blocks": 1.0}
-        rest = {"params": float(block.rest_params), "size": block.rest_params * self.outline.bytes_per_param}
+        bytes_of_rest = block.rest_params * self.outline.bytes_per_param
+        rest = {"params": float(block.rest_params), "size": bytes_of_rest, "memory": bytes_of_rest}
         parts = {Address(address.stack, address.block, kind): sub for kind, sub in block.sublayers.items()}
         for part, sublayer in parts.items():
             self._shares[part] = self._share(sublayer, part.sublayer == "cross_attention", stack)
@@ -124,7 +127,7 @@ class CostModel:
         self._parts[address] = frozenset(parts)
 
     def _share(self, sublayer: SublayerOutline, cross: bool, stack: StackOutline) -> Costs:
-        queries = self._new if _crosses(stack) else self._positions if stack.causal else self._prompt
+        queries = self._new if _crosses(stack) else self.positions if stack.causal else self._prompt
         keys = self._prompt if cross else queries
         causal = stack.causal and not cross
         # Cross-attention makes the keys and values of the prompt once, not again for every token.
@@ -132,11 +135,13 @@ class CostModel:
         weights = (sublayer.active_params - once) * queries + once * self._prompt
         pairs = _pairs(queries, keys, sublayer.window, causal) * sublayer.heads * sublayer.head_dim
         held = min(keys, (sublayer.window or keys + 1) - 1) * sublayer.cache_width
+        stored, cached = (values * self.outline.bytes_per_param for values in (sublayer.params, held))
         return {
             "params": float(sublayer.params),
-            "size": sublayer.params * self.outline.bytes_per_param,
+            "size": stored,
+            "memory": stored + cached,
             "flops": 2.0 * weights + 4.0 * pairs,
-            "kv_bytes": held * self.outline.bytes_per_param / self._positions,
+            "kv_bytes": cached / self.positions,
             "blocks": 0.0,
         }
 
@@ -178,7 +183,9 @@ def quantities(
     for block in again:
         own = tuple(factor for factor in factors if factor.unit.parent != block)
         without = model.of(drops | {block}, (keep for keep in keeps if keep.unit.parent != block), zeros, own, channels)
-        after = {k: cost + (left[k] - without[k] if k in _RUN else 0.0) for k, cost in after.items()}
+        run = {k: left[k] - without[k] for k in _RUN}
+        run["memory"] = run["kv_bytes"] * model.positions
+        after = {k: cost + run.get(k, 0.0) for k, cost in after.items()}
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 

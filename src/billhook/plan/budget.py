@@ -13,13 +13,14 @@ _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2.0**10, "mib": 2.0*
 _UNITS: dict[str, dict[str, float]] = {
     "params": {"k": 1e3, "m": 1e6, "b": 1e9},
     "size": _BYTES,
+    "memory": _BYTES,
     "flops": _SCALES,
     "kv_bytes": _BYTES,
     "blocks": {"": 1.0},
 }
-_EXAMPLES = {"params": "80M", "size": "100MB", "flops": "20G", "kv_bytes": "16KiB", "blocks": "24"}
+_EXAMPLES = {"params": "80M", "size": "100MB", "memory": "300MB", "flops": "20G", "kv_bytes": "16KiB", "blocks": "24"}
 _UNTIL_CLIFF = "until=cliff"
-_MEASURED = ("memory", "latency")
+_MEASURED = "latency"
 KINDS = tuple(_UNITS)
 _AMOUNT = re.compile(r"([+-]?[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 _ROUNDING = 1e-9  # 24 of 30 equal blocks must count as 0.8 of them
@@ -49,8 +50,8 @@ class Budget:
         """Read ``KIND=AMOUNT``, several separated by commas: ``params=0.8``, ``size=100MB,kv_bytes=0.5``.
 
         An amount is a fraction of dense (between 0 and 1, exclusive) or an absolute number with its unit; only
-        ``blocks`` counts without one. ``until=cliff`` stands alone. Raises InputError with the first thing that is
-        wrong.
+        ``blocks`` counts without one. ``until=cliff`` stands alone, and so does ``latency``: the time of decoding,
+        which is measured and always a fraction of dense. Raises InputError with the first thing that is wrong.
         """
         if any(part.partition("=")[0].strip() == "until" for part in text.split(",")):
             if "".join(text.split()) != _UNTIL_CLIFF:
@@ -61,15 +62,25 @@ class Budget:
         for kind in kinds:
             if kinds.count(kind) > 1:
                 raise InputError(f"budget {text!r} names {kind} twice; give one amount for each kind")
+        if _MEASURED in kinds and len(kinds) > 1:
+            raise InputError(f"budget {text!r}: latency is measured, and stands alone")
         return cls(limits)
 
     def __str__(self) -> str:
         return _UNTIL_CLIFF if self.until_cliff else ",".join(limit.text for limit in self.limits)
 
+    @property
+    def latency(self) -> float | None:
+        """The share of the dense model's time that decoding may take, if the budget is that."""
+        return next((limit.amount for limit in self.limits if limit.kind == _MEASURED), None)
+
     def ceilings(self, dense: Mapping[str, float]) -> dict[str, float]:
         """The limits in absolute terms, given the costs of the dense model; none for ``until=cliff``.
 
-        Raises InputError where a limit asks for no reduction of this model."""
+        Raises InputError where a limit asks for no reduction of this model, and for ``latency``, which no search can
+        compute."""
+        if self.latency is not None:
+            raise InputError(f"budget {self} is measured, which only compress does; use {_either(KINDS)}")
         return {limit.kind: _ceiling(limit, dense[limit.kind]) for limit in self.limits}
 
     def satisfied(self, costs: Mapping[str, float], dense: Mapping[str, float]) -> bool:
@@ -91,20 +102,19 @@ def _parse_limit(text: str) -> Limit:
     kind, equals, amount = (part.strip() for part in text.partition("="))
     if not equals:
         raise InputError(f"budget {text!r} is not of the form KIND=AMOUNT (such as params=0.8)")
-    if kind in _MEASURED:
-        raise InputError(f"budget {kind} needs a measured model, which no search makes yet; use {_either(KINDS)}")
-    if kind not in _UNITS:
-        raise InputError(f"budget kind {kind!r} is unknown; use {_either(KINDS)}")
+    if kind not in (*_UNITS, _MEASURED):
+        raise InputError(f"budget kind {kind!r} is unknown; use {_either((*KINDS, _MEASURED))}")
     found = _AMOUNT.fullmatch(amount)
     unit = found[2].lower() if found else ""
-    if not found or (unit and unit not in _UNITS[kind]):
+    units = _UNITS.get(kind, {})
+    if not found or (unit and unit not in units):
         raise InputError(f"budget {text!r}: {amount!r} is not an amount of {kind}; {_would_be_right(kind)}")
     number = float(found[1])
     if not unit and 0 < number < 1:
         return Limit(kind, number, relative=True, text=f"{kind}={amount}")
-    if unit not in _UNITS[kind] or number <= 0 or (kind == "blocks" and not number.is_integer()):
+    if unit not in units or number <= 0 or (kind == "blocks" and not number.is_integer()):
         raise InputError(f"budget {text!r} is out of range; {_would_be_right(kind)}")
-    return Limit(kind, number * _UNITS[kind][unit], relative=False, text=f"{kind}={amount}")
+    return Limit(kind, number * units[unit], relative=False, text=f"{kind}={amount}")
 
 
 def _ceiling(limit: Limit, dense: float) -> float:
@@ -117,6 +127,8 @@ def _ceiling(limit: Limit, dense: float) -> float:
 
 
 def _would_be_right(kind: str) -> str:
+    if kind == _MEASURED:
+        return "give a fraction of the dense model's time between 0 and 1 (0.8)"
     return f"give a fraction of dense between 0 and 1 (0.8) or an absolute number ({_EXAMPLES[kind]})"
 
 
@@ -134,7 +146,7 @@ def split_budgets(text: str) -> list[str]:
         if not kind:
             raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
         budget = Budget.parse(f"{kind}={number}")
-        if budget.until_cliff:
-            raise InputError("budget until=cliff ends elsewhere for each method; a comparison needs amounts")
+        if budget.until_cliff or budget.latency is not None:
+            raise InputError(f"budget {budget} ends elsewhere for each method; a comparison needs amounts that can be computed")
         found.append(str(budget))
     return list(dict.fromkeys(found))

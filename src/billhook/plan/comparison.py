@@ -82,13 +82,15 @@ def _damage(evidence: tuple[TextEvidence, ...]) -> float:
 
 class Comparison(_Record):
     """Every recipe at every budget, on one model and one calibration. ``recipes`` and ``dtype``: as they were asked
-    for; none are all that come along, and "" is the dtype of the model. None: not on record."""
+    for; none are all that come along, and "" is the dtype of the model. None: not on record. ``surveyed``: tokens of
+    the longer text that statistics of one pass were taken of, 0 where no method rests on any."""
 
     schema_version: Literal[1] = 1
     model: str
     outline: Outline
     calibration: str
     tokens: int
+    surveyed: int = 0
     budgets: tuple[str, ...]
     entries: tuple[Entry, ...]
     titles: dict[str, str]

@@ -263,11 +263,14 @@ class Outline(_Record):
             }
         )
 
-    def experts_share(self, unit: Address) -> float:
-        """What share of the weights that a token multiplies with in a mixture belongs to the experts picked for it."""
-        mixture = self.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
-        expert = mixture.inner["expert"]
-        return (expert.params - expert.active_params) * mixture.active_experts / mixture.active_params
+    def inner_share(self, unit: Address) -> float:
+        """What share of the weights that a token multiplies with belongs to the inner units that may be left out for
+        it: the experts picked in a mixture, the neurons of any other MLP."""
+        mlp = self.stack(unit.stack).blocks[unit.block].sublayers[str(unit.sublayer)]
+        if "expert" not in mlp.inner:
+            return mlp.inner["neuron"].active_params * mlp.inner["neuron"].count / mlp.active_params
+        expert = mlp.inner["expert"]
+        return (expert.params - expert.active_params) * mlp.active_experts / mlp.active_params
 
     def stack(self, name: str) -> StackOutline:
         return next(s for s in self.stacks if s.name == name)

@@ -114,7 +114,8 @@ class Step(_Record):
 
 class SearchRecord(_Record):
     """``work`` counts block-token forwards: blocks executed times tokens, exact on any machine. ``prior``: the earlier
-    result that the search began with, if any."""
+    result that the search began with, if any. ``surveyed``: tokens of the longer text that statistics of one pass were
+    taken of, 0 where there are none."""
 
     recipe: str
     objective: str
@@ -122,6 +123,7 @@ class SearchRecord(_Record):
     work: int
     evaluations: int
     prior: str = ""
+    surveyed: int = 0
 
 
 class Refit(_Record):

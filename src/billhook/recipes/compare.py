@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from billhook.recipes.schema import Recipe
 from billhook.recipes.settings import (
     CALIBRATION_LENGTH,
     CALIBRATION_TOKENS,
+    COMPARED_HEALING_TOKENS,
     COMPARED_LENGTH,
     COMPARED_NEW_TOKENS,
     COMPARED_QUESTIONS,
@@ -52,6 +54,20 @@ from billhook.surgery import apply
 Progress = Callable[[str, int, int], None]
 Judge = Callable[[Sequence[Any]], list[tuple[TextEvidence, ...]]]
 Probe = Callable[[Any], tuple[tuple[ProbeEvidence, ...], tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is read: by searches, by statistics that one pass gives, by choices that are trained, by healing; and what
+    judges. None where no method asks for it."""
+
+    windows: Windows
+    survey: Windows | None
+    drill: Windows | None
+    longer: Windows | None
+    judged: tuple[tuple[Domain, Windows], ...]
+
+
 RANDOM_SEEDS = 3  # one draw says nothing of chance
 
 
@@ -117,29 +133,34 @@ def compare(
                 model=model.model,
                 progress=progress,
             )
-            longer = healing_text(model, calibration, seed, progress) if heal != "none" else None
+            survey = longer = None
+            if any(recipe.surveys for recipe in chosen):
+                survey = healing_text(model, calibration, seed, progress)
+            if heal != "none":
+                longer = healing_text(model, calibration, seed, progress, tokens=COMPARED_HEALING_TOKENS)
             drill: Windows | None = None
             if any(recipe.trains for recipe in chosen):
                 from billhook.recipes import training  # with peft and accelerate: seconds
 
                 drill = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
-            texts = judged_on(
+            judged = judged_on(
                 model,
                 calibration,
-                [windows, longer or windows, drill or windows],
+                [windows, *(text for text in (survey, longer, drill) if text is not None)],
                 seed,
                 progress,
                 tokens=COMPARED_TOKENS,
                 length=COMPARED_LENGTH,
             )
+            texts = Texts(windows, survey, drill, longer, tuple(judged))
             seen = watch(model, windows, progress)
-            known = remembered(model.model, texts)
+            known = remembered(model.model, judged)
         with clock.step("probes"):
             of_dense = answers(model.model, asked_of, progress)
             before = repetition(model.model, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
 
         def judge(compressed: Sequence[Any]) -> list[tuple[TextEvidence, ...]]:
-            return evidence_of_each(model.model, compressed, texts, of_dense=known, progress=progress)
+            return evidence_of_each(model.model, compressed, judged, of_dense=known, progress=progress)
 
         def probe(compressed: Any) -> tuple[tuple[ProbeEvidence, ...], tuple[float, float]]:
             after = repetition(compressed, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
@@ -150,14 +171,12 @@ def compare(
         for number, (recipe, drawn) in enumerate(draws):
             if progress is not None:
                 progress("recipes", number, len(draws))
-            kept = place / f"{_key(recipe, asked, drawn, model, windows, drill, texts, longer)}.json"
+            kept = place / f"{_key(recipe, asked, drawn, model, texts)}.json"
             if kept.exists():
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(
-                        recipe, asked, drawn, model, windows, drill, seen, longer, judge, probe, place, progress
-                    )
+                    new = _judged(recipe, asked, drawn, model, texts, seen, judge, probe, place, progress)
                 keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -170,6 +189,7 @@ def compare(
             outline=model.anatomy.outline,
             calibration=calibration,
             tokens=windows.ids.numel(),
+            surveyed=survey.tokens if survey is not None else 0,
             budgets=tuple(asked),
             entries=tuple(entries),
             titles={recipe.name: recipe.title for recipe in chosen},
@@ -214,22 +234,19 @@ def _judged(
     budgets: Sequence[str],
     seed: int,
     model: Opened,
-    windows: Windows,
-    drill: Windows | None,
+    texts: Texts,
     seen: Trace,
-    longer: Windows | None,
     judge: Judge,
     probe: Probe,
     place: Path,
     progress: Progress | None,
 ) -> list[Entry]:
-    """The entries of one recipe, one a budget. ``longer`` is text to heal on, if that is to be, ``drill`` what a choice
-    that is trained reads."""
+    """The entries of one recipe, one a budget."""
     target = recipe.aim
     entries: list[Entry] = []
     choices: list[Choice | None] = []
     for budget in budgets:
-        entry, choice = _searched(recipe, budget, seed, target, model, windows, drill, seen, place, progress)
+        entry, choice = _searched(recipe, budget, seed, target, model, texts, seen, place, progress)
         entries.append(entry)
         choices.append(choice)
     cut: list[Any] = []
@@ -238,14 +255,14 @@ def _judged(
         if choice is None:
             continue
         try:
-            acted = _acted(recipe, model, choice, target, windows, progress)
+            acted = _acted(recipe, model, choice, target, texts.windows, progress)
             heals = (
-                longer is not None
+                texts.longer is not None
                 and recipe.act == "drop"
                 and recipe.unit != "weight"
                 and not (recipe.trains or recipe.learns_ranks)
             )
-            healed = [_healed(model, choice.plan(target), longer, progress)] if heals and longer is not None else []
+            healed = [_healed(model, choice.plan(target), texts.longer, progress)] if heals and texts.longer else []
         except InputError as error:  # one method that cannot be carried out does not end the comparison
             entries[number] = entry.model_copy(update={"refused": str(error)})
             continue
@@ -285,8 +302,7 @@ def _searched(
     seed: int,
     target: Target,
     model: Opened,
-    windows: Windows,
-    drill: Windows | None,
+    texts: Texts,
     seen: Trace,
     place: Path,
     progress: Progress | None,
@@ -302,7 +318,16 @@ def _searched(
             if recipe.act not in ("drop", "share"):
                 require_healable(model.anatomy)
             choice = find(
-                recipe, model, problem, windows, seen, seed=seed, place=place, progress=progress, lessons=drill
+                recipe,
+                model,
+                problem,
+                texts.windows,
+                seen,
+                seed=seed,
+                place=place,
+                progress=progress,
+                survey=texts.survey,
+                lessons=texts.drill,
             )
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None
@@ -330,10 +355,7 @@ def _key(
     budgets: Sequence[str],
     seed: int,
     model: Opened,
-    windows: Windows,
-    drill: Windows | None,
-    texts: Sequence[tuple[Domain, Windows]],
-    longer: Windows | None,
+    texts: Texts,
 ) -> str:
     """Names everything that the entries of a recipe depend on."""
     parts: dict[str, object] = {
@@ -342,11 +364,12 @@ def _key(
         "seed": seed,
         "model": fingerprint(model.model),
         "environment": environment(model),
-        "calibration": windows.fingerprint,
-        "trained on": drill.fingerprint if drill is not None and recipe.trains else "",
-        "texts": [text.fingerprint for _, text in texts],
+        "calibration": texts.windows.fingerprint,
+        "surveyed": texts.survey.fingerprint if texts.survey is not None and recipe.surveys else "",
+        "trained on": texts.drill.fingerprint if texts.drill is not None and recipe.trains else "",
+        "texts": [text.fingerprint for _, text in texts.judged],
         "questions": COMPARED_QUESTIONS,
         "openings": [COMPARED_NEW_TOKENS, *OPENINGS],
-        "healed on": longer.fingerprint if longer is not None else "",
+        "healed on": texts.longer.fingerprint if texts.longer is not None else "",
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

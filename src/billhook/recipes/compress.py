@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +30,7 @@ from billhook.recipes import catalogue
 from billhook.recipes.choices import BiMask, GroupSparse, LearnedMasks
 from billhook.recipes.costs import costs_of
 from billhook.recipes.evaluate import calibrated_with
+from billhook.recipes.fast_enough import decode_time, fast_enough
 from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
 from billhook.recipes.flattening import require_flattening
 from billhook.recipes.heal import applied, healing_text, new_weights, record_of, require_sharable
@@ -42,8 +42,8 @@ from billhook.recipes.schema import TRAINED, Heal, Recipe
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS, TRAINING_TOKENS
 from billhook.recipes.sharing import require_sharing
+from billhook.recipes.together import of_the_first, shared
 from billhook.recipes.weights import require_weights
-from billhook.recipes.workplace import claimed
 from billhook.surgery import apply
 
 if TYPE_CHECKING:
@@ -73,6 +73,9 @@ def compress(
 ) -> Run:
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
+    The budget ``latency`` is measured: decoding at batch 1, the cut model against the dense one, for cuts to one share
+    of the block parameters after the other (see ``fast_enough``). Each costs a search and some seconds.
+
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks and equally many experts (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe``
     the first of the default ones for the target (``catalogue``) is taken that can meet the budget on this model;
@@ -85,14 +88,19 @@ def compress(
     alone proves and writes the result; what the others return is without proof.
     """
     check_out(out, overwrite, source)
-    limits = Budget.parse(budget)
+    asked_for = Budget.parse(budget)
+    limits = asked_for if asked_for.latency is None else _params(asked_for.latency)
     candidates, aim = _settled(recipe, target, limits)
     for candidate in candidates:
         require_path(candidate, limits)
+    if asked_for.latency is not None and candidates[0].unit in ("weight", "expert"):
+        raise InputError(
+            f"budget {asked_for}: a token takes as long without the {candidates[0].unit}s that recipe "
+            f"{candidates[0].name} takes away"
+        )
     way = _way(candidates[0], heal)  # the default recipes are at one in this
     wanted = asked(select, way)
     device = processes.local(device)
-    several = processes.count() > 1
     require_sharable(way)
     begins = None if prior is None else Plan.read(prior)
     if begins is not None and not isinstance(candidates[0].choice, LearnedMasks):
@@ -128,18 +136,21 @@ def compress(
         prepared(model.model, tokenizer, prompt, max_new_tokens)
     posed(model.model, tokenizer)
 
-    with _workplace(out, device, several) as (place, first):
+    with shared(out, device) as (place, first):
         with clock.step("measure"):
-            windows = windows_of(
-                calibration,
-                tokenizer,
-                tokens=CALIBRATION_TOKENS,
-                length=model.length(CALIBRATION_LENGTH),
-                seed=seed,
-                model=model.model,
-                progress=progress,
+            windows = of_the_first(
+                lambda: windows_of(
+                    calibration,
+                    tokenizer,
+                    tokens=CALIBRATION_TOKENS,
+                    length=model.length(CALIBRATION_LENGTH),
+                    seed=seed,
+                    model=model.model,
+                    progress=progress,
+                )
             )
-            longer = healing_text(model, calibration, seed, progress) if way != "none" else None
+            surveyed = healing_text(model, calibration, seed, progress) if way != "none" or chosen.surveys else None
+            longer = surveyed if way != "none" else None
             lessons: Windows | Selection | None = None
             drill: Windows | None = None
             if way in TRAINED or chosen.trains:
@@ -153,7 +164,7 @@ def compress(
                     lessons = training.selection(model, calibration, wanted, TRAINING_TOKENS, seed, place, progress)
             read = [
                 windows,
-                longer,
+                surveyed,
                 drill,
                 lessons if lessons is None or isinstance(lessons, Windows) else lessons.windows,
             ]
@@ -163,7 +174,7 @@ def compress(
             )
             seen = watch(model, windows, progress)
 
-        def search() -> Choice:
+        def search(problem: Task = problem) -> Choice:
             return find(
                 chosen,
                 model,
@@ -173,16 +184,28 @@ def compress(
                 seed=seed,
                 place=place,
                 progress=progress,
+                survey=surveyed,
                 lessons=drill,
                 prior=begins,
             )
 
+        def searched() -> tuple[Choice, dict[str, float]]:
+            if asked_for.latency is None:
+                return search(), {}
+            choice, time = fast_enough(
+                asked_for.latency,
+                lambda share: search(pose_for(chosen, outline, _params(share), aim)),
+                lambda cut: decode_time(model.model, apply(model.model, model.anatomy, cut.plan(aim))),
+                progress,
+            )
+            return choice, {"latency": time}
+
         with clock.step("search"):
-            choice = _of_the_first(search) if several else search()
+            choice, measured = of_the_first(searched)
 
         plan = choice.plan(aim).model_copy(
             update={
-                "budget": str(limits),
+                "budget": str(asked_for),
                 "provenance": Provenance(
                     model=fingerprint(model.model),
                     calibration=windows.fingerprint,
@@ -217,10 +240,15 @@ def compress(
             model=os.fspath(source),
             outline=outline,
             plan=plan,
-            asked=str(limits),
-            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            asked=str(asked_for),
+            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense} | measured,
             costs=costs,
-            search=choice.record.model_copy(update={"prior": "" if prior is None else os.fspath(prior)}),
+            search=choice.record.model_copy(
+                update={
+                    "prior": "" if prior is None else os.fspath(prior),
+                    "surveyed": surveyed.tokens if surveyed is not None and chosen.surveys else 0,
+                }
+            ),
             measures=measures(model, calibration, windows, seen, choice.importance),
             healing=healing,
             environment=environment(model),
@@ -236,23 +264,8 @@ def compress(
     return run
 
 
-@contextmanager
-def _workplace(out: str | os.PathLike[str], device: str, several: bool) -> Iterator[tuple[Path, bool]]:
-    """The place of this run, or of all that share it, and whether this process is the one that writes."""
-    if several:
-        from billhook.recipes.together import shared
-
-        with shared(out, device) as found:
-            yield found
-    else:
-        with claimed(out) as place:
-            yield place, True
-
-
-def _of_the_first(search: Callable[[], Choice]) -> Choice:
-    from billhook.recipes.together import of_the_first
-
-    return of_the_first(search)
+def _params(share: float) -> Budget:
+    return Budget.parse(f"params={share:.4f}")
 
 
 def _way(recipe: Recipe, heal: Heal | None) -> str:

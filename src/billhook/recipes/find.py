@@ -135,12 +135,13 @@ def find(
     seed: int,
     place: Path,
     progress: Progress | None,
+    survey: Windows | None = None,
     lessons: Windows | None = None,
     prior: Plan | None = None,
 ) -> Choice:
-    """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``. A
-    choice that is trained reads ``lessons``, the calibration where there are none, and begins with the masks of
-    ``prior`` where there is one.
+    """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
+    Statistics that one pass gives are taken of ``survey`` (see ``Recipe.surveys``), and a choice that is trained reads
+    ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
@@ -151,9 +152,10 @@ def find(
     require_sharing(recipe, model, problem.budget)
     require_flattening(recipe, model)
     choice = recipe.choice
+    survey = survey if survey is not None and recipe.surveys else windows
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(
-            recipe, model, problem, windows, lessons or windows, prior, seed=seed, progress=progress
+            recipe, model, problem, windows, survey, lessons or windows, prior, seed=seed, progress=progress
         )
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, mean, sparsities=sparse.edits, arrays=sparse.arrays, healing=sparse.healing)
@@ -161,13 +163,13 @@ def find(
         keeps, record, importance, healing = drive(recipe, model, problem, lessons or windows, progress=progress)
         return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
-        return _narrowed(recipe, model, problem, windows, seen, seed, progress)
+        return _narrowed(recipe, model, problem, windows, survey, seen, seed, progress)
     if isinstance(problem, ChannelProblem):
-        edit, record, importance = choose_channels(recipe, model, problem, windows, seed=seed, progress=progress)
+        edit, record, importance = choose_channels(recipe, model, problem, survey, seed=seed, progress=progress)
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
-        bases, record, importance, new = take_apart(recipe, model, problem, windows, seed=seed, progress=progress)
+        bases, record, importance, new = take_apart(recipe, model, problem, survey, seed=seed, progress=progress)
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, bases=bases, healing=new)
     objective = recipe.objective
@@ -220,13 +222,14 @@ def _narrowed(
     model: Opened,
     problem: WidthProblem,
     windows: Windows,
+    survey: Windows,
     seen: Trace,
     seed: int,
     progress: Progress | None,
 ) -> Choice:
     share = recipe.choice.apart if isinstance(recipe.choice, Widths) else None
     whole = problem if share is None else eased(problem, 1 - share)
-    drops, keeps, record, importance = narrow(recipe, model, whole, windows, seen, seed=seed, progress=progress)
+    drops, keeps, record, importance = narrow(recipe, model, whole, windows, survey, seen, seed=seed, progress=progress)
     edits: tuple[Factorise, ...] = ()
     if share is not None:
         edits, costs = apart(problem, keeps)

@@ -52,6 +52,7 @@ from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import TRAINED, Heal
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
+from billhook.recipes.together import of_the_first, shared
 from billhook.surgery import apply
 from billhook.surgery.biases import note_biases
 from billhook.surgery.factorise import factors_of
@@ -114,7 +115,7 @@ def heal(
     ``accelerate launch`` its processes share the training (see ``heal.train``); the first one alone proves and writes
     the result, and what the others return is without proof.
     """
-    from billhook.recipes import together, training  # with peft and accelerate: seconds that others need not wait
+    from billhook.recipes import training  # with peft and accelerate: seconds that others need not wait
 
     device = processes.local(device)
     require_sharable(method)
@@ -158,7 +159,7 @@ def heal(
     start = differing(small.model, model, plan, source)
     del small
 
-    with together.shared(out, device) as (place, first):
+    with shared(out, device) as (place, first):
         with clock.step("measure"):
             text = healing_text(model, text_name, seed, progress)
             lessons, chosen = text, None
@@ -233,18 +234,22 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     return Healing(whole(model.model, model.anatomy, keeps, found, channels), (), {}, 0, 0)
 
 
-def healing_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
+def healing_text(
+    model: Opened, calibration: str, seed: int, progress: Progress | None, *, tokens: int | None = None
+) -> Windows:
     """More of the calibration text than a search needs, as much as there is: regressions have many more unknowns."""
     length = model.length(CALIBRATION_LENGTH)
-    return windows_of(
-        calibration,
-        model.tokenizer,
-        tokens=HEALING_TOKENS,
-        length=length,
-        seed=seed,
-        model=model.model,
-        fewest=2 * length,
-        progress=progress,
+    return of_the_first(
+        lambda: windows_of(
+            calibration,
+            model.tokenizer,
+            tokens=tokens or HEALING_TOKENS,
+            length=length,
+            seed=seed,
+            model=model.model,
+            fewest=2 * length,
+            progress=progress,
+        )
     )
 
 

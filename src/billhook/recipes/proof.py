@@ -13,6 +13,7 @@ from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.recipes.opened import Opened, Stopwatch
 from billhook.recipes.settings import EVALUATION_LENGTH, EVALUATION_TOKENS
+from billhook.recipes.together import of_the_first
 from billhook.report.card import card
 from billhook.report.page import write_report
 
@@ -32,16 +33,18 @@ def judged_on(
     length: int | None = None,
 ) -> Sequence[tuple[Domain, Windows]]:
     """Text that the calibration cannot have seen: of its own domain, and of another."""
-    return evaluation(
-        calibration,
-        model.tokenizer,
-        tokens=tokens or EVALUATION_TOKENS,
-        length=model.length(length or EVALUATION_LENGTH),
-        calibrated_on=calibrated_on,
-        read_before=read_before,
-        model=model.model,
-        seed=seed,
-        progress=progress,
+    return of_the_first(
+        lambda: evaluation(
+            calibration,
+            model.tokenizer,
+            tokens=tokens or EVALUATION_TOKENS,
+            length=model.length(length or EVALUATION_LENGTH),
+            calibrated_on=calibrated_on,
+            read_before=read_before,
+            model=model.model,
+            seed=seed,
+            progress=progress,
+        )
     )
 
 

@@ -52,6 +52,7 @@ Heal = Literal[
 GOALS = {"kl": "divergence from dense", "loss": "loss"}
 TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips", "kv-routing")
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
+SURVEYED = ("channels", "routing", "stream")
 BLIND_WIDTHS = ("random", "evenly-spaced")
 
 
@@ -186,6 +187,16 @@ class Recipe(Words):
     def trains(self) -> bool:
         """Whether the choice is a training, which reads more text than a measurement."""
         return isinstance(self.choice, LearnedMasks | SparseTraining | GroupSparse)
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the choice rests on statistics that one pass gives, so that it can afford far more text than one that
+        asks the model again and again."""
+        if isinstance(self.choice, Masks):
+            return self.choice.by != "magnitude"
+        if isinstance(self.choice, Ranks):
+            return self.choice.inputs != "none" and not self.learns_ranks
+        return self.score is not None and named(self.score.word).needs in SURVEYED
 
     @property
     def makes(self) -> str:

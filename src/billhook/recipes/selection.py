@@ -12,6 +12,7 @@ from billhook.plan.record import Select
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import TRAINED
 from billhook.recipes.settings import TARGET_TOKENS
+from billhook.recipes.together import of_the_first
 
 TARGETED = ("dsir", "gradient")
 
@@ -48,12 +49,14 @@ def target_text(model: Opened, wanted: Asked, length: int, seed: int) -> Windows
     """The windows that a selection is to be like: the front of the target, as much as there is."""
     if not wanted.target:
         return None
-    return windows_of(
-        wanted.target,
-        model.tokenizer,
-        tokens=TARGET_TOKENS,
-        length=length,
-        seed=seed,
-        model=model.model,
-        fewest=length,
+    return of_the_first(
+        lambda: windows_of(
+            wanted.target,
+            model.tokenizer,
+            tokens=TARGET_TOKENS,
+            length=length,
+            seed=seed,
+            model=model.model,
+            fewest=length,
+        )
     )

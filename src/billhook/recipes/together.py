@@ -9,9 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-
+from billhook.plan import processes
 from billhook.plan.errors import InputError
 from billhook.recipes.workplace import claimed, workplace
 
@@ -23,6 +21,13 @@ PATIENCE = timedelta(days=2)  # how long the others wait while the first searche
 def shared(out: str | os.PathLike[str], device: str = "cpu") -> Iterator[tuple[Path, bool]]:
     """The workplace of ``out``, held by the first process of all that work on it together (see ``claimed``), and
     whether this is the first one. InputError, in all of them, if it cannot be held, or not be seen by all."""
+    if processes.count() == 1:
+        with claimed(out) as place:
+            yield place, True
+        return
+    from accelerate import PartialState  # seconds that a single process need not wait
+    from accelerate.utils import gather_object
+
     state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     with ExitStack() as held:
 
@@ -31,16 +36,19 @@ def shared(out: str | os.PathLike[str], device: str = "cpu") -> Iterator[tuple[P
 
         of_the_first(claim)
         place = workplace(out)
-        if state.num_processes > 1 and not all(gather_object([place.is_dir()])):
+        if not all(gather_object([place.is_dir()])):
             raise InputError(f"not every process sees {place.parent}; on several hosts it must be a folder of them all")
         yield place, state.is_main_process
 
 
 def of_the_first(compute: Callable[[], T]) -> T:
-    """What the first process computes, for all; an InputError of it is one of all."""
-    state = PartialState()
-    if state.num_processes == 1:
+    """What the first process computes, for all; an InputError of it is one of all. All must ask, for the same."""
+    if processes.count() == 1:
         return compute()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState()
     found: list[Any] = [None, None]
     if state.is_main_process:
         try:

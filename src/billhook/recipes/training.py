@@ -33,6 +33,7 @@ from billhook.recipes.heal import record_of, storable
 from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
+from billhook.recipes.together import of_the_first
 from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
@@ -150,8 +151,9 @@ def selection(
 
 
 def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Tensor) -> Healing:
-    """``after``, unless ``before`` is nearer to the dense model on windows that neither was fitted on."""
-    was, now = divergences(model.model, model.anatomy, plan, [before, after], held)
+    """``after``, unless ``before`` is nearer to the dense model on windows that neither was fitted on. Of several
+    processes the first one decides: on other devices a narrow choice could come out the other way."""
+    was, now = of_the_first(lambda: divergences(model.model, model.anatomy, plan, [before, after], held))
     return after if now <= was else before
 
 

@@ -34,6 +34,7 @@ def thin(
     model: Opened,
     problem: WeightProblem,
     windows: Windows,
+    survey: Windows,
     lessons: Windows,
     prior: Plan | None,
     *,
@@ -41,7 +42,8 @@ def thin(
     progress: Progress | None,
 ) -> tuple[Sparse, SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of single weights: what goes, its record, and what was found of blocks and
-    sublayers. What is trained reads ``lessons``, and begins with the masks of ``prior`` where there is one."""
+    sublayers. Masks rest on the statistics of ``survey``; what is trained reads ``lessons``, and begins with the masks
+    of ``prior`` where there is one."""
     choice = recipe.choice
     assert isinstance(choice, Masks | LearnedMasks | SparseTraining)
     outline = problem.outline
@@ -61,7 +63,7 @@ def thin(
             model.anatomy,
             problem.stack,
             shares,
-            windows,
+            survey,
             by=choice.by,
             pattern=parse_pattern(choice.pattern),
             progress=progress,

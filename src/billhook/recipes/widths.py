@@ -45,13 +45,15 @@ def narrow(
     model: Opened,
     problem: WidthProblem,
     windows: Windows,
+    survey: Windows,
     seen: Trace,
     *,
     seed: int,
     progress: Progress | None,
 ) -> tuple[frozenset[Address], tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of width: the blocks that went before, what is kept, its record, the mean score
-    in each sublayer and that of the blocks. ``seen`` is the trace of the dense model over the calibration."""
+    in each sublayer and that of the blocks. ``seen`` is the trace of the dense model over the calibration ``windows``;
+    the score reads ``survey``."""
     choice = recipe.choice
     if isinstance(choice, BiMask):
         inner = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
@@ -72,7 +74,7 @@ def narrow(
         steps, problem = coarse(problem, figures, choice.blocks.share, before)
         importance[f"{choice.blocks.score.word} of a block"] = {str(unit): figures[unit] for unit in sorted(figures)}
     score = named(recipe.score.word if recipe.score else "")
-    trace = _measured(recipe, model, problem, windows, seed, progress)
+    trace = _measured(recipe, model, problem, survey, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
     shares, work = None, before + trace.work
     if choice.steepness is not None:

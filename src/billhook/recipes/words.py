@@ -84,7 +84,8 @@ NEEDS = (
 PASSES = (
     "Passes of the search: roughly how often all blocks run over the calibration text; a unit is a part that may go, "
     "a step or round reads one window, a run of blocks a few questions. Methods that rest on the trace of the dense "
-    "model, which a run takes once for all, are charged its 2 passes."
+    "model, which a run takes once for all, are charged its 2 passes. Statistics that one pass gives are taken of the "
+    "text that healing reads, which is longer and counts for as much."
 )
 TRACE = 2  # passes: the stream after each block, and after its first sublayer alone
 

@@ -213,10 +213,11 @@ def _command(comparison: Comparison) -> str:
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     judged = next((entry.evidence for entry in comparison.entries if entry.evidence), ())
+    surveyed = f"; {comparison.surveyed:,} for statistics of one pass" if comparison.surveyed else ""
     found = [
         ("command", _command(comparison)),
         ("healing", _HEALING[comparison.heal]),
-        ("calibration", f"{comparison.calibration}, {comparison.tokens:,} tokens"),
+        ("calibration", f"{comparison.calibration}, {comparison.tokens:,} tokens{surveyed}"),
         *((f"judged on {text.name}", f"{text.tokens:,} tokens; {text.protocol}") for text in judged),
         *((f"time: {step}", duration(seconds)) for step, seconds in comparison.seconds.items()),
         *((title, value) for title, value in comparison.environment.items()),

@@ -25,9 +25,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("seed", "" if made.seed is None else str(made.seed)),
     ]
     if search:
+        surveyed = f"{search.surveyed:,}, for statistics of one pass" if search.surveyed else ""
         work = quantity(search.work, "block-token forwards")
         found += [
             ("search", f"{search.recipe}, objective {search.objective.replace('_', ' ')}"),
+            ("tokens surveyed", surveyed),
             ("work of the search", f"{work} in {search.evaluations:,} evaluations"),
         ]
     if healing := run.healing:

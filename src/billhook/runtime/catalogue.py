@@ -21,6 +21,7 @@ from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.kv_share import KvShare
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.mixture_of_depths import MixtureOfDepths
+from billhook.runtime.neuron_experts import NeuronExperts
 from billhook.runtime.policy import Policy
 from billhook.runtime.self_speculation import SelfSpeculation
 from billhook.runtime.similarity_exit import SimilarityExit
@@ -30,7 +31,7 @@ from billhook.runtime.voids import Voids
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
-        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, Voids, SimilarityExit, LoraDrop, FirstRouter,
+        StaticSkip, EvenSkip, Chain, FfnSkip, ExpertSkip, NeuronExperts, Voids, SimilarityExit, LoraDrop, FirstRouter,
         MixtureOfDepths, KvShare, Scheduled, SelfSpeculation,
     )
 }  # fmt: skip

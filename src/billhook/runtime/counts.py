@@ -25,7 +25,8 @@ class Counts:
     """How often a constant schedule visits each block; empty where nothing is constant."""
     picked: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
     left_out: dict[Address, int] = field(default_factory=lambda: defaultdict(int))
-    """Of a mixture, the experts that its router picked, summed over tokens, and those of them that were left out."""
+    """Of a mixture the experts that its router picked, of another MLP its neurons, summed over tokens; and those of
+    them that were left out."""
     borrowing: frozenset[Address] = frozenset()
     """Attentions that run on keys and values of an earlier block and keep none."""
 
@@ -39,7 +40,7 @@ class Counts:
             table.clear()
 
     def share_left_out(self, unit: Address) -> float:
-        """Of the experts that a mixture picked, the share that was not computed."""
+        """Of the experts that a mixture picked, or the neurons of an MLP, the share that was not computed."""
         return self.left_out[unit] / self.picked[unit] if self.picked[unit] else 0.0
 
     def share_run(self, unit: Address) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
 from billhook.anatomy.low_rank_experts import LowRankExperts
+from billhook.anatomy.mixtures import gated
 from billhook.plan.plan import Factorise, Plan
 
 Swap = Callable[[nn.Module, str, nn.Module], None]
@@ -37,15 +38,15 @@ def take_apart(model: nn.Module, mixtures: Iterable[tuple[str, int]], swap: Swap
     """
     for path, rank in mixtures:
         experts: Any = model.get_submodule(path)
-        gate_up, down = experts.gate_up_proj.detach(), experts.down_proj.detach()
+        gate_up, down = (weight.detach() for weight in gated(experts))
         gate, up = gate_up.chunk(2, dim=1)
         weights = {"reads": torch.cat([gate[:, :rank], up[:, :rank]], 1), "writes": down[:, :, :rank].contiguous()}
         others = {"reads": torch.cat([gate[:, rank:], up[:, rank:]], 1), "writes": down[:, :, rank:]}
         for name, weight in others.items():
             weights[f"{name}_reduce"], weights[f"{name}_expand"] = _parts(weight, rank)
         with torch.device("meta"):
-            two = LowRankExperts(down.shape[0], down.shape[1], down.shape[2], rank, experts.act_fn)
-        asks = experts.down_proj.requires_grad
+            two = LowRankExperts(len(down), down.shape[1], down.shape[2], rank, experts.act_fn)
+        asks = gated(experts)[1].requires_grad
         for name, weight in weights.items():
             two.register_parameter(name, nn.Parameter(weight, requires_grad=asks))
         swap(model, path, two.train(experts.training))
@@ -55,9 +56,9 @@ def empty_experts(model: nn.Module, mixtures: Iterable[tuple[str, int]]) -> None
     """Put ``LowRankExperts`` in the place of those at the given paths, for a file to fill."""
     for path, rank in mixtures:
         experts: Any = model.get_submodule(path)
-        count, hidden, neurons = experts.down_proj.shape
-        with experts.down_proj.device:
-            two = LowRankExperts(count, hidden, neurons, rank, experts.act_fn).to(experts.down_proj.dtype)
+        _, down = gated(experts)
+        with down.device:
+            two = LowRankExperts(len(down), down.shape[1], down.shape[2], rank, experts.act_fn).to(down.dtype)
         model.set_submodule(path, two)
 
 

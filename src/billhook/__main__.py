@@ -1,0 +1,5 @@
+"""``python -m billhook``: the command, where its script is not on the path."""
+
+from billhook.cli import main
+
+main()
