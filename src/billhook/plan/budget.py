@@ -147,6 +147,6 @@ def split_budgets(text: str) -> list[str]:
             raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
         budget = Budget.parse(f"{kind}={number}")
         if budget.until_cliff or budget.latency is not None:
-            raise InputError(f"budget {budget} ends elsewhere for each method; a comparison needs amounts known beforehand")
+            raise InputError(f"budget {budget} ends elsewhere for each method; a comparison needs amounts in advance")
         found.append(str(budget))
     return list(dict.fromkeys(found))
