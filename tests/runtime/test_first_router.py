@@ -114,6 +114,28 @@ def test_each_row_has_its_own_route_and_padding_is_not_read() -> None:
     assert not attached.counts.skipped  # computed for the other row's sake
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_padding_does_not_decide_in_any_form_of_a_mask(cache: str | None) -> None:
+    """A static cache comes with a mask of queries and keys. Block 1 would go if padding were read, and stays."""
+    model = build("llama")
+    anatomy = discover(model)
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    mask = torch.tensor([[0, 0, *[1] * (IDS.shape[1] - 2)]])
+    with torch.no_grad():
+        model(IDS[1:], attention_mask=mask)
+    handle.remove()
+    (normed,) = seen[0] / seen[0].square().mean(-1, keepdim=True).sqrt()
+    real, whole = normed[2:].mean(0), normed.mean(0)
+    weight, bias = torch.zeros(5, 36), torch.full((5,), 9.0)
+    weight[1] = 100 * (real - whole)
+    bias[1] = -weight[1] @ (real + whole) / 2
+    policy = FirstRouter().with_tensors({"w": weight, "b": bias})
+    with policy.attach(model, anatomy) as attached:
+        generate(model, {"input_ids": IDS[1:], "attention_mask": mask}, cache_implementation=cache)
+    assert not attached.counts.skipped
+
+
 def test_the_first_block_of_each_kind_of_cache_and_those_that_others_read_have_entries() -> None:
     for name in ("llama", "gemma3", "gemma4"):
         anatomy = discover(build(name))

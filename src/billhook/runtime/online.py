@@ -99,7 +99,7 @@ class Online:
         self.model, self.anatomy, self.trigger, self.counts = model, anatomy, trigger, counts
         self.stacks = [stack for stack in anatomy.stacks if stack.name in wanted]
         self._watched = watched
-        self._coming: tuple[str, int, Tensor | None] = ("", 0, None)
+        self._coming: tuple[str, int, Any] = ("", 0, None)
         self._now: Pass | None = None
 
     def fit(self, undo: Undo) -> None:
@@ -131,8 +131,7 @@ class Online:
         def forward(*args: Any, **kwargs: Any) -> Any:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             past = int(cache.get_seq_length()) if cache is not None and stack.causal else 0
-            mask = kwargs.get("attention_mask")
-            self._coming = (stack.name, past, mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+            self._coming = (stack.name, past, kwargs.get("attention_mask"))
             self._now = None
             try:
                 output = original(*args, **kwargs)
@@ -147,8 +146,7 @@ class Online:
         """The pass whose first block gets this stream: only there it is certain how many tokens are read."""
         name, past, mask = self._coming
         rows, tokens = stream.shape[:2]
-        real = mask[:, -tokens:].bool() if mask is not None and mask.shape[0] == rows else None
-        now = self._now = Pass(name, past, tokens, rows, real, cache)
+        now = self._now = Pass(name, past, tokens, rows, _real(mask, past, rows, tokens), cache)
         self.trigger.begin(now)
         return now
 
@@ -204,6 +202,23 @@ class Online:
             self.counts.skipped[unit] += tokens
             if gate.keep_kv:
                 self.counts.projected[unit] += tokens
+
+
+def _real(mask: Any, past: int, rows: int, tokens: int) -> Tensor | None:
+    """Which tokens of a pass are no padding, bool [rows, tokens], from any form in which a stack is given its mask: a
+    number a position, or, made of these for a static cache or for each kind of attention, whether each token reads each
+    position, where padding does not even read itself. None where it cannot be told."""
+    if isinstance(mask, dict):
+        masks = [each for each in mask.values() if isinstance(each, Tensor)]
+        mask = max(masks, key=lambda each: each.shape[-1], default=None)  # a sliding window has dropped positions
+    if not isinstance(mask, Tensor) or mask.shape[0] != rows:
+        return None
+    if mask.ndim == 2:
+        return mask[:, -tokens:].bool()
+    if mask.ndim != 4 or mask.shape[2] != tokens or mask.shape[3] < past + tokens:
+        return None
+    itself = mask[:, 0, :, past : past + tokens].diagonal(dim1=1, dim2=2)
+    return itself if itself.dtype == torch.bool else itself == 0
 
 
 def _cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
