@@ -167,6 +167,8 @@ def test_parameters_and_bytes_fall_and_nothing_else() -> None:
     )
     model_costs = CostModel(anatomy.outline)
     one, two = (model_costs.of([Address("decoder", i) for i in gone]) for gone in ((4,), (3, 4)))
+    held = costs.pop("memory").compressed  # the weights of three blocks, and the cache of four
+    assert held == pytest.approx(two["size"] + one["memory"] - one["size"])
     for kind, cost in costs.items():
         assert cost.compressed == pytest.approx((two if kind in ("params", "size") else one)[kind]), kind
 
