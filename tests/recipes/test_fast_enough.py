@@ -73,6 +73,9 @@ def test_compress_cuts_until_it_is(tiny_lm: Path, tmp_path: Path, monkeypatch: p
     assert run.asked == run.plan.budget == budget
     assert run.realised["latency"] in times and run.realised["latency"] <= 0.8
     assert run.realised["params"] == pytest.approx((run.realised["latency"] - 0.1) / 0.9, abs=0.02)
+    once = compress(tiny_lm, budget="params=0.8", recipe="flap", heal="none", out=tmp_path / "once", max_new_tokens=2)
+    assert run.search is not None and once.search is not None
+    assert len(times) > 1 and run.search.work == len(times) * once.search.work  # every look is charged
     assert "latency kept" in (tmp_path / "out" / "report.html").read_text()
 
 

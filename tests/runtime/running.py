@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import FAMILIES
+from families import FAMILIES, build
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -23,6 +23,24 @@ def ready(name: str) -> tuple[PreTrainedModel, Anatomy, dict[str, Any]]:
     family = FAMILIES[name]
     model = family.build()
     return model, discover(model), family.prompt(model, 2, "left" if family.pads else None)
+
+
+def for_one_kind() -> PreTrainedModel:
+    """A model whose block 3 writes only where a token of the first kind was read (numbers below 50)."""
+    model = build("llama")
+    with torch.no_grad():
+        kind = torch.zeros(36)
+        kind[5] = 6.0
+        table = model.get_input_embeddings().weight
+        table[:50] += kind
+        table[50:] -= kind
+        layer = model.model.layers[3]
+        layer.input_layernorm.weight.zero_()
+        layer.post_attention_layernorm.weight.zero_()
+        layer.post_attention_layernorm.weight[5] = 3.0
+        layer.mlp.gate_proj.weight.zero_()
+        layer.mlp.gate_proj.weight[:, 5] = 4.0  # silu: nothing where the channel is negative
+    return model
 
 
 def generate(model: PreTrainedModel, prompt: dict[str, Any], **settings: Any) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from running import GENERATING, equal, generate, ready
+from running import GENERATING, equal, for_one_kind, generate, ready
 from test_rules import IDS, decoded, replaced
 from torch import Tensor, nn
 
@@ -175,19 +175,7 @@ def test_routers_learn_which_blocks_write_nothing() -> None:
 
 def test_routers_learn_to_read_the_prompt() -> None:
     """A block that writes only where a token of one kind was read is worth more to prompts of that kind."""
-    model = build("llama")
-    with torch.no_grad():
-        kind = torch.zeros(36)
-        kind[5] = 6.0
-        table = model.get_input_embeddings().weight
-        table[:50] += kind
-        table[50:] -= kind
-        layer = model.model.layers[3]
-        layer.input_layernorm.weight.zero_()
-        layer.post_attention_layernorm.weight.zero_()
-        layer.post_attention_layernorm.weight[5] = 3.0
-        layer.mlp.gate_proj.weight.zero_()
-        layer.mlp.gate_proj.weight[:, 5] = 4.0  # silu: nothing where the channel is negative
+    model = for_one_kind()
     generator = torch.Generator().manual_seed(1)
     low = torch.randint(3, 50, (8, 16), generator=generator)
     high = torch.randint(50, 90, (8, 16), generator=generator)

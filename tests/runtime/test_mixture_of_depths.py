@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build
-from running import GENERATING, equal, generate, ready, state
+from running import GENERATING, equal, for_one_kind, generate, ready, state
 from test_rules import IDS, decoded
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -253,24 +253,6 @@ def test_blocks_of_the_lowest_rank_are_converted() -> None:
         assert len(chosen) == count and 0 not in chosen
         assert max(ranks[i] for i in chosen) <= min([ranks[i] for i in range(1, 5) if i not in chosen], default=99)
     assert MixtureOfDepths(blocks="3", steps=1).fitted(model, anatomy, windows).converted(anatomy) == [3]
-
-
-def for_one_kind() -> PreTrainedModel:
-    """A model whose block 3 writes only where a token of the first kind was read (numbers below 50)."""
-    model = build("llama")
-    with torch.no_grad():
-        kind = torch.zeros(36)
-        kind[5] = 6.0
-        table = model.get_input_embeddings().weight
-        table[:50] += kind
-        table[50:] -= kind
-        layer = model.model.layers[3]
-        layer.input_layernorm.weight.zero_()
-        layer.post_attention_layernorm.weight.zero_()
-        layer.post_attention_layernorm.weight[5] = 3.0
-        layer.mlp.gate_proj.weight.zero_()
-        layer.mlp.gate_proj.weight[:, 5] = 4.0  # silu: nothing where the channel is negative
-    return model
 
 
 def test_routers_learn_which_tokens_a_block_is_for() -> None:

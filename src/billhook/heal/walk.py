@@ -152,7 +152,7 @@ class Walk:
             if x is None or goal is None:
                 continue
             x, goal = ([t.reshape(*s.shape[:2], -1) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
-            lacks = [there.float().clone() for there in goal]
+            lacks = [there.to(torch.float32, copy=True) for there in goal]
             for lack, read in zip(lacks, x, strict=True):
                 lack[..., self._kept] -= read.float()
             solution = self._solve(list(reads), x, lacks, goal)

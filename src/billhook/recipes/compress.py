@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,13 +193,20 @@ def compress(
         def searched() -> tuple[Choice, dict[str, float]]:
             if asked_for.latency is None:
                 return search(), {}
+            looks: list[Choice] = []
+
+            def cut_to(share: float) -> Choice:
+                looks.append(search(pose_for(chosen, outline, _params(share), aim)))
+                return looks[-1]
+
             choice, time = fast_enough(
                 asked_for.latency,
-                lambda share: search(pose_for(chosen, outline, _params(share), aim)),
+                cut_to,
                 lambda cut: decode_time(model.model, apply(model.model, model.anatomy, cut.plan(aim))),
                 progress,
             )
-            return choice, {"latency": time}
+            work = sum(look.record.work for look in looks)
+            return replace(choice, record=choice.record.model_copy(update={"work": work})), {"latency": time}
 
         with clock.step("search"):
             choice, measured = of_the_first(searched)

@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from billhook.data import calibration as windows_of
 from billhook.export import bit_stack
 from billhook.models import check_out, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
+from billhook.recipes.heal import healing_text
 from billhook.recipes.opened import opened
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,15 +41,7 @@ def stack(
     ``calibration``, its other tensors in the dtype of the checkpoint unless told."""
     check_out(out, overwrite, source)
     model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    windows = windows_of(
-        calibration,
-        model.tokenizer,
-        tokens=CALIBRATION_TOKENS,
-        length=model.length(CALIBRATION_LENGTH),
-        seed=seed,
-        model=model.model,
-        progress=progress,
-    )
+    windows = healing_text(model, calibration, seed, progress)
     with stored_as(model.model, model.stored):
         bit_stack.stack(
             model.model,

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.stubs import STUBS
 from billhook.anatomy.types import Sublayer
 from billhook.anatomy.undo import Undo
@@ -127,10 +128,14 @@ def _idle(model: nn.Module, sublayer: Sublayer) -> list[Detour]:
     return [Detour(*_zeros(model, name)) for name in _idle_names(sublayer)]
 
 
+def width_of(linear: nn.Module) -> int:
+    """How many values a linear puts out."""
+    return linear.get_parameter("weight").shape[1 if is_conv(linear) else 0]
+
+
 def _zeros(model: nn.Module, name: str) -> tuple[nn.Module, Forward]:
     linear = model.get_submodule(name.rpartition(".")[0])
-    weight = model.get_parameter(name)
-    width = weight.shape[1] if type(linear).__name__ == "Conv1D" else weight.shape[0]
+    width = width_of(linear)
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x.new_zeros(*x.shape[:-1], width)

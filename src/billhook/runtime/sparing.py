@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from billhook.anatomy import Block
 from billhook.anatomy.types import Sublayer
 from billhook.anatomy.vocabulary import QUERIES, ROUTERS
-from billhook.runtime.silence import Detour, Forward
+from billhook.runtime.silence import Detour, Forward, width_of
 
 
 class Sparing:
@@ -39,11 +39,9 @@ class Sparing:
             detour.off()
 
     def _detour(self, module: nn.Module) -> Detour:
-        weight = getattr(module, "weight", None)
-        if weight is None:
+        if getattr(module, "weight", None) is None:
             return Detour(module, self._experts(module.forward))
-        width = weight.shape[1] if type(module).__name__ == "Conv1D" else weight.shape[0]
-        return Detour(module, self._linear(module.forward, width))
+        return Detour(module, self._linear(module.forward, width_of(module)))
 
     def _linear(self, original: Forward, width: int) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
