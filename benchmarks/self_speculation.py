@@ -154,13 +154,14 @@ def _measure(
     model: Opened, draft: Draft, name: str, rule: str, asked: list[Tensor], tokens: int, cost: dict[Any, float]
 ) -> None:
     seconds, reports = {"plain": 0.0, "ours": 0.0}, list[Report]()
+    length = {"max_new_tokens": tokens, "min_new_tokens": tokens}  # a silenced model may end at once
     same = True
     for ids in asked:
         began = time.perf_counter()
-        plain = model.model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+        plain = model.model.generate(input_ids=ids, **length, do_sample=False)
         between = time.perf_counter()
         with speculate(model.model, model.anatomy, draft.drops, confidence=RULES[rule], give_up=False) as speculating:
-            ours = model.model.generate(input_ids=ids, max_new_tokens=tokens, do_sample=False)
+            ours = model.model.generate(input_ids=ids, **length, do_sample=False)
         seconds["plain"] += between - began
         seconds["ours"] += time.perf_counter() - between
         reports += speculating.reports
