@@ -79,6 +79,7 @@ def test_generate_speculating_says_how_it_went(tiny_lm: Path) -> None:
         (["bench", "MODEL", "--policy", "chain", "--against", "demo"], "give either --against MODEL or --policy NAME"),
         (["bench", "MODEL", "--policy", "static-skip:units=decoder.9"], "decoder.9 of the schedule is not in this"),
         (["generate", "MODEL", "x", "--policy", "even-skip:speedup=0"], "parameter speedup"),
+        (["generate", "MODEL", "x", "--policy", ""], "there is no policy ''"),
         (
             ["tune-policy", "MODEL", "--policy", "ffn-skip", "--target", "kl=1", "--out", "p.json"],
             "not of the form kl<=",

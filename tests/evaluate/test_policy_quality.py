@@ -128,6 +128,13 @@ def test_a_target_that_is_none_is_refused(text: str) -> None:
         Goal.parse(text)
 
 
+@pytest.mark.parametrize("text", ["top1>=1.01", "perplexity<=0.99"])
+def test_a_target_that_the_plain_model_misses_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="more than the plain model keeps"):
+        Goal.parse(text)
+    assert Goal.parse("top1>=1").bound == Goal.parse("perplexity<=1").bound == 1.0
+
+
 def test_speed_is_timed_in_turns_and_leaves_the_model_plain() -> None:
     model = build("llama")
     workloads = [

@@ -30,7 +30,7 @@ from billhook.plan.record import Workload
 from billhook.recipes import compare_policies as walk
 from billhook.recipes.compare_policies import STANDARD, compare_policies
 from billhook.recipes.workplace import workplace
-from billhook.runtime import first_router
+from billhook.runtime import first_router, mixture_of_depths
 from billhook.runtime.catalogue import policy_of
 from billhook.runtime.policy import Policy
 
@@ -70,8 +70,9 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         patch.setattr(name, value)
     patch.setattr("billhook.evaluate.questions.PROBES", {n: PROBES[n] for n in ("counting on", "recall by key")})
-    train = first_router.train_routers
-    patch.setattr(first_router, "train_routers", lambda *args, **kwargs: train(*args, **{**kwargs, "steps": 2}))
+    for module, name in ((first_router, "train_routers"), (mixture_of_depths, "train_depth_routers")):
+        train = getattr(module, name)
+        patch.setattr(module, name, lambda *args, train=train, **kwargs: train(*args, **{**kwargs, "steps": 2}))
     timed = walk.generation_speed
     patch.setattr(walk, "generation_speed", lambda *args, **kwargs: timed(*args, workload=SHORT, **kwargs))
 
@@ -149,8 +150,28 @@ def test_the_command(tiny_lm: Path, tmp_path: Path) -> None:
     assert "never costs as little as 50%" in refused["refused"]
     told = [line for line in result.stderr.splitlines() if not line.startswith("billhook:")]  # no heartbeat
     assert len(told) == len(found["entries"])  # headings and all but the plain model
+    shared = next(e for e in found["entries"] if e["policy"] == "kv-share")
+    assert (shared["asked"], shared["savings"]["kv_bytes"]) == ("", pytest.approx(3 / 5))  # it spares no work
     again = billhook("policies", "compare", tiny_lm, "--out", out)
     assert (again.exit_code, "already exists" in again.stderr) == (2, True)
+
+
+def test_a_policy_that_spares_cache_is_held_against_skipping_at_the_same_cache(tiny_lm: Path, tmp_path: Path) -> None:
+    """Three of five blocks keep keys and values: by sharing in spans of two, or by skipping two."""
+    policies = ("static-skip", "kv-share", "ffn-skip:first=1,last=0,warmup=0")
+    found = compare_policies(tiny_lm, out=tmp_path / "out", budgets="kv_bytes=0.6", policies=policies)
+    caches = {e.name: e.savings.kv_bytes for e in found.at("kv_bytes=0.6") if e.savings}
+    assert caches == dict.fromkeys(
+        ["at random (seed 0)", "at random (seed 1)", "even-skip", "static-skip", "kv-share"], pytest.approx(0.6)
+    )
+    (given,) = [e for e in found.at("") if not e.baseline]
+    assert (given.policy, given.savings and given.savings.kv_bytes) == ("ffn-skip", 1.0)
+    assert next(e for e in found.entries if e.policy == "kv-share").parameters["span"] == 2
+
+
+def test_the_help_names_all_that_come_along() -> None:
+    said = " ".join(billhook("policies", "compare", "--help").stdout.replace("│", " ").split())
+    assert all(text.partition(":")[0] in said for text in STANDARD)
 
 
 @pytest.mark.parametrize(

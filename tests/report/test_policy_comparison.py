@@ -82,6 +82,21 @@ def test_what_leaves_the_text_alone_and_is_faster_comes_first() -> None:
     assert "worth it here" in said[1]
 
 
+def test_what_spares_cache_is_advised_at_its_budget_and_owes_no_time() -> None:
+    found = policy_comparison()
+    entry = at(found, "ffn-skip")
+    sharing = {"name": "kv-share", "asked": "kv_bytes=0.5", **timed(entry, 0.9)}
+    entries = (*found.entries, entry.model_copy(update=sharing))
+    found = found.model_copy(update={"entries": entries, "budgets": (*found.budgets, "kv_bytes=0.5")})
+    first, *rest = policy_recommendation(found)
+    assert first.startswith("Use ffn-skip: of those that save time at every amount of work")
+    assert any(said.startswith("At kv_bytes=0.5, kv-share has the lowest perplexity") for said in rest)
+    assert not any("kv-share" in said for said in rest if said.startswith("Leaves out work"))
+    assert "<h2>Keeping 50.0% of the cache</h2>" in policy_comparison_page(found)
+    alone = found.model_copy(update={"entries": entries[-1:], "budgets": ("kv_bytes=0.5",)})
+    assert policy_recommendation(alone)[0].startswith("At kv_bytes=0.5, kv-share has the lowest perplexity")
+
+
 def test_where_nothing_saves_time_the_plain_model_runs() -> None:
     found = policy_comparison()
     for entry in [e for e in found.entries if e.timing]:
@@ -103,5 +118,5 @@ def test_the_page_holds_every_figure_and_how_to_make_it_again() -> None:
 def test_a_line_of_the_live_table() -> None:
     found = policy_comparison()
     words = line(at(found, "static-skip")).split()
-    assert words == ["static-skip", "flops=0.9", "90.0%", "1.25×", "1.50×", "35.0%"]
+    assert words == ["static-skip", "flops=0.9", "90.0%", "100.0%", "1.25×", "1.50×", "35.0%"]
     assert line(at(found, "lora-drop", "flops=0.8")).endswith("never so cheap")

@@ -81,6 +81,9 @@ def test_even_skip_keeps_the_ends_and_as_many_as_the_target_says() -> None:
     kept = policy.kept(30)  # type: ignore[attr-defined]
     assert (kept[0], kept[-1], len(kept)) == (0, 29, 20)
     assert {b - a for a, b in pairwise(kept)} == {1, 2}
+    assert policy_of("even-skip:speedup=1.25").kept(5) == [0, 1, 3, 4]  # type: ignore[attr-defined]  # 4/3, 8/3
+    assert policy_of("even-skip:speedup=1.3").kept(4) == [0, 1, 2, 3]  # type: ignore[attr-defined]  # ceil
+    assert policy_of("even-skip:speedup=1.4").kept(4) == [0, 2, 3]  # type: ignore[attr-defined]  # 3/2 goes up
     with pytest.raises(InputError, match="fewer than the first and the last"):
         policy_of("even-skip:speedup=20").attach(build("llama"))
 

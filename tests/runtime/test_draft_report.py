@@ -34,6 +34,8 @@ def test_it_stops_when_it_is_slower() -> None:
         assert report.slower() == (window == 1)
     assert report.speedup == pytest.approx(0.8)
     assert report.acceptance == 0.25 and report.tokens_per_verify == 2
+    report.search_seconds = 40.0  # 32 tokens in 40 seconds, and in 80 with the search
+    assert report.speedup == pytest.approx(0.4)
 
 
 def test_one_slow_window_does_not_stop_it() -> None:

@@ -241,6 +241,14 @@ def test_lora_drop_never_reuses_the_state_of_another_text() -> None:
         LoraDrop(rank=3).attach(model)
 
 
+def test_without_blocks_lora_drop_reuses_the_middle_half() -> None:
+    seven = discover(build("gemma3"))
+    assert [address.block for address in LoraDrop().chosen(seven)] == [1, 2, 3, 4, 5]
+    assert [address.block for address in LoraDrop(blocks="3+1-2+2").chosen(seven)] == [1, 2, 3]
+    with pytest.raises(InputError, match="there is no block 7; the decoder has 0 to 6"):
+        LoraDrop(blocks="7").chosen(seven)
+
+
 def test_the_low_rank_map_is_the_best_of_its_rank() -> None:
     """On a planted map of rank 2 it is found; and no random map of rank 1 does better than the fitted one."""
     generator = torch.Generator().manual_seed(1)

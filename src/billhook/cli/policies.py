@@ -87,10 +87,11 @@ def _allowed(schema: dict[str, Any]) -> str:
     return f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
 
 
-_WORK = "The work of a generated token, as shares of the plain model's: flops=0.9,0.8,0.7."
+_BUDGETS = "A generated token's work or cache, as shares of the plain model's: flops=0.9,0.8,kv_bytes=0.5."
 _TAKING_PART = (
     "A policy to take part: NAME, NAME:parameter=value,... or a .json file; give it again for more. "
-    "If not given: static-skip, ffn-skip, voids, similarity-exit, lora-drop, first-router and self-speculation."
+    "If not given: static-skip, ffn-skip, neuron-experts, voids, similarity-exit, lora-drop, first-router, "
+    "mixture-of-depths, kv-share and self-speculation."
 )
 
 
@@ -101,7 +102,7 @@ def compare(
     policy: Annotated[
         list[str] | None, typer.Option(metavar="NAME|FILE", show_default=False, help=_TAKING_PART)
     ] = None,
-    budget: Annotated[str, typer.Option(metavar="flops=NUMBER,...", help=_WORK)] = "flops=0.9,0.8,0.7",
+    budget: Annotated[str, typer.Option(metavar="flops=NUMBER,...", help=_BUDGETS)] = "flops=0.9,0.8,0.7",
     calibration: options.Calibration = "builtin",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -113,7 +114,8 @@ def compare(
     """Run MODEL under several policies at each amount of work, and say which costs least for the time that it saves.
 
     DIR gets comparison.html and comparison.json. The plain model and blocks skipped evenly and at random always take
-    part. Dials are turned on your text, everything is judged on other text, by perplexity and by exact answers.
+    part. Dials are turned on your text, to the budgets of what a policy spares (work; cache for kv-share, which without
+    a kv_bytes budget runs as it is given); everything is judged on other text, by perplexity and by exact answers.
     An interrupted run continues where it was when the same command is given again.
 
     [dim]Example:[/] billhook policies compare demo --budget flops=0.9,0.8 --out out/policies

@@ -13,7 +13,7 @@ from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
 from billhook.report.numbers import number, percent
 from billhook.report.policy_recommendation import policy_recommendation
 
-_HEADINGS = f"{'policy':<26} {'work':<10} {'FLOPs':>7} {'faster':>7} {'perplexity':>11} {'exact':>7}"
+_HEADINGS = f"{'policy':<24} {'asked':<12} {'FLOPs':>6} {'cache':>6} {'faster':>7} {'perplexity':>11} {'exact':>7}"
 
 
 class LiveTable:
@@ -31,12 +31,13 @@ class LiveTable:
 
 def line(entry: PolicyEntry) -> str:
     """The figures of an entry, or why there are none."""
-    name = f"{entry.name:<26} {entry.asked or 'as given':<10}"
+    name = f"{entry.name:<24} {entry.asked or 'as given':<12}"
     if entry.refused:
         return f"{name} {entry.refused}"
-    flops = percent(entry.savings.flops) if entry.savings else "–"
+    saved = (entry.savings.flops, entry.savings.kv_bytes) if entry.savings else ()
+    flops, cache = map(percent, saved) if saved else ("–", "–")
     exact = percent(entry.exact) if entry.exact is not None else "as plain"
-    return f"{name} {flops:>7} {entry.speedup:>6.2f}× {number(entry.damage):>10}× {exact:>7}"
+    return f"{name} {flops:>6} {cache:>6} {entry.speedup:>6.2f}× {number(entry.damage):>10}× {exact:>7}"
 
 
 def advice(comparison: PolicyComparison, out: Path) -> Text:
@@ -46,6 +47,6 @@ def advice(comparison: PolicyComparison, out: Path) -> Text:
 
 
 def table(comparison: PolicyComparison) -> Text:
-    """All entries, by amount of work and then by damage."""
+    """All entries, by budget and then by damage."""
     rows = [line(entry) for budget in (*comparison.budgets, "") for entry in comparison.at(budget)]
     return Text("\n".join([_HEADINGS, *(printable(row) for row in rows)]))

@@ -26,11 +26,15 @@ class Goal:
 
     @classmethod
     def parse(cls, text: str) -> Goal:
-        """Read ``kl<=0.05``, ``top1>=0.95`` or ``perplexity<=1.1``; InputError for anything else."""
+        """Read ``kl<=0.05``, ``top1>=0.95`` or ``perplexity<=1.1``; InputError for anything else, and for a bound that
+        the plain model itself misses."""
         found = _FORM.fullmatch(text.replace(" ", ""))
         if not found or _SIGN[found[1]] != found[2]:
             raise InputError(f"target {text!r} is not of the form kl<=0.05, top1>=0.95 or perplexity<=1.1")
-        return cls(found[1], float(found[3]))
+        figure, bound = found[1], float(found[3])
+        if (figure == "top1" and bound > 1) or (figure == "perplexity" and bound < 1):
+            raise InputError(f"target {text!r} is more than the plain model keeps, for which {figure} is 1")
+        return cls(figure, bound)
 
     def of(self, evidence: TextEvidence) -> float:
         figures = {"kl": evidence.kl, "top1": evidence.top1, "perplexity": evidence.perplexity_ratio}

@@ -18,10 +18,11 @@ class _Record(BaseModel):
 class PolicyEntry(_Record):
     """One policy at one setting: the work that it left out, how fast the model then wrote, and how well.
 
-    ``name`` tells it from the others. ``asked`` is the work that its dial was turned for (``flops=0.8``), empty where
-    the setting was given. ``baseline`` marks a choice that looks at nothing, the plain model included. ``timing`` is
-    one call of ``generate`` against the plain model in turns. A policy that leaves the text as it is has ``drafting``
-    in place of savings, evidence and probes. Where it is not possible on this model, ``refused`` says why.
+    ``name`` tells it from the others. ``asked`` is the work or the cache that its dial was turned for (``flops=0.8``,
+    ``kv_bytes=0.5``), empty where the setting was given. ``baseline`` marks a choice that looks at nothing, the plain
+    model included. ``timing`` is one call of ``generate`` against the plain model in turns. A policy that leaves the
+    text as it is has ``drafting`` in place of savings, evidence and probes. Where it is not possible on this model,
+    ``refused`` says why.
     """
 
     name: str
@@ -58,7 +59,7 @@ class PolicyEntry(_Record):
 
 
 class PolicyComparison(_Record):
-    """Every policy at every amount of work, on one model and the same text."""
+    """Every policy at every amount of what it spares, on one model and the same text."""
 
     schema_version: Literal[1] = 1
     model: str
@@ -73,7 +74,7 @@ class PolicyComparison(_Record):
     seconds: dict[str, float] = {}
 
     def at(self, budget: str) -> list[PolicyEntry]:
-        """The entries at an amount of work (or, for "", as given), the least damaged first."""
+        """The entries at a budget (or, for "", as given), the least damaged first."""
         met = (entry for entry in self.entries if entry.asked == budget and not entry.refused)
         return sorted(met, key=lambda entry: (entry.damage, -entry.speedup, entry.name))
 

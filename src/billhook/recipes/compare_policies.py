@@ -21,6 +21,7 @@ from billhook.models import building, check_out, fingerprint
 from billhook.plan.budget import Budget, split_budgets
 from billhook.plan.errors import InputError
 from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
+from billhook.plan.policy_record import Savings
 from billhook.plan.record import ProbeEvidence
 from billhook.recipes import catalogue
 from billhook.recipes import policy as walk
@@ -38,7 +39,8 @@ Progress = Callable[[str, int, int], None]
 Chosen = Callable[[], Policy]
 
 STANDARD = (
-    "static-skip", "ffn-skip", "voids", "similarity-exit", "lora-drop:rank=8", "first-router", "self-speculation",
+    "static-skip", "ffn-skip", "neuron-experts", "voids", "similarity-exit", "lora-drop:rank=8", "first-router",
+    "mixture-of-depths", "kv-share", "self-speculation",
 )  # fmt: skip
 """Those that take part where none is named; ``static-skip`` without units skips the blocks of least influence."""
 TURNED_TOKENS = 4 * walk.LENGTH
@@ -76,9 +78,10 @@ def compare_policies(
     """Hold ``policies`` (by default ``STANDARD``) and the baselines against the plain model, all on the same text, and
     leave ``comparison.json`` and ``comparison.html`` in ``out``.
 
-    ``budgets`` is the work of a generated token, as in "flops=0.9,0.8". A policy with a dial has it turned to each of
-    them, on a piece of the calibration text, which also fits what wants to be fitted; one without, or one that says
-    itself where its dial stands, as a file of ``tune-policy`` does, runs as it is given.
+    ``budgets`` is the work of a generated token or its cache, as in "flops=0.9,0.8,kv_bytes=0.5". A policy with a dial
+    has it turned to each budget of what it spares, on a piece of the calibration text, which also fits what wants to be
+    fitted; one without, one whose kind of budget is not asked for, and one that says itself where its dial stands, as
+    a file of ``tune-policy`` does, runs as it is given.
     Baselines: the plain model, blocks skipped evenly, and at random (drawn several times). Every setting is judged on
     text that nothing was fitted on: perplexity and divergence while text is generated, exact answers to questions
     written token by token, and one call of ``generate``, timed in turns with the plain model. ``told`` hears of each
@@ -149,11 +152,17 @@ class _Bench:
             Judge(model.model, model.anatomy, text, domain=domain, progress=progress) for domain, text in self.texts
         ]
         self._fitted: dict[str, Policy] = {}
-        self._flops: dict[tuple[str, str], float] = {}
+        self._savings: dict[tuple[str, str], Savings] = {}
 
     def turned(self, text: str, policy: Policy, budget: str) -> Policy:
         """A policy fitted once, its dial turned to the budget."""
-        return turned_to(self.fitted(text, policy), Budget.parse(budget).limits[0].amount, self._cost)
+        (limit,) = Budget.parse(budget).limits
+
+        def cost(setting: Policy) -> float:
+            found: float = getattr(self._saved(setting), limit.kind)
+            return found
+
+        return turned_to(self.fitted(text, policy), limit.amount, cost, limit.kind)
 
     def fitted(self, text: str, policy: Policy) -> Policy:
         """A policy as it is given, with what it wants to know from text."""
@@ -161,14 +170,14 @@ class _Bench:
             self._fitted[text] = walk.fit_on_text(policy, self.model, self._source, self._seed)
         return self._fitted[text]
 
-    def _cost(self, setting: Policy) -> float:
+    def _saved(self, setting: Policy) -> Savings:
         key = setting.name, setting.model_dump_json()
-        if key not in self._flops:
-            self._flops[key] = self._turning(setting)[1].flops
-        return self._flops[key]
+        if key not in self._savings:
+            self._savings[key] = self._turning(setting)[1]
+        return self._savings[key]
 
     def skipping(self, recipe: str, budget: str, seed: int) -> Policy:
-        """As few blocks skipped as bring a token's work to the budget, chosen by a recipe."""
+        """As few blocks skipped as bring a token's work or cache to the budget, chosen by a recipe."""
         outline, tokens = self.model.anatomy.outline, self.seen.ids.shape[1]
         problem = search.pose(
             outline, Budget.parse(budget), "block", stack="decoder", prompt_tokens=1, new_tokens=tokens
@@ -214,7 +223,8 @@ class _Bench:
 
 
 def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, seed: int) -> list[_Part]:
-    """Baselines first, then each policy at each budget, or once where there is nothing to turn."""
+    """Baselines first, then each policy at each budget of what it spares, or once where there is nothing to turn.
+    Blocks skipped for good spare work and cache."""
     parts: list[_Part] = []
     for budget in budgets:
         for draw in range(seed, seed + RANDOM_SEEDS):
@@ -227,10 +237,10 @@ def _parts(chosen: dict[str, Policy], budgets: Sequence[str], bench: _Bench, see
             continue  # stands among the baselines
         influence = isinstance(policy, StaticSkip) and not policy.units
         as_given = policy.dial is None or policy.dial[0] in policy.model_fields_set
-        if as_given and not influence:
+        own = [b for b in budgets if influence or (not as_given and Budget.parse(b).limits[0].kind == policy.spares)]
+        if not own:
             parts.append(_Part(text, policy.name, "", False, partial(bench.fitted, text, policy), _told(policy)))
-            continue
-        for budget in budgets:
+        for budget in own:
             setting = (
                 partial(bench.skipping, "block-influence", budget, seed)
                 if influence
@@ -247,10 +257,13 @@ def _told(policy: Policy) -> dict[str, object]:
 
 
 def _work(text: str) -> list[str]:
-    """Amounts of work; InputError for any other budget."""
+    """Amounts of work or cache; InputError for any other budget."""
     budgets = split_budgets(text)
     for budget in budgets:
         (limit,) = Budget.parse(budget).limits
-        if limit.kind != "flops" or not limit.relative:
-            raise InputError(f"budget {budget}: policies are compared at shares of the work, as in flops=0.9,0.8,0.7")
+        if limit.kind not in ("flops", "kv_bytes") or not limit.relative:
+            raise InputError(
+                f"budget {budget}: policies are compared at shares of the work or of the cache, as in "
+                f"flops=0.9,0.8,kv_bytes=0.5"
+            )
     return budgets

@@ -34,7 +34,7 @@ def generate(
 ) -> Answer:
     """The greedy answer of a model, compressed ones included, to one prompt; without the prompt; under a run-time
     ``policy`` where one is named."""
-    chosen = policy_of(policy) if policy else None
+    chosen = None if policy is None else policy_of(policy)
     model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with chosen.attach(model.model, model.anatomy) if chosen else nullcontext() as attached:
         text = evaluate.generate(model.model, model.tokenizer, prompt, max_new_tokens=max_new_tokens)

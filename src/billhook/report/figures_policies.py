@@ -57,7 +57,7 @@ def _against_speed(
     for name, entries in lines.items():
         if not entries:
             continue
-        entries = sorted(entries, key=lambda e: e.asked, reverse=True)
+        entries = sorted(entries, key=lambda e: e.asked.rpartition("=")[2], reverse=True)
         base = entries[0].baseline
         colour = OTHER if base else COMPRESSED if name in on_front else CUT
         low = [e.speedup - e.timing.speedup.low if e.timing else 0.0 for e in entries]

@@ -26,9 +26,13 @@ def write_policy_comparison(comparison: PolicyComparison, folder: Path) -> None:
     (folder / "comparison.html").write_text(policy_comparison_page(comparison), encoding="utf-8")
 
 
-def work_in_words(budget: str) -> str:
-    """``flops=0.8`` as "80.0% of the work"."""
-    return f"{percent(float(budget.partition('=')[2]))} of the work" if budget else "as given"
+def budget_in_words(budget: str) -> str:
+    """``flops=0.8`` as "Running 80.0% of the work"."""
+    kind, _, share = budget.partition("=")
+    if not kind:
+        return "As given"
+    words = "Keeping {} of the cache" if kind == "kv_bytes" else "Running {} of the work"
+    return words.format(percent(float(share)))
 
 
 def setting(entry: PolicyEntry) -> str:
@@ -51,7 +55,7 @@ def _context(comparison: PolicyComparison) -> dict[str, Any]:
         "pictures": drawn,
         "parts": [
             {
-                "name": f"Running {work_in_words(budget)}" if budget else "As given",
+                "name": budget_in_words(budget),
                 "stacks": _grids(comparison, comparison.at(budget)),
                 "entries": [(entry, entry in front, setting(entry)) for entry in comparison.at(budget)],
                 "refused": [(e.name, e.refused) for e in comparison.entries if e.asked == budget and e.refused],

@@ -13,13 +13,16 @@ LIKELY = 1.1
 
 def policy_recommendation(comparison: PolicyComparison) -> list[str]:
     """At least one sentence: the best policy overall, those that leave the text as it is, the best at each amount of
-    work, and then who saves no time, who is no better than skipping evenly, and whose losses likelihood hides."""
+    work and of cache, and then who saves no time though it leaves out work, who is no better than skipping evenly, and
+    whose losses likelihood hides."""
     budgets = [budget for budget in comparison.budgets if any(not e.baseline for e in comparison.at(budget))]
+    work = [budget for budget in budgets if budget.startswith("flops")]
     free = [entry for entry in comparison.at("") if entry.drafting is not None]
-    sentences = [_overall(comparison, budgets, free)]
+    sentences = [_overall(comparison, work, free)] if work or not budgets else []  # time is no aim of sparing cache
     sentences += [_unchanged(entry) for entry in free]
     sentences += [_at(comparison, budget) for budget in budgets]
-    slow = [f"{_called(e)} ({number(e.speedup)}×)" for e in _looking(comparison) if e.savings and not _faster(e)]
+    lazy = [e for e in _looking(comparison) if e.savings and e.asked.partition("=")[0] != "kv_bytes"]
+    slow = [f"{_called(e)} ({number(e.speedup)}×)" for e in lazy if not _faster(e)]
     if slow:
         sentences.append(f"Leaves out work and saves no time here: {', '.join(slow)}.")
     idle = _idle(comparison)

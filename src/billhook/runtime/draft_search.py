@@ -25,9 +25,11 @@ class SkipSearch:
 
     The objective is *matchness*: the share of the last ``window`` verified tokens that the draft would have drafted,
     judged in one parallel pass on top of the verified cache. Candidates are random sets, exchanges of one unit of the
-    best, and in every third place what maximises the expected improvement under a Gaussian process. The paper leaves
-    that to a library; here the kernel between two sets is exp(-d / n), d the units in which they differ and n their
-    size, the prior variance that of the scores so far, the noise that of a share of ``window`` tokens.
+    best, and in every third place what maximises the expected improvement under a Gaussian process. There a candidate
+    of 25 is chosen like that, by a library, and the others are random sets. Chosen here: the exchanges, every third,
+    since ``trials`` are few, and the process: the kernel between two sets is exp(-d / n), d the units in which they
+    differ and n their size, the prior variance that of the scores so far, the noise that of a share of ``window``
+    tokens.
 
     ``done`` when the best matches ``target`` of a window, or after ``trials`` candidates. The same seed and scores
     propose the same sets.

@@ -83,11 +83,11 @@ class _Saturation:
         pass
 
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
-        if not self._looking:
-            return
+        if not self._looking or block.address.block + 1 not in self._middle:
+            return  # nothing follows that a look could spare
         # one small product and one transfer: a look has to cost far less than the MLP that it may spare
         pair = torch.cat((before, after), dim=1).float()
-        for row, ((b, shared), (_, a)) in enumerate((pair @ pair.mT).tolist()):
+        for row, ((b, shared), (_, a)) in enumerate(torch.bmm(pair, pair.mT).tolist()):
             turned = shared <= self._policy.threshold * math.sqrt(a * b)
             if not turned and not self._skipped[row]:
                 self._left[row] = self._policy.span

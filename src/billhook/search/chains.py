@@ -65,8 +65,8 @@ def find_chains(
     here and the search sees it: like the paper's, this says what depth could do, it is no policy for unseen text.
 
     Source: CoLa (arXiv 2507.07996): Monte Carlo tree search over skipped and looped spans of layers, correctness traded
-    against length. Chosen here: the price, and an answer as greedy tokens. Cost: one forward of every sample a
-    simulation. InputError without samples.
+    against length. Chosen here: the lengths of spans, that the reward pays for length, the price, and an answer as
+    greedy tokens. Cost: one forward of every sample a simulation. InputError without samples.
     """
     if not samples:
         raise InputError("a chain of layers is looked for on at least one sample")

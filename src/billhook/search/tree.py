@@ -40,9 +40,8 @@ def tree_search(
     Each simulation goes down from the root by UCT (Kocsis and Szepesvari 2006) to a node with moves untried, tries one
     of them at random, and hands its reward up. There is no rollout: a state's own reward is known, so nothing is played
     out at random. A state reached along two ways is two nodes but asked for its reward once, which is what costs: at
-    most
-    ``simulations`` + 1 rewards. The same seed gives the same search. Rewards should lie between 0 and 1, which is what
-    ``exploration`` (c) is scaled for.
+    most ``simulations`` + 1 rewards. The same seed gives the same search. Rewards should lie between 0 and 1, which is
+    what ``exploration`` (c) is scaled for.
     """
     draw = random.Random(seed)
     known: dict[State, float] = {}
