@@ -74,7 +74,7 @@ def measured(source: str, tokens: int, name: str) -> Cost:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = now()
-    _, record, _ = narrow(recipe, b.model, problem, windows, Trace(), seed=0, progress=None)
+    _, _, record, _ = narrow(recipe, b.model, problem, windows, windows, Trace(), seed=0, progress=None)
     seconds = now() - begun
     done.set()
     watcher.join()

@@ -87,6 +87,16 @@ def test_work_is_really_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == []
 
 
+@torch.no_grad()
+def test_a_share_at_the_threshold_is_not_below_it() -> None:
+    model, anatomy, _ = ready("mixtral")
+    address, mixture = next(iter(_mixtures(anatomy).items()))
+    picked, halves = torch.tensor([[0, 3], [2, 1]]), torch.full((2, 2), 0.5)
+    with ExpertSkip(text=0.5).attach(model, anatomy) as attached:
+        model.get_submodule(mixture.experts)(torch.ones(2, 32), picked, halves)
+        assert (attached.counts.picked[address], attached.counts.left_out[address]) == (4, 0)
+
+
 def test_importance_is_what_the_output_misses() -> None:
     """A mixture whose experts write nothing has no importance, the one that matters most has 1."""
     model = build("mixtral")

@@ -118,6 +118,7 @@ def test_other_budgets(budget: str) -> None:
     ("budget", "unit", "target", "words"),
     [
         ("params=0.2", "neuron", Target.REMOTE, "cannot be met"),
+        ("params=0.01", "width", Target.REMOTE, "with every neuron or group of"),
         ("kv_bytes=0.9", "neuron", Target.REMOTE, "cannot be met"),
         ("params=0.8", "group", Target.DECI, "no group"),
         ("until=cliff", "neuron", Target.REMOTE, "single steps"),

@@ -126,7 +126,7 @@ def test_a_plan_with_the_masks_keeps_to_budget_and_pattern(by: By, pattern: tupl
     assert (again.edits, again.arrays) == (found.edits, found.arrays)
 
 
-@pytest.mark.parametrize(("name", "block"), [("llama", 1), ("gemma4", 5)])
+@pytest.mark.parametrize(("name", "block"), [("llama", 1), ("llama", 4), ("gemma4", 5)])
 def test_wanda_compares_within_outputs_on_what_sparse_blocks_give(name: str, block: int) -> None:
     """By plain hooks: the first block sees the dense stream, a later one what those before it, made sparse, write, and
     the keys and values that they lend."""

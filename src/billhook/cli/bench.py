@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from billhook.cli import options
 from billhook.cli.output import print_json, print_views, run_json
@@ -72,4 +73,4 @@ def bench(
         return
     from billhook.cli import tables
 
-    print_views(tables.compared(run))
+    print_views(tables.compared(run), *(Text(timing.engine, style="dim") for timing in run.timings[:1]))

@@ -42,6 +42,9 @@ def compress(
 ) -> None:
     """Cut MODEL down to a budget, heal what is left, compare the result with MODEL, and write both to DIR.
 
+    The recipe says what goes: whole blocks, attentions and MLPs, or what is inside them (heads, neurons, experts,
+    hidden channels, single weights, ranks of linears).
+
     DIR gets the smaller checkpoint, billhook.json (the plan and all that was measured), a model card and report.html.
     An interrupted run continues where it was when the same command is given again.
 

@@ -14,6 +14,7 @@ from billhook.evaluate.causal import positions, require_causal
 from billhook.evaluate.ideal import kept_share, without_blocks
 from billhook.evaluate.intervals import quartiles
 from billhook.evaluate.memory import memory_of
+from billhook.evaluate.semi_structured import semi_structured
 from billhook.evaluate.workload import fitting, prompt_ids, ready
 from billhook.measure.latency import interleaved
 from billhook.measure.patch import observing
@@ -46,6 +47,9 @@ def bench(
     of t / (t_outside + (t - t_outside) × share of blocks kept), with t the dense time and t_outside that of the dense
     model without its blocks in the same round; it takes the blocks to cost the same.
 
+    Weights of the compressed model that are 2:4 sparse go through torch's semi-structured kernels where a GPU has them
+    (see ``semi_structured``); ``engine`` then says in how many linears.
+
     Cache bytes are those of the real cache at the end of the workload. Peak bytes are known on CUDA alone (None
     elsewhere): the highest allocation during one run above what was there before, over all devices of the model, plus
     the model's own weights. Cost: (rounds + 2) runs of every workload by both models, and of the dense one without its
@@ -62,9 +66,10 @@ def bench(
     share = None if plan is None else kept_share(dense, plan)
     total = len(workloads) * (rounds + 1)
     done = count(1)
-    with observing(dense), observing(compressed):
+    with observing(dense), observing(compressed), semi_structured(compressed) as sparse:
+        where = engine(dense) + (f", 2:4 kernels in {sparse} linears of the compressed model" if sparse else "")
         return tuple(
-            _time(dense, compressed, workload, rounds, share, _tick(progress, workload, done, total))
+            _time(dense, compressed, workload, rounds, share, where, _tick(progress, workload, done, total))
             for workload in workloads
         )
 
@@ -75,6 +80,7 @@ def _time(
     workload: Workload,
     rounds: int,
     share: float | None,
+    where: str,
     tick: Callable[[], None],
 ) -> Timing:
     ids = prompt_ids(workload, dense)
@@ -94,7 +100,7 @@ def _time(
     tokens = workload.batch * (workload.new_tokens or workload.prompt_tokens)
     return Timing(
         workload=workload,
-        engine=engine(dense),
+        engine=where,
         rounds=rounds,
         dense_tokens_per_second=tokens / seconds["dense"],
         compressed_tokens_per_second=tokens / seconds["compressed"],

@@ -47,7 +47,10 @@ def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
     if id(thing) in seen:
         return
     seen.add(id(thing))
-    if isinstance(thing, Tensor):
+    if hasattr(thing, "__tensor_flatten__"):  # a tensor made of others, such as a sparse weight
+        for name in thing.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(thing, name), seen)
+    elif isinstance(thing, Tensor):
         yield thing
     elif isinstance(thing, dict):
         for value in thing.values():

@@ -89,7 +89,7 @@ def pose_width(
     check_target(target, outline)
     if budget.until_cliff:
         raise InputError(f"budget {budget} follows a path of single steps, and width has none: give an amount")
-    kinds = KINDS[unit]
+    kinds, asked = KINDS[unit], " or ".join(KINDS[unit])
     if target is Target.DECI:  # loaders want one number of query heads, and know no experts
         kinds = tuple(kind for kind in kinds if kind == "neuron")
     costs = costs or CostModel(outline)
@@ -107,7 +107,7 @@ def pose_width(
     where = f"this {outline.family} model" if stack is None else f"stack {stack} of this {outline.family} model"
     if not any(len(space.left) > 1 for space in spaces):
         reasons = sorted({f" ({s.rigid})" for _, s in outline.sublayers() if s.rigid}) or [""]
-        raise InputError(f"no {unit} of {where} can go for target {target}{reasons[0]}")
+        raise InputError(f"no {asked} of {where} can go for target {target}{reasons[0]}")
     problem = WidthProblem(
         outline, budget, dense, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM
     )
@@ -115,7 +115,7 @@ def pose_width(
     for kind_, ceiling in problem.ceilings.items():
         if not within(least[kind_], ceiling):
             raise InputError(
-                f"budget {budget} cannot be met: with every {unit} of {where} gone that may go, "
+                f"budget {budget} cannot be met: with every {asked} of {where} gone that may go, "
                 f"{kind_} is still {least[kind_] / dense[kind_]:.3f} of dense"
             )
     return problem
