@@ -63,6 +63,8 @@ def test_the_process_prefers_neighbours_of_what_was_good(anatomy: object) -> Non
     near[[int(good.argmax()), int((~good).argmax())]] = [False, True]
     expected = search._expected_improvement(np.stack([near, far]))
     assert expected[0] > expected[1]
+    worst = min(vectors, key=lambda bits: -(bits != good).sum())
+    assert search._expected_improvement(worst[None])[0] < 1e-3  # it is known to be far from the best
 
 
 def test_same_seed_same_sets(anatomy: object) -> None:

@@ -100,6 +100,8 @@ def test_the_nearest_before_it_of_its_kind_lends() -> None:
         KvShare(blocks="1-2").lenders(like)
     with pytest.raises(InputError, match="block 6 cannot share: it makes none"):
         KvShare(blocks="6").lenders(like)
+    with pytest.raises(InputError, match="there is no block 5; the decoder has 0 to 4"):
+        KvShare(blocks="2+5").attach(build("llama"))
 
 
 def test_windows_and_positions_are_not_mixed() -> None:

@@ -69,7 +69,11 @@ class KvShare(Policy):
         return found
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
-        lenders = self.lenders(kinds(model, anatomy))
+        like, last = kinds(model, anatomy), len(anatomy.stack(STACK).blocks) - 1
+        absent = [number for number in read_numbers(self.blocks) if number > last]
+        if absent:
+            raise InputError(f"policy kv-share: there is no block {absent[0]}; the decoder has 0 to {last}")
+        lenders = self.lenders(like)
         counts = Counts(borrowing=frozenset(Address(STACK, number, "attention") for number in lenders))
 
         def fit(undo: Undo) -> None:
