@@ -72,6 +72,25 @@ def test_peak_magnitude(llama, given) -> None:
     close(named("peak-magnitude-activation")(trace, anatomy)[MLP], relative * given["mlp"].square().mean(0).sqrt())
 
 
+def test_parameter_statistics(llama) -> None:
+    """By the matrix of correlations; of units that read alike the stronger one stays."""
+    layer, trace, anatomy = llama
+    rows = torch.cat([layer.mlp.up_proj.weight, layer.mlp.gate_proj.weight], 1).double()
+    variance, alike = rows.var(1, correction=0), rows.corrcoef().square()
+    shared = [
+        max([float(alike[u, v]) for v in range(len(rows)) if variance[v] > variance[u]] + [0.0]) for u in range(48)
+    ]
+    close(
+        named("parameter-statistics")(trace, anatomy)[MLP], variance * (1 - torch.tensor(shared, dtype=torch.float64))
+    )
+    model = build("llama")
+    with torch.no_grad():
+        for linear in (model.model.layers[2].mlp.gate_proj, model.model.layers[2].mlp.up_proj):
+            linear.weight[3] = -2 * linear.weight[7]
+    found = named("parameter-statistics")(WidthTrace.of(model, trace.units), anatomy)[MLP]
+    assert found[7] < 1e-5 * found.median() and found[3] > found.median()
+
+
 def test_wanda_and_activation(llama, given) -> None:
     layer, trace, anatomy = llama
     for address, linear in ((MLP, layer.mlp.down_proj), (ATTENTION, layer.self_attn.o_proj)):

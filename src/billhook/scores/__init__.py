@@ -13,6 +13,7 @@ from billhook.scores.fluctuation import fluctuation
 from billhook.scores.knockout import knockout
 from billhook.scores.lora_importance import lora_importance
 from billhook.scores.magnitude import magnitude
+from billhook.scores.parameter_statistics import parameter_statistics
 from billhook.scores.peak_magnitude import peak_magnitude, peak_magnitude_activation
 from billhook.scores.position_weighted import position_weighted
 from billhook.scores.registry import SCORES, InnerUnit, Score, Unit, named, score
@@ -40,6 +41,7 @@ __all__ = [
     "lora_importance",
     "magnitude",
     "named",
+    "parameter_statistics",
     "peak_magnitude",
     "peak_magnitude_activation",
     "position_weighted",
