@@ -104,11 +104,14 @@ def _costs(model: Opened, drafts: dict[str, Draft], context: int) -> dict[Any, f
     plain = cost["plain"]
     print(f"T {1e3 * plain:.0f} ms; V(k)/T: " + ", ".join(f"{k} {cost[k] / plain:.2f}" for k in DRAFTED))
     print(f"D/T; with k drafted: agreement to break even, agreement for {AIM}, speed if always right")
+    print("last: the least agreement for that if any number of tokens were verified in the time of one")
     for name in drafts:
         cells = []
         for k in DRAFTED:
             needed = (k * cost[name] + cost[k]) / plain
             cells.append(f"{k}: {_chance(needed, k)} {_chance(AIM * needed, k)} {(k + 1) / needed:.2f}")
+        free = (_chance(AIM * (k * cost[name] / plain + 1), k) for k in DRAFTED)
+        cells.append(min(free, key=lambda cell: (cell == "-", cell)))
         print(f"{name:<10} {cost[name] / plain:.2f}   " + "   ".join(cells), flush=True)
     return cost
 

@@ -29,6 +29,7 @@ from billhook.recipes.compare import RANDOM_SEEDS
 from billhook.recipes.find import find
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment
+from billhook.recipes.settings import COMPARED_QUESTIONS
 from billhook.recipes.workplace import claimed, keep
 from billhook.report.policy_comparison import write_policy_comparison
 from billhook.runtime.catalogue import policy_of
@@ -96,7 +97,7 @@ def compare_policies(
     clock = Stopwatch()
     with clock.step("load"):
         model = walk.open_causal(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    questions = posed(model.model, model.tokenizer)
+    questions = posed(model.model, model.tokenizer, COMPARED_QUESTIONS)
     with claimed(out) as place:
         with clock.step("plain model"):
             bench = _Bench(model, calibration, seed, place, progress)
@@ -215,6 +216,7 @@ class _Bench:
         parts: dict[str, object] = {
             "part": [part.name, part.policy, part.asked, dict(part.given)],
             "seed": self._seed,
+            "questions": COMPARED_QUESTIONS,
             "model": fingerprint(self.model.model),
             "environment": environment(self.model),
             "texts": [text.fingerprint for text in (self.seen, *(text for _, text in self.texts))],
