@@ -3,6 +3,7 @@ its parts replaced by hand."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from billhook.runtime.catalogue import policy_of
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.low_rank import fit_factors, reduced_rank
-from billhook.runtime.online import Pass
+from billhook.runtime.online import Pass, Skip, _settled
 from billhook.runtime.silence import idle_params, stream_out, with_stream
 from billhook.runtime.similarity_exit import SimilarityExit, _Exit
 from billhook.runtime.voids import Voids
@@ -168,6 +169,24 @@ def test_an_encoder_row_is_left_by_the_mean_cosine_of_its_real_tokens() -> None:
     assert skip.where.tolist() == [[True] * 4, [True] * 4, [False] * 4]
 
 
+def test_tokens_leave_a_decoder_one_by_one_and_none_comes_back() -> None:
+    """In the first block the second token turns round, in the next one the first: it has left and stays away."""
+    block = discover(build("llama")).stack("decoder").blocks[0]
+    trigger, now, stream = (
+        _Exit(SimilarityExit(decoder=0.9, first=1)),
+        Pass("decoder", 0, 2, 1, None),
+        torch.ones(1, 2, 4),
+    )
+    trigger.begin(now)
+    left = []
+    for turn in ([1.0, -1.0], [-1.0, 1.0]):
+        trigger.saw(block, stream, stream * torch.tensor(turn)[:, None], now)
+        skip = trigger.decide(block, stream, now)
+        assert skip is not None and skip.where is not None
+        left.append(skip.where.tolist())
+    assert left == [[[True, False]], [[True, True]]]
+
+
 def test_voids_have_one_map_for_reading_and_one_for_writing() -> None:
     model = build("qwen3")
     anatomy = discover(model)
@@ -204,6 +223,18 @@ def test_usage_is_traced_by_the_change_of_the_norm() -> None:
         Voids(threshold=0.1).attach(model)
 
 
+def test_padding_neither_asks_for_work_nor_leaves_any_out() -> None:
+    now = Pass("decoder", 0, 2, 2, torch.tensor([[False, True], [True, True]]))
+
+    def settled(*where: list[bool]) -> Skip | None:
+        return _settled(Skip(frozenset(["mlp"]), torch.tensor(where)), now)
+
+    agreed, some = settled([False, True], [True, True]), settled([False, True], [True, False])
+    assert agreed is not None and agreed.where is None
+    assert some is not None and some.where is not None
+    assert settled([True, False], [False, False]) is None
+
+
 @pytest.mark.parametrize("reuse", ["update", "state"])
 def test_lora_drop_reuses_the_last_token_and_refreshes(reuse: str) -> None:
     model = build("llama")
@@ -237,6 +268,12 @@ def test_lora_drop_never_reuses_the_state_of_another_text() -> None:
         assert torch.equal(decoded(model, IDS), first)
         one = decoded(model, IDS[:1])
     torch.testing.assert_close(one, first[:1], atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        _, longer = forward(model, IDS[:, :6])
+        plain, _ = forward(model, IDS[:, 6:], copy.deepcopy(longer))
+        with LoraDrop(blocks="1-3", period=5).attach(model, anatomy):
+            decoded(model, IDS[:, :4])
+            assert torch.equal(forward(model, IDS[:, 6:], longer)[0], plain)  # nothing that fits: all blocks run
     with pytest.raises(InputError, match="fitted on text first"):
         LoraDrop(rank=3).attach(model)
 
@@ -278,6 +315,17 @@ def test_the_fit_predicts_the_next_change_better_than_none() -> None:
     handle.remove()
     x, y = (t.double().diff(dim=1) for t in seen[0])
     assert (y - x - x @ (a @ b).T).norm() < 0.95 * (y - x).norm()
+
+
+@pytest.mark.parametrize("reuse", ["update", "state"])
+def test_a_correction_is_fitted_for_what_it_stands_beside(reuse: str) -> None:
+    model = build("llama")
+    anatomy, unit = discover(model), Address("decoder", 2)
+    windows = Windows.of(torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0)), "text")
+    policy = LoraDrop(blocks="2", rank=3, reuse=reuse).fitted(model, anatomy, windows)
+    wanted = fit_factors(model, anatomy, [unit], windows, rank=3, residual=reuse == "update")[unit]
+    assert all(torch.equal(mine, a) for mine, a in zip(policy.tensors().values(), wanted, strict=True))
+    assert policy.fitted(model, anatomy, windows) is policy
 
 
 def test_what_keys_and_values_do_not_need_is_left_out() -> None:

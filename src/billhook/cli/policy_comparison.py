@@ -34,8 +34,8 @@ def line(entry: PolicyEntry) -> str:
     name = f"{entry.name:<24} {entry.asked or 'as given':<12}"
     if entry.refused:
         return f"{name} {entry.refused}"
-    saved = (entry.savings.flops, entry.savings.kv_bytes) if entry.savings else ()
-    flops, cache = map(percent, saved) if saved else ("–", "–")
+    saved = entry.savings
+    flops, cache = (percent(saved.flops), percent(saved.kv_bytes)) if saved else ("–", "–")
     exact = percent(entry.exact) if entry.exact is not None else "as plain"
     return f"{name} {flops:>6} {cache:>6} {entry.speedup:>6.2f}× {number(entry.damage):>10}× {exact:>7}"
 

@@ -144,7 +144,7 @@ def split_budgets(text: str) -> list[str]:
         name, equals, number = part.strip().rpartition("=")
         kind = name if equals else kind
         if not kind:
-            raise InputError(f"budgets {text!r} do not begin with a kind; write params=0.9,0.8,0.7")
+            raise InputError(f"budgets {text!r} do not begin with a kind; write KIND=0.9,0.8")
         budget = Budget.parse(f"{kind}={number}")
         if budget.until_cliff or budget.latency is not None:
             raise InputError(f"budget {budget} ends elsewhere for each method; a comparison needs amounts in advance")
