@@ -143,6 +143,17 @@ def test_the_reported_error_is_that_of_the_healed_model(name: str) -> None:
     assert healing.refits[-1].after == pytest.approx(error, rel=1e-3)
 
 
+def test_a_mixture_that_balances_its_experts_heals_as_any_other() -> None:
+    """Its forward adds up the routers' choices, of which there are none where only the head runs."""
+    model = build("mixtral")
+    anatomy = discover(model)
+    drops = inner(anatomy, "decoder")
+    plain = closed_form(model, anatomy, drops, windows())
+    model.config.output_router_logits = True
+    balanced = closed_form(model, anatomy, drops, windows())
+    assert plain.tensors and all(torch.equal(plain.tensors[name], balanced.tensors[name]) for name in plain.tensors)
+
+
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "gpt2", "granite", "falcon", "gpt_neox_sequential"])
 def test_a_linear_sublayer_comes_back_whole(name: str) -> None:
     """The dropped MLP writes a linear function of what the attention before it has at its write linear, so the refit

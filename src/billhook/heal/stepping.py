@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.types import Stack, Sublayer
 from billhook.heal.places import Place
-from billhook.measure.batches import real_tokens
+from billhook.measure.batches import for_the_head, real_tokens
 from billhook.measure.patch import (
     Forward,
     Reached,
@@ -80,9 +80,8 @@ class Batches:
         tails = [self.tails[0].get(i) for i in range(len(self._blocks))]
         blocks = [(block, partial(hand_on, tail=tail)) for block, tail in zip(self._blocks, tails, strict=True)]
         blocks[-1] = self._blocks[-1], partial(put_in, stream=stream[None], tail=tails[-1])
-        cached = {"use_cache": False} if "use_cache" in self.batches[0] else {}
         with observing(self.model), overridden(blocks):
-            return torch.as_tensor(self.model(input_ids=ids[None], **cached).logits)[0]
+            return torch.as_tensor(self.model(**for_the_head(self.model, ids)).logits)[0]
 
     def _forward(
         self,

@@ -48,6 +48,16 @@ def _grouped(source: Windows | Iterable[Batch], model: Any, tokens_at_once: int)
     return [{"input_ids": ids, "decoder_input_ids": shifted(ids)} for ids in pieces]
 
 
+def for_the_head(model: Any, ids: Tensor) -> dict[str, Any]:
+    """Inputs [c] of a forward in which every block hands on, so that no cache is filled and no router is reached."""
+    inputs: dict[str, Any] = {"input_ids": ids[None]}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    if getattr(getattr(model, "config", None), "output_router_logits", False):
+        inputs["output_router_logits"] = False
+    return inputs
+
+
 def real_tokens(inputs: Batch, stack: str, stream: Tensor) -> Tensor:
     """Which positions of a stack's stream [batch, tokens, hidden] are not padding: bool [batch, tokens].
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
-from billhook.measure.batches import Batch, batches_of, real_tokens
+from billhook.measure.batches import Batch, batches_of, for_the_head, real_tokens
 from billhook.measure.patch import (
     Forward,
     Reached,
@@ -158,13 +158,8 @@ class Replay:
         Final norm, head and whatever the model does to logits are its own: its forward runs over the ids [c] of these
         positions, every block hands on, the last one the piece.
         """
-        inputs: dict[str, Any] = {"input_ids": ids[None]}
-        if "use_cache" in self.batches[0]:
-            inputs["use_cache"] = False
-        if getattr(getattr(self.model, "config", None), "output_router_logits", False):
-            inputs["output_router_logits"] = False  # no router is reached
         with observing(self.model), overridden(self._stepping(0, len(self._blocks), stream[None])):
-            return torch.as_tensor(self.model(**inputs).logits)[0]
+            return torch.as_tensor(self.model(**for_the_head(self.model, ids)).logits)[0]
 
     def _checked(self, units: Iterable[Address]) -> frozenset[Address]:
         units = frozenset(units)
