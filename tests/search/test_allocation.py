@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import build
+from families import _decoder, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,3 +150,19 @@ def test_other_families(name: str) -> None:
 def test_experts_are_not_neurons() -> None:
     with pytest.raises(InputError, match="no neuron"):
         pose_width(OUTLINES["mixtral"], Budget.parse("params=0.9"), "neuron", Target.REMOTE)
+
+
+def test_where_a_router_picks_within_groups_as_many_experts_of_each_stay() -> None:
+    family = _decoder(
+        "DeepseekV3ForCausalLM", blocks=2, num_key_value_heads=4, first_k_dense_replace=1, moe_intermediate_size=20,
+        n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, q_lora_rank=None, kv_lora_rank=12,
+        qk_rope_head_dim=6, qk_nope_head_dim=10, v_head_dim=9,
+    )  # fmt: skip
+    problem = pose_width(discover(family.build()).outline, Budget.parse("params=0.9"), "expert", Target.REMOTE)
+    (space,) = problem.spaces
+    assert space.left == (8, 6, 4)
+    ((keep,), _) = allocate(problem, {space.address: torch.arange(8.0)}, "global")
+    assert keep.indices == (1, 2, 3, 5, 6, 7)
+    unknown = torch.tensor([0.0, 1, 2, 3, *[torch.inf] * 4])  # and with them those of the other group stay
+    with pytest.raises(InputError, match="cannot be met with the units that have scores"):
+        allocate(problem, {space.address: unknown}, "global")

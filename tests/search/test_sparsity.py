@@ -83,6 +83,17 @@ def test_second_order_makes_good_what_goes(pattern: tuple[int, int] | None) -> N
     assert _error(weight, new, gram) < 0.95 * _error(weight, weight * plain, gram)
 
 
+def test_what_goes_is_made_good_in_the_blocks_of_inputs_behind_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each four inputs are compared when they are reached, four blocks do what one does."""
+    x = _draw(400, 32) @ _draw(32, 32, seed=1)
+    weight, gram = _draw(20, 32, seed=3), x.T @ x
+    mask, new = second_order(weight, gram, 0.5, (2, 4))
+    monkeypatch.setattr("billhook.search.second_order.BLOCK", 8)
+    again, same = second_order(weight, gram, 0.5, (2, 4))
+    assert torch.equal(mask, again)
+    torch.testing.assert_close(new, same, atol=1e-4, rtol=1e-4)
+
+
 def test_one_weight_goes_as_the_optimal_brain_surgeon_has_it() -> None:
     """The one with least w^2 / [H^-1]_jj, and the others change by -w / [H^-1]_jj H^-1_j."""
     x = _draw(50, 6) @ _draw(6, 6, seed=1)

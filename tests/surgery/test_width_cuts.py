@@ -129,6 +129,15 @@ def test_what_a_plain_config_can_say_the_stock_class_builds(name: str) -> None:
         assert numbers(rebuilt) == numbers(applied)
 
 
+def test_a_plain_config_says_what_is_left_where_the_first_block_goes_too() -> None:
+    model, anatomy = dense("llama")
+    keeps = [
+        keep(a, inner, range(24)) for a, (inner,) in anatomy.inner.items() if inner.kind == "neuron" and a.block > 0
+    ]
+    applied = apply(model, anatomy, Plan.of(["decoder.0"], target=Target.UNIFORM, keeps=keeps))
+    assert (applied.config.num_hidden_layers, applied.config.intermediate_size) == (4, 24)
+
+
 def numbers(model: nn.Module) -> dict[str, int]:
     return {
         f"{path}.{name}": value
