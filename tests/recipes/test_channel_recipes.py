@@ -162,7 +162,7 @@ def test_a_comparison_says_what_is_left(thing: Any) -> None:
 
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Record, card, page and an ordinary checkpoint; the result told apart from the dense model again."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "out"
     run = billhook.compress(tiny_lm, budget="params=0.7", out=out, recipe="hidden-channels", max_new_tokens=2)
     (edit,) = run.plan.channels
