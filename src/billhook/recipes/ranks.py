@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billhook.anatomy.low_rank import is_conv
+from billhook.anatomy.low_rank import as_kept
 from billhook.data import Windows
 from billhook.heal import Healing
 from billhook.measure.batches import batches_of
@@ -78,5 +78,5 @@ def _healing(
             name = f"{model.anatomy.block(unit.parent).path}.{path}"
             linear: Any = model.model.get_submodule(name)
             weight = factors.weight(ranks[unit, path]).to(linear.weight)
-            tensors[f"{name}.weight"] = weight.T.contiguous() if is_conv(linear) else weight
+            tensors[f"{name}.weight"] = as_kept(linear, weight)
     return Healing(tensors, (), {}, windows.tokens, 0)
