@@ -20,6 +20,7 @@ from billhook.plan import processes
 from billhook.plan.budget import Budget
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
+from billhook.plan.heals import TRAINED, Heal
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import HealStep, Run
 from billhook.recipes.choices import LearnedMasks
@@ -31,7 +32,7 @@ from billhook.recipes.heal import applied, new_weights, record_of, require_shara
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal, Recipe
+from billhook.recipes.schema import Recipe
 from billhook.recipes.selection import Asked, asked
 from billhook.recipes.settings import TRAINING_TOKENS
 from billhook.recipes.settled import posed_first, require_fitting, settled, way_of

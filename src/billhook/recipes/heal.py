@@ -42,13 +42,13 @@ from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan import processes
 from billhook.plan.errors import InputError
+from billhook.plan.heals import TRAINED, Heal
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal
 from billhook.recipes.selection import asked
 from billhook.recipes.settings import TRAINING_TOKENS
 from billhook.recipes.texts import healing_text

@@ -10,6 +10,7 @@ from billhook.heal.gains import require_gains
 from billhook.heal.mask_tuning import NOTHING
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
+from billhook.plan.heals import TRAINED, Heal
 from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
@@ -19,7 +20,7 @@ from billhook.recipes.find import Task, pose_for, require_cut
 from billhook.recipes.flattening import require_flattening
 from billhook.recipes.learned_weights import require_prior
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import TRAINED, Heal, Recipe
+from billhook.recipes.schema import Recipe
 from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import require_weights
 
