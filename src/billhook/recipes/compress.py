@@ -30,6 +30,7 @@ from billhook.recipes.fast_enough import decode_time, fast_enough
 from billhook.recipes.find import Choice, Task, find, pose_for, require_path
 from billhook.recipes.heal import applied, new_weights, record_of, require_sharable
 from billhook.recipes.measures import measures, watch
+from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Recipe
@@ -68,7 +69,8 @@ def compress(
     """Cut a model down to a budget (see ``Budget``) and leave checkpoint, record, card and report in ``out``.
 
     The budget ``latency`` is measured: decoding at batch 1, the cut model against the dense one, for cuts to one share
-    of the block parameters after the other (see ``fast_enough``). Each costs a search and some seconds.
+    of the block parameters after the other (see ``fast_enough``). Each costs some seconds and a search,
+    of which what one pass gives is taken and charged once.
 
     Without a ``target`` the result may be whatever the recipe's units make of it: an ordinary checkpoint for whole
     blocks and equally many experts (``uniform``), one with remote code for sublayers (``remote``). Without a ``recipe``
@@ -117,6 +119,8 @@ def compress(
             texts, lessons = _read(chosen, way, wanted, model, calibration, seed, prior, place, progress)
             seen = watch(model, texts.windows, progress)
 
+        once = Once()
+
         def search(task: Task) -> Choice:
             return find(
                 chosen,
@@ -130,6 +134,7 @@ def compress(
                 survey=texts.survey,
                 lessons=texts.drill,
                 prior=begins,
+                once=once,
             )
 
         def searched() -> tuple[Choice, dict[str, float]]:

@@ -44,6 +44,7 @@ from billhook.recipes.choices import (
 )
 from billhook.recipes.flattening import paired, require_flattening
 from billhook.recipes.learned import learned
+from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened, versions
 from billhook.recipes.ranks import Bases, take_apart
 from billhook.recipes.schema import Recipe
@@ -138,10 +139,12 @@ def find(
     survey: Windows | None = None,
     lessons: Windows | None = None,
     prior: Plan | None = None,
+    once: Once | None = None,
 ) -> Choice:
     """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
     Statistics that one pass gives are taken of ``survey`` (see ``Recipe.surveys``), and a choice that is trained reads
-    ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one.
+    ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one. Several
+    searches of one recipe on the same text that are given the same ``once`` share what their budgets do not change.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
@@ -152,6 +155,7 @@ def find(
     require_sharing(recipe, model, problem.budget)
     require_flattening(recipe, model)
     choice = recipe.choice
+    once = once or Once()
     survey = survey if survey is not None and recipe.surveys else windows
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(
@@ -163,13 +167,13 @@ def find(
         keeps, record, importance, healing = drive(recipe, model, problem, lessons or windows, progress=progress)
         return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
-        return _narrowed(recipe, model, problem, windows, survey, seen, seed, progress)
+        return _narrowed(recipe, model, problem, windows, survey, seen, once, seed, progress)
     if isinstance(problem, ChannelProblem):
-        edit, record, importance = choose_channels(recipe, model, problem, survey, seed=seed, progress=progress)
+        edit, record, importance = choose_channels(recipe, model, problem, survey, once, seed=seed, progress=progress)
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
-        bases, record, importance, new = take_apart(recipe, model, problem, survey, seed=seed, progress=progress)
+        bases, record, importance, new = take_apart(recipe, model, problem, survey, once, seed=seed, progress=progress)
         nothing = Found(frozenset(), record.steps, record.work, 0)
         return Choice(nothing, record, importance, bases=bases, healing=new)
     objective = recipe.objective
@@ -189,7 +193,8 @@ def find(
         case OneShot() | Knapsack():
             assert recipe.score is not None
             units = problem.candidates
-            scores, work = scored(recipe.score, recipe.unit, model, units, windows, seen, progress)
+            score = partial(scored, recipe.score, recipe.unit, model, units, windows, seen, progress)
+            scores, work = once(units, score)
             scores = paired(scores, model) if recipe.act == "flatten" else scores
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
@@ -201,7 +206,8 @@ def find(
                 found = search.one_shot(problem, scores, per=choice.per, work=work)
         case Span():
             angular = {name: seen.angular(name) for name in seen.angles}
-            found = search.span(problem, angular, work=seen.work)
+            _, work = once("angular", lambda: (None, seen.work))
+            found = search.span(problem, angular, work=work)
         case _:
             found = _baseline(choice.word, problem, seed)
     schedule = None
@@ -224,12 +230,15 @@ def _narrowed(
     windows: Windows,
     survey: Windows,
     seen: Trace,
+    once: Once,
     seed: int,
     progress: Progress | None,
 ) -> Choice:
     share = recipe.choice.apart if isinstance(recipe.choice, Widths) else None
     whole = problem if share is None else eased(problem, 1 - share)
-    drops, keeps, record, importance = narrow(recipe, model, whole, windows, survey, seen, seed=seed, progress=progress)
+    drops, keeps, record, importance = narrow(
+        recipe, model, whole, windows, survey, seen, once, seed=seed, progress=progress
+    )
     edits: tuple[Factorise, ...] = ()
     if share is not None:
         edits, costs = apart(problem, keeps)
