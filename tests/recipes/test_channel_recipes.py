@@ -31,7 +31,8 @@ from billhook.recipes.find import find, pose_for
 from billhook.recipes.heal import applied, differing
 from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
-from billhook.report.cuts import left_of, narrower
+from billhook.report.cuts import narrower
+from billhook.report.drawing import left_of
 from billhook.scores import named
 from billhook.search.channels import even_channels, most_important, pose_channels, random_channels
 
