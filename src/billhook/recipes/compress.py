@@ -24,7 +24,7 @@ from billhook.plan.heals import TRAINED, Heal
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import HealStep, Run
 from billhook.recipes.choices import LearnedMasks
-from billhook.recipes.costs import costs_of
+from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.fast_enough import decode_time, fast_enough
 from billhook.recipes.find import Choice, Task, find, pose_for, require_path
@@ -196,7 +196,7 @@ def compress(
             outline=outline,
             plan=plan,
             asked=str(asked_for),
-            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense} | measured,
+            realised=of_dense(costs) | measured,
             costs=costs,
             search=choice.record.model_copy(
                 update={

@@ -18,7 +18,7 @@ from billhook.plan.budget import Budget
 from billhook.plan.comparison import Entry
 from billhook.plan.errors import InputError
 from billhook.recipes.choices import Baseline
-from billhook.recipes.costs import costs_of
+from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, new_weights
 from billhook.recipes.opened import Opened, Stopwatch
@@ -126,7 +126,7 @@ def _searched(
             "factors": plan.factors,
             "channels": plan.channels,
             "schedule": choice.schedule,
-            "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            "realised": of_dense(costs),
             "work": choice.found.work,
             "evaluations": choice.found.evaluations,
             "seconds": clock.seconds["search"],
