@@ -139,7 +139,7 @@ def test_what_it_cannot_do_is_left_alone_or_refused(tiny_lm: Path, tmp_path: Pat
 
 
 def test_flap_and_magnitude_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "flap"
     run = billhook.compress(tiny_lm, budget="params=0.8", out=out, recipe="flap", max_new_tokens=2)
     assert run.healing is not None and run.healing.method == "bias"

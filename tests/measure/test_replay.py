@@ -64,7 +64,7 @@ def test_every_unit_equals_simulation(name: str, stack: str) -> None:
     assert torch.equal(replay.final[0], last_stream(model, path, inputs))
     for committed in ([], droppable(anatomy, stack)[-1:]):
         for unit in committed:
-            replay.commit(unit)
+            replay.move(replay.state | {unit})
         for unit in droppable(anatomy, stack):
             got = replay.without(unit)[0]
             drops = set(committed) | {unit}
@@ -102,10 +102,10 @@ def test_any_sequence_of_commits(data: st.DataObject) -> None:
         if data.draw(st.booleans()):
             replay.without(unit)
             before = replay.work
-            replay.commit(unit)
+            replay.move(replay.state | {unit})
             assert replay.work == before
         else:
-            replay.commit(unit)
+            replay.move(replay.state | {unit})
         drops.add(unit)
         with simulate(model, anatomy, drops):
             assert torch.equal(
@@ -144,11 +144,11 @@ def test_work_is_exact() -> None:
         replay.without(Address.parse(unit))
         counts.append(replay.work - before)
     assert counts == [3 * 12, 4 * 12, 0, 12]
-    replay.commit(Address("decoder", 2))
+    replay.move(replay.state | {Address("decoder", 2)})
     before = replay.work
     replay.without(Address("decoder", 1, "mlp"))
     assert replay.work - before == 3 * 12
-    replay.commit(Address("decoder", 3, "attention"), Address("decoder", 3, "mlp"))
+    replay.move(replay.state | {Address("decoder", 3, "attention"), Address("decoder", 3, "mlp")})
     before = replay.work
     replay.without(Address("decoder", 1, "mlp"))
     assert replay.work - before == 2 * 12, "a block without sublayers is not run"
@@ -160,7 +160,7 @@ def test_blocks_whose_keys_and_values_others_read_run_again_and_count() -> None:
     anatomy = discover(model)
     assert [block.address.block for block in anatomy.stacks[0].blocks if block.lends] == [2, 3]
     replay = Replay(model, anatomy, windows(2, 6))
-    replay.commit(Address("decoder", 0, "mlp"))
+    replay.move(replay.state | {Address("decoder", 0, "mlp")})
     counts = []
     for unit in ("decoder.2.mlp", "decoder.3.mlp", "decoder.4.mlp", "decoder.6.attention"):
         before = replay.work
@@ -177,7 +177,7 @@ def test_model_is_left_as_it_was() -> None:
     before = fingerprint(model)
     replay = Replay(model, discover(model), windows())
     replay.without(Address("decoder", 1, "mlp"))
-    replay.commit(Address("decoder", 3))
+    replay.move(replay.state | {Address("decoder", 3)})
     assert fingerprint(model) == before
     assert all(p.requires_grad for p in model.parameters())
 
@@ -193,7 +193,7 @@ def test_model_is_left_as_it_was_after_an_exception(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(type(model.model.layers[4].mlp), "forward", fail)
     with pytest.raises(KeyboardInterrupt):
-        replay.commit(Address("decoder", 1, "mlp"))
+        replay.move(replay.state | {Address("decoder", 1, "mlp")})
     assert fingerprint(model) == before
     assert replay.state == frozenset()
     assert torch.equal(replay.final[0], state[0])

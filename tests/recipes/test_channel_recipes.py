@@ -31,7 +31,8 @@ from billhook.recipes.find import find, pose_for
 from billhook.recipes.heal import applied, differing
 from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
-from billhook.report.cuts import left_of, narrower
+from billhook.report.cuts import narrower
+from billhook.report.drawing import left_of
 from billhook.scores import named
 from billhook.search.channels import even_channels, most_important, pose_channels, random_channels
 
@@ -162,7 +163,7 @@ def test_a_comparison_says_what_is_left(thing: Any) -> None:
 
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Record, card, page and an ordinary checkpoint; the result told apart from the dense model again."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "out"
     run = billhook.compress(tiny_lm, budget="params=0.7", out=out, recipe="hidden-channels", max_new_tokens=2)
     (edit,) = run.plan.channels

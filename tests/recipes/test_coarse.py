@@ -20,7 +20,6 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.recipes import compress as walk
-from billhook.recipes import heal as heal_walk
 from billhook.recipes.catalogue import load
 from billhook.recipes.schema import Recipe
 from billhook.recipes.words import explained, passes
@@ -85,8 +84,8 @@ def test_the_words_are_checked_and_explained() -> None:
 
 
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 1024)
-    monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 1024)
+    monkeypatch.setattr("billhook.recipes.texts.CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     out = tmp_path / "out"

@@ -11,20 +11,15 @@ from transformers import AutoModelForCausalLM
 
 from billhook.data import Windows
 from billhook.models import load
-from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.plan.record import Run, SearchRecord
+from billhook.plan.record import Run
 from billhook.plan.target import Target
-from billhook.recipes import compare as side_by_side
 from billhook.recipes import compress as walk
 from billhook.recipes.catalogue import load as recipe
-from billhook.recipes.find import Choice
 from billhook.recipes.inspect import divided
-from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
 from billhook.recipes.words import explained
 from billhook.report.loading import commands
-from billhook.search import Found
 
 NAMES = {"fusegpt": "fuse", "checkfree": "average", "flatten-gpt": "flatten", "branch-gains": "gains"}
 
@@ -55,8 +50,8 @@ def test_compressed_with_an_act(
     name: str, act: str, tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder holds the new weights, the record says whose they are, and any engine loads it."""
-    monkeypatch.setattr("billhook.recipes.heal.HEALING_TOKENS", 1024)
-    monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 1024)
+    monkeypatch.setattr("billhook.recipes.texts.CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     out = tmp_path / "out"
@@ -72,19 +67,6 @@ def test_compressed_with_an_act(
     fresh = [n for n, t in model.state_dict().items() if "layers" in n and t.double().sum().item() not in old]
     learned = any(refit.taken for refit in run.healing.refits) if act == "fuse" else not run.healing.refused
     assert bool(fresh) == learned
-
-
-@pytest.mark.parametrize("act", ["drop", "average"])
-def test_a_comparison_judges_what_the_act_makes(act: str, tiny_lm: Path) -> None:
-    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
-    text = Windows.of(torch.arange(40).reshape(2, 20), "test")
-    record = SearchRecord(recipe="x", objective="none", steps=(), work=0, evaluations=0)
-    choice = Choice(Found(frozenset({Address("decoder", 2)}), (), 0, 0), record, {})
-    way = recipe("checkfree").model_copy(update={"act": act})
-    made = side_by_side._acted(way, model, choice, Target.UNIFORM, text, None)
-    mixed = [p for p in made.parameters() if all(p is not q for q in model.model.parameters())]
-    assert bool(mixed) == (act == "average")
-    assert len(made.model.layers) == 4
 
 
 def test_an_audit_divides_its_text() -> None:

@@ -25,10 +25,10 @@ from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes import heal as heal_walk
-from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, Texts, _distinct, _key, compare
+from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
+from billhook.recipes.texts import Texts
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
@@ -133,7 +133,7 @@ def test_a_method_that_a_model_has_no_place_for_does_not_end_the_comparison(
 
 def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same figures for the cut as without healing on the same text; acts are judged once; the page says it."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     recipes = ["block-influence", "wanda-structured", "checkfree"]
     given = {"budgets": "params=0.7", "recipes": recipes}
     found = compare(tiny_lm, out=tmp_path / "healed", heal="closed-form", **given)  # type: ignore[arg-type]

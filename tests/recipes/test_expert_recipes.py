@@ -21,7 +21,6 @@ from billhook.plan.check import check
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
-from billhook.recipes import heal as heal_walk
 from billhook.recipes.catalogue import load
 from billhook.recipes.schema import Recipe
 from billhook.scores import named
@@ -165,7 +164,7 @@ def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("recipe", ["expert-frequency", "m-smoe"])
 def test_all_the_way(recipe: str, tiny_mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ordinary checkpoint that plain transformers loads, with its proof."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "out"
     run = billhook.compress(tiny_mixture, budget="params=0.65", out=out, recipe=recipe, max_new_tokens=2)
     assert {len(keep.indices) for keep in run.plan.keeps} == {2}

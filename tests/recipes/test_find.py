@@ -23,8 +23,9 @@ from billhook.plan.errors import InputError
 from billhook.recipes import opened
 from billhook.recipes.catalogue import load
 from billhook.recipes.choices import Greedy, OneShot
-from billhook.recipes.find import _ledger, find, require_path
+from billhook.recipes.find import find, require_path
 from billhook.recipes.schema import Recipe
+from billhook.recipes.searched import ledger_of
 from billhook.search import Memo, greedy, pose
 from billhook.search.cliff import cliff
 
@@ -54,12 +55,12 @@ def test_a_share_has_its_own_name_and_fingerprint_and_the_whole_keeps_its() -> N
 def test_figures_of_other_versions_are_not_taken_over(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     model = SimpleNamespace(model=build("llama"))
     windows = numbered(4)
-    before = _ledger(tmp_path, "kl", model, windows)
+    before = ledger_of(tmp_path, "kl", model, windows)
     assert before.header[name] == metadata.version(name)
     before.record(("decoder.1",), 1.0, 1)
-    assert _ledger(tmp_path, "kl", model, windows).entries
+    assert ledger_of(tmp_path, "kl", model, windows).entries
     monkeypatch.setattr(opened, "version", lambda asked: "99" if asked == name else metadata.version(asked))
-    assert not _ledger(tmp_path, "kl", model, windows).entries
+    assert not ledger_of(tmp_path, "kl", model, windows).entries
 
 
 def test_the_first_look_is_charged_to_every_step(tmp_path: Path) -> None:

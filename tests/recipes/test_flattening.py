@@ -40,7 +40,7 @@ def test_a_model_without_such_pairs_is_refused_before_anything_is_measured(
     model.save_pretrained(folder)
     for file in tiny_lm.glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
-    monkeypatch.setattr(walk, "windows_of", never)
+    monkeypatch.setattr(walk, "calibration_text", never)
     with pytest.raises(
         InputError, match=r"flatten-gpt finds no two blocks that can become one: .*its own self_attn\.q_norm"
     ):
@@ -50,8 +50,8 @@ def test_a_model_without_such_pairs_is_refused_before_anything_is_measured(
 def test_the_report_says_what_became_of_which_block(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("billhook.recipes.heal.HEALING_TOKENS", 1024)
-    monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 1024)
+    monkeypatch.setattr("billhook.recipes.texts.CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
     walk.compress(tiny_lm, budget="blocks=0.6", out=tmp_path / "out", recipe="flatten-gpt")

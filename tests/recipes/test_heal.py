@@ -15,9 +15,10 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealStep
 from billhook.recipes import compress as walk
-from billhook.recipes.heal import applied, healing_text, new_weights, record_of
+from billhook.recipes.heal import applied, new_weights, record_of
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import HEALING_TOKENS
+from billhook.recipes.texts import healing_text
 from billhook.recipes.workplace import workplace
 
 

@@ -21,7 +21,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.recipes import heal as walk
-from billhook.recipes import proof, training
+from billhook.recipes import proof, texts, training
 from billhook.recipes.apply import apply
 from billhook.recipes.compress import compress
 from billhook.recipes.heal import heal
@@ -35,7 +35,7 @@ KILL = """
 import os, signal, sys
 from billhook.heal import loop
 from billhook.recipes import heal as walk
-from billhook.recipes import proof, training
+from billhook.recipes import proof, texts, training
 
 keep, calls = loop.keep, []
 def dying(*args):
@@ -53,7 +53,7 @@ import os, signal, sys
 from billhook.cli import main
 from billhook.heal import loop
 from billhook.recipes import heal as walk
-from billhook.recipes import proof, training
+from billhook.recipes import proof, texts, training
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 keep, calls = loop.keep, []
@@ -69,13 +69,12 @@ main()
 
 SIZES = {
     (training, "TRAINING_LENGTH"): 64,
-    (walk, "CALIBRATION_LENGTH"): 64,
-    (walk, "HEALING_TOKENS"): 1024,
+    (texts, "CALIBRATION_LENGTH"): 64,
+    (texts, "HEALING_TOKENS"): 1024,
     (proof, "EVALUATION_TOKENS"): 512,
     (proof, "EVALUATION_LENGTH"): 64,
 }
 SMALL = "\n".join(f"{module.__name__.split('.')[-1]}.{name} = {size}" for (module, name), size in SIZES.items())
-SMALL = SMALL.replace("heal.", "walk.")
 
 
 @pytest.fixture(autouse=True)

@@ -27,12 +27,12 @@ SHARDED = [*LAUNCH, "--use_fsdp", "--fsdp_version", "2", "--mixed_precision", "n
 SCRIPT = """
 import os, sys
 from billhook.data import calibrate
-from billhook.recipes import compress, heal, proof, training
+from billhook.recipes import compress, proof, texts, training
 from billhook.cli import app
 if os.environ["RANK"] == "1":
     calibrate.written = training.divergences = None  # text is written, and the better beginning found, by the first
-training.TRAINING_LENGTH = compress.CALIBRATION_LENGTH = heal.CALIBRATION_LENGTH = proof.EVALUATION_LENGTH = 64
-compress.CALIBRATION_TOKENS = compress.TRAINING_TOKENS = heal.HEALING_TOKENS = 1024
+training.TRAINING_LENGTH = texts.CALIBRATION_LENGTH = proof.EVALUATION_LENGTH = 64
+texts.CALIBRATION_TOKENS = compress.TRAINING_TOKENS = texts.HEALING_TOKENS = 1024
 proof.EVALUATION_TOKENS = 512
 proof.bench = proof.probes = lambda *_, **__: ()
 app(sys.argv[1:])

@@ -24,7 +24,7 @@ from billhook.recipes.schema import Recipe
 def test_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is what the record says, loads in plain transformers, and is not healed, cut on disk or made for an
     engine that cannot have it."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     source, out = tmp_path / "tiny", tmp_path / "out"
     model, tokenizer = build("mixtral"), make_tokenizer()
     model.resize_token_embeddings(len(tokenizer))

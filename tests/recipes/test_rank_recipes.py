@@ -68,7 +68,7 @@ def test_ranks_go_where_the_energy_is_spread(tmp_path: Path) -> None:
 
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Record, card, page and checkpoint; the plan carried out on disk; the result healed again, and told apart."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "out"
     run = billhook.compress(tiny_lm, budget="params=0.7", out=out, recipe="low-rank", max_new_tokens=2)
     assert run.plan.factors and run.realised["params"] <= 0.7

@@ -21,6 +21,7 @@ from billhook.plan.record import Run, Step
 from billhook.recipes import apply as apply_walk
 from billhook.recipes import compare as side_by_side
 from billhook.recipes import compress as walk
+from billhook.recipes import entries
 from billhook.recipes import heal as heal_walk
 from billhook.recipes.catalogue import load
 from billhook.recipes.schema import Recipe
@@ -120,7 +121,7 @@ def twins(tiny_lm: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walk, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr("billhook.recipes.texts.CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(walk, "judged_on", lambda *rest, **more: [])
     monkeypatch.setattr(walk, "proven", lambda run, *rest: run)
 
@@ -157,11 +158,12 @@ def test_all_the_way(twins: Path, tmp_path: Path, quick: None, monkeypatch: pyte
 
 def test_side_by_side(twins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billhook.recipes.find.scored", _third_least)
-    monkeypatch.setattr(side_by_side, "CALIBRATION_TOKENS", 512)
+    monkeypatch.setattr("billhook.recipes.texts.CALIBRATION_TOKENS", 512)
     monkeypatch.setattr(side_by_side, "BASELINES", ("last",))
     monkeypatch.setattr(side_by_side, "judged_on", _one_text)
-    monkeypatch.setattr(side_by_side, "answers", lambda *rest: ())
-    monkeypatch.setattr(side_by_side, "paired", lambda *rest: ())
+    for module in (side_by_side, entries):
+        monkeypatch.setattr(module, "answers", lambda *rest: ())
+    monkeypatch.setattr(entries, "paired", lambda *rest: ())
     mine = tmp_path / "mine.yaml"
     mine.write_text(yaml.safe_dump(MINE))
     made = side_by_side.compare(twins, budgets="params=0.8,flops=0.8", out=tmp_path / "out", recipes=[mine])

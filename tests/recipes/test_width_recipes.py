@@ -24,7 +24,6 @@ from billhook.plan.check import check
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
-from billhook.recipes import heal as heal_walk
 from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, differing
@@ -72,7 +71,7 @@ def test_blocks_that_turn_the_stream_more_keep_more(tmp_path: Path) -> None:
 
 def test_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a folder to a smaller, healed folder with its proof; the page draws what got narrower."""
-    monkeypatch.setattr(heal_walk, "HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
     out = tmp_path / "out"
     run = billhook.compress(tiny_lm, budget="params=0.8", out=out, recipe="flap", heal="closed-form", max_new_tokens=2)
     assert run.plan.keeps

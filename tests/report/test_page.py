@@ -12,7 +12,7 @@ from example import example_run, hostile_run, inspection, outline, two_stacks
 from billhook.plan.plan import Plan
 from billhook.plan.record import Measures, Run
 from billhook.report.card import card
-from billhook.report.cuts import columns
+from billhook.report.drawing import columns
 from billhook.report.page import page, write_report
 
 SECTIONS = [

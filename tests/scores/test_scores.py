@@ -15,7 +15,7 @@ from billhook.models import load
 from billhook.plan.address import Address
 from billhook.plan.check import units
 from billhook.plan.errors import InputError
-from billhook.scores import SCORES, best_span, named
+from billhook.scores import SCORES, named
 
 ANATOMY = discover(build("llama"))
 WINDOWS = Windows.of(torch.randint(3, 90, (4, 10), generator=torch.Generator().manual_seed(3)), "test")
@@ -48,21 +48,9 @@ def test_angular() -> None:
     assert list(double) == [unit(f"decoder.{i}") for i in range(5)]
 
 
-@pytest.mark.parametrize(("n", "start", "distance"), [(1, 2, 0.01), (2, 1, 0.03), (3, 1, 0.1), (5, 0, 0.5)])
-def test_best_span(n: int, start: int, distance: float) -> None:
-    span, found = best_span(by_hand(), "decoder", n)
-    assert (list(span), found) == (list(range(start, start + n)), pytest.approx(distance))
-
-
-def test_first_of_equal_spans() -> None:
-    flat = Trace({}, {"decoder": Angles(torch.ones(4, 4, dtype=torch.float64), 2)})
-    assert best_span(flat, "decoder", 2)[0] == range(2)
-
-
-@pytest.mark.parametrize("n", [0, 6])
-def test_spans_that_do_not_fit(n: int) -> None:
-    with pytest.raises(InputError, match=f"span of {n} blocks does not fit decoder, which has 5"):
-        best_span(by_hand(), "decoder", n)
+def test_a_span_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match="span of 6 blocks does not fit decoder, which has 5"):
+        named("angular")(by_hand(), ANATOMY, span=6)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Sublayer
 
 
@@ -46,7 +47,7 @@ def _inputs(module: nn.Module, path: str, weight: Tensor) -> int | None:
     """The axis of the inputs; None for what is no linear."""
     if isinstance(module, nn.Linear) and weight.ndim == 2:
         return 1
-    if type(module).__name__ == "Conv1D" and weight.ndim == 2:
+    if is_conv(module) and weight.ndim == 2:
         return 0
     if path.rpartition(".")[2] == "experts" and weight.ndim == 3:
         return 1 if getattr(module, "is_transposed", False) else 2

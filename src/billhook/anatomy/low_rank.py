@@ -64,6 +64,11 @@ def matrix(linear: Any) -> Tensor:
     return weight.T if is_conv(linear) else weight
 
 
+def as_kept(linear: Any, weight: Tensor) -> Tensor:
+    """The way back from ``matrix``: [outputs, inputs] as this linear keeps its weight, contiguous."""
+    return (weight.T if is_conv(linear) else weight).contiguous()
+
+
 def is_conv(module: nn.Module) -> bool:
     """Whether it keeps its weight as [inputs, outputs] (GPT-2's Conv1D)."""
     return type(module).__name__ == "Conv1D"

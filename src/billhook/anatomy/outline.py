@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import NOT_SHORTER
 from billhook.anatomy.linears import linears
-from billhook.anatomy.low_rank import LowRank, uses
+from billhook.anatomy.low_rank import LowRank, is_conv, uses
 from billhook.anatomy.low_rank import linears as separable
 from billhook.anatomy.low_rank_experts import LowRankExperts, mixtures
 from billhook.anatomy.types import Block, Stack, Sublayer
@@ -97,7 +97,7 @@ def _mlp(
     write = model.get_parameter(sublayer.writes[0])
     path = sublayer.writes[0].rpartition(".")[0]
     owner = model.get_submodule(path)
-    neurons = write.shape[0] if type(owner).__name__ == "Conv1D" else write.shape[-1]
+    neurons = write.shape[0] if is_conv(owner) else write.shape[-1]
     whole = model.get_submodule(path.rpartition(".")[0])
     if isinstance(whole, LowRank):
         neurons = whole.reduce.in_features

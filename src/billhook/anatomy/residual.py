@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from billhook.anatomy.config import owner_of
 from billhook.anatomy.families import HEAD_WIDTH_STATED, NORMS_FROM_ONE, rigid_stream
 from billhook.anatomy.groups import width_in
-from billhook.anatomy.low_rank import LowRank
+from billhook.anatomy.low_rank import LowRank, is_conv
 from billhook.anatomy.roles import NotUnderstood
 from billhook.anatomy.types import Anatomy, Residual, Stack
 from billhook.anatomy.vocabulary import EMBED_SCALE, STREAM_WIDTH
@@ -111,7 +111,7 @@ def _output_axis(model: nn.Module, name: str) -> int:
 
 
 def _conv1d(model: nn.Module, name: str) -> bool:
-    return type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+    return is_conv(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _bias(model: nn.Module, write: str) -> Iterator[tuple[str, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from billhook.anatomy.families import ambiguous_norms, post_norm
-from billhook.anatomy.low_rank import LowRank
+from billhook.anatomy.low_rank import LowRank, is_conv
 from billhook.anatomy.low_rank_experts import WRITES as EXPERTS_WRITE
 from billhook.anatomy.low_rank_experts import LowRankExperts
 from billhook.anatomy.types import Block, Cut, Sublayer
@@ -207,7 +207,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, int]]:
     """Weights with two or more axes and their number of inputs: the last axis, except for GPT-2's Conv1D, which keeps
     its weight as (inputs, outputs). Fused expert tensors are (experts, outputs, inputs)."""
     for owner_name, owner in module.named_modules():
-        transposed = type(owner).__name__ == "Conv1D"
+        transposed = is_conv(owner)
         for name, parameter in owner.named_parameters(recurse=False):
             if parameter.ndim >= 2 and not isinstance(owner, nn.Embedding):
                 full = f"{owner_name}.{name}" if owner_name else name

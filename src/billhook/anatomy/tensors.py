@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.roles import NotUnderstood
 from billhook.anatomy.types import Slice, Sublayer
 
@@ -40,7 +41,7 @@ class Work:
 
     def conv(self, name: str) -> bool:
         """Whether a weight is kept as (inputs, outputs)."""
-        return type(self.modules[name.rpartition(".")[0]]).__name__ == "Conv1D"
+        return is_conv(self.modules[name.rpartition(".")[0]])
 
     def outputs(self, name: str) -> int:
         return int(self.left[name].shape[1 if self.conv(name) else 0])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from billhook.anatomy.config import owners, resolve, shortened
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Stack
 from billhook.anatomy.undo import Undo
 from billhook.plan.errors import InputError
@@ -61,7 +62,7 @@ def require_sharable(model: nn.Module, stack: Stack, order: Sequence[int]) -> No
         if buffers := sorted(block.state_dict().keys() - parameters):
             raise InputError(f"{address} cannot stand for another block: {buffers[0]} of it is stored and no parameter")
         for name, part in block.named_modules():
-            if type(part).__name__ == "Conv1D":  # it would take the weight for an embedding and shorten the bias
+            if is_conv(part):  # it would take the weight for an embedding and shorten the bias
                 raise InputError(f"{address} cannot stand for another block: {name} keeps its weight transposed")
 
 

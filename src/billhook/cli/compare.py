@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views
+from billhook.cli.output import comparison_json, print_json, print_views
 from billhook.cli.progress import bars
 
 if TYPE_CHECKING:
@@ -22,14 +20,7 @@ _RECIPES = (
     "A method to take part: a name or a YAML file; give it again for more. "
     "If not given, all that come along but those of single weights."
 )
-
-
 _HEAL = "[bold]closed-form[/]: judge each result once more after its linears were refitted, and go by that."
-
-
-class HealName(StrEnum):
-    NONE = "none"
-    CLOSED_FORM = "closed-form"
 
 
 def compare(
@@ -40,7 +31,7 @@ def compare(
         list[str] | None,
         typer.Option(metavar="NAME|FILE", show_default=False, autocompletion=options.recipe_names, help=_RECIPES),
     ] = None,
-    heal: Annotated[HealName, typer.Option(metavar="NAME", help=_HEAL)] = HealName.NONE,
+    heal: Annotated[Literal["none", "closed-form"], typer.Option(metavar="NAME", help=_HEAL)] = "none",
     calibration: options.Calibration = "builtin",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -65,7 +56,7 @@ def compare(
             budgets=budget,
             out=out,
             recipes=recipe or (),
-            heal=heal.value,
+            heal=heal,
             calibration=calibration,
             seed=seed,
             dtype=dtype.chosen,
@@ -76,8 +67,7 @@ def compare(
             told=_rows(),
         )
     if as_json:
-        paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
-        print_json({**json.loads(result.model_dump_json()), "paths": paths})
+        print_json(comparison_json(result, out))
         return
     from billhook.cli.comparison import advice, tables
 

@@ -58,7 +58,7 @@ def compress(
             budget=budget,
             out=out,
             recipe=recipe,
-            heal=None if heal is None else heal.value,
+            heal=heal,
             select=select,
             target=target,
             calibration=calibration,

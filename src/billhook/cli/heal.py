@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -10,24 +9,7 @@ import typer
 from billhook.cli import options
 from billhook.cli.progress import bars
 from billhook.cli.results import show
-
-
-class Method(StrEnum):
-    """``HealName`` without ``none``."""
-
-    CLOSED_FORM = "closed-form"
-    BIAS = "bias"
-    DATA_FREE = "data-free"
-    SCALES = "scales"
-    TUNE = "tune"
-    LORA = "lora"
-    DISTILL = "distill"
-    LISA = "lisa"
-    IST = "ist"
-    FPF = "fpf"
-    SKIPS = "skips"
-    KV_ROUTING = "kv-routing"
-
+from billhook.plan.heals import Method
 
 _METHOD = (
     "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
@@ -43,7 +25,7 @@ _CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."
 def heal(
     folder: options.Folder,
     out: options.Out,
-    method: Annotated[Method, typer.Option(metavar="NAME", help=_METHOD)] = Method.DISTILL,
+    method: Annotated[Method, typer.Option(metavar="NAME", help=_METHOD)] = "distill",
     against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help=_AGAINST)] = None,
     calibration: Annotated[str | None, typer.Option(metavar="SOURCE", show_default=False, help=_CALIBRATION)] = None,
     select: options.Select = "none",
@@ -70,7 +52,7 @@ def heal(
         run = walk(
             folder,
             out=out,
-            method=method.value,
+            method=method,
             against=against,
             calibration=calibration,
             select=select,

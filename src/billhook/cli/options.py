@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from billhook.plan import heals
 from billhook.plan.target import Target as TargetName
 
 _SHARED = "Options of every command"
@@ -33,24 +34,6 @@ def recipe_names(incomplete: str) -> list[str]:
     """For the shell. Read from the file names: the catalogue also checks what is in them, which takes seconds."""
     found = (file.name for file in resources.files("billhook.recipes").iterdir())
     return sorted(n.removesuffix(".yaml") for n in found if n.endswith(".yaml") and n.startswith(incomplete))
-
-
-class HealName(StrEnum):
-    """How what is left is healed."""
-
-    NONE = "none"
-    CLOSED_FORM = "closed-form"
-    BIAS = "bias"
-    DATA_FREE = "data-free"
-    SCALES = "scales"
-    TUNE = "tune"
-    LORA = "lora"
-    DISTILL = "distill"
-    LISA = "lisa"
-    IST = "ist"
-    FPF = "fpf"
-    SKIPS = "skips"
-    KV_ROUTING = "kv-routing"
 
 
 Model = Annotated[
@@ -89,7 +72,7 @@ Recipe = Annotated[
     ),
 ]
 Heal = Annotated[
-    HealName | None,
+    heals.Heal | None,
     typer.Option(
         metavar="NAME",
         show_default=False,

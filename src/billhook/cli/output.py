@@ -11,6 +11,8 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from billhook.plan.record import Run
 
 _FILES = {"report": "report.html", "card": "README.md", "record": "billhook.json", "arrays": "billhook.arrays"}
@@ -25,6 +27,12 @@ def run_json(run: Run, out: Path | None = None) -> dict[str, Any]:
     """The record of a run, with two things added: ``block_token_forwards``, the work of its search, and ``paths``."""
     record = json.loads(run.model_dump_json())  # by pydantic, which writes NaN as null
     return {**record, "block_token_forwards": run.search.work if run.search else 0, "paths": paths(out)}
+
+
+def comparison_json(found: BaseModel, out: Path) -> dict[str, Any]:
+    """The record of a comparison, and in ``paths`` where its page and that record are."""
+    paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
+    return {**json.loads(found.model_dump_json()), "paths": paths}
 
 
 def paths(out: Path | None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from textwrap import fill
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from billhook.cli import options
-from billhook.cli.output import print_json, print_views
+from billhook.cli.output import comparison_json, print_json, print_views
 from billhook.cli.progress import bars
 
 policies = typer.Typer(name="policies", invoke_without_command=True, rich_markup_mode="rich")
@@ -140,8 +139,7 @@ def compare(
             told=LiveTable(),
         )
     if as_json:
-        paths = {name: str(out.absolute() / f"comparison.{name}") for name in ("html", "json")}
-        print_json({**json.loads(result.model_dump_json()), "paths": paths})
+        print_json(comparison_json(result, out))
         return
     print_views(table(result), advice(result, out))
 

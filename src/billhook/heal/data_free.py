@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.anatomy.low_rank import is_conv, matrix
+from billhook.anatomy.low_rank import as_kept, matrix
 from billhook.anatomy.types import Anatomy, Inner, Sublayer
 from billhook.heal.healing import Healing, require_no_channels
 from billhook.heal.reconstruct import gram_of_reads, reconstruction
@@ -58,7 +58,7 @@ def data_free(
         kept = torch.tensor(entries, device=linear.weight.device)
         new = reconstruction(gram_of_reads(*reads), matrix(linear), kept, PENALTY).to(linear.weight.dtype)
         whole = linear.weight.detach().clone()
-        tensors[write] = whole.index_copy_(axis, kept, new.T if is_conv(linear) else new)
+        tensors[write] = whole.index_copy_(axis, kept, as_kept(linear, new))
         if progress is not None:
             progress("healing without data", number, len(keeps))
     return Healing(tensors, (), left, 0, 0)

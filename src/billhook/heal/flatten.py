@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import as_kept
 from billhook.anatomy.types import Anatomy, Block, Stack, Sublayer
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable
@@ -191,8 +192,7 @@ def _pruned(
     found = pruned(fit, back, columns, bias, len(columns) // len(blocks) // count, count)
     tensors = side_by_side(model, anatomy, into, blocks, sublayer.kind, found.units.tolist())
     linear = model.get_submodule(name.removesuffix(".weight"))
-    turned = type(linear).__name__ == "Conv1D"
-    tensors[name] = (found.write if turned else found.write.T).to(tensors[name].dtype).contiguous()
+    tensors[name] = as_kept(linear, found.write.T).to(tensors[name].dtype)
     if bias is not None:
         tensors[f"{name.removesuffix('weight')}bias"] = found.bias.to(tensors[name].dtype)
     refit = Refit(weight=name, before=found.before, after=found.after, penalty=found.penalty)

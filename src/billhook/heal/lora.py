@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Block
 from billhook.heal.as_saved import saved
 
@@ -47,7 +48,7 @@ class Adapters:
             target_modules=list(names),
             rank_pattern=pattern,
             alpha_pattern={key: 2 * rank for key, rank in pattern.items()},
-            fan_in_fan_out=any(type(model.get_submodule(path)).__name__ == "Conv1D" for path in ranks),
+            fan_in_fan_out=any(is_conv(model.get_submodule(path)) for path in ranks),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -119,6 +120,6 @@ def linears(model: nn.Module, block: Block, old: str, new: str) -> list[str]:
                 module = model.get_submodule(path)
             except AttributeError:
                 continue  # the sublayer is gone, or the name is that of a tensor of experts
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            if isinstance(module, nn.Linear) or is_conv(module):
                 found.append(path)
     return found

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
-from billhook.anatomy.low_rank import is_conv, matrix
+from billhook.anatomy.low_rank import as_kept, matrix
 from billhook.plan.errors import InputError
 from billhook.surgery.factorise import Factor, parts
 from billhook.surgery.low_rank_experts import mixtures_of
@@ -27,7 +27,7 @@ def projected(model: nn.Module, factors: Iterable[Factor]) -> dict[str, Tensor]:
         linear: Any = model.get_submodule(factor.path)
         reduce, expand = parts(matrix(linear), factor.basis)
         product = (expand.float() @ reduce.float()).to(reduce.dtype)
-        found[f"{factor.path}.weight"] = product.T.contiguous() if is_conv(linear) else product
+        found[f"{factor.path}.weight"] = as_kept(linear, product)
     return found
 
 
@@ -49,7 +49,7 @@ def rejoined(model: nn.Module, factors: Iterable[Factor], tensors: Mapping[str, 
         if reduce is not None:
             linear: Any = model.get_submodule(factor.path)
             product = (factor.basis.to(reduce.device) @ reduce.float()).to(reduce.dtype)
-            found[f"{factor.path}.weight"] = product.T.contiguous() if is_conv(linear) else product
+            found[f"{factor.path}.weight"] = as_kept(linear, product)
         bias = found.pop(f"{factor.path}.expand.bias", None)
         if bias is not None:
             found[f"{factor.path}.bias"] = bias

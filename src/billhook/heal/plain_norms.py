@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import as_kept
 from billhook.anatomy.types import Block, Sublayer
 from billhook.anatomy.undo import Undo
 from billhook.heal.healing import put
@@ -75,7 +76,7 @@ def without_norm(model: nn.Module, block: Block, sublayer: Sublayer) -> dict[str
         own = rows(linear)
         weight = own["weight"].float()
         new = (weight * taken.gain).to(own["weight"].dtype)
-        found[name] = (new.T if type(linear).__name__ == "Conv1D" else new).contiguous()
+        found[name] = as_kept(linear, new)
         if taken.shift is not None:
             bias = own["bias"].float() + weight @ taken.shift
             found[f"{name.removesuffix('weight')}bias"] = bias.to(own["bias"].dtype)

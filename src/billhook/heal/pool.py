@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv, matrix
 from billhook.heal.writes import Write
 
 
 def rows(linear: nn.Module) -> dict[str, Tensor]:
     """The parameters of a linear by their names in it, one output a row (a transposed weight turned round)."""
-    weight: Any = linear.weight
     bias: Any = getattr(linear, "bias", None)
-    found = {"weight": weight.detach().T if type(linear).__name__ == "Conv1D" else weight.detach()}
+    found = {"weight": matrix(linear)}
     return found if bias is None else found | {"bias": bias.detach()}
 
 
@@ -39,7 +39,7 @@ class Pool:
     ) -> Pool:
         """``changed`` are weights to be taken for those that ``other`` has, by name; ``source`` is the other write."""
         found: dict[str, Tensor] = {}
-        turned = {name for name, linear in own.items() if type(linear).__name__ == "Conv1D"}
+        turned = {name for name, linear in own.items() if is_conv(linear)}
         for (name, mine), (there, theirs) in zip(own.items(), other.items(), strict=True):
             lent = rows(theirs)
             if there in changed:

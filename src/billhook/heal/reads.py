@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Sublayer
 
 
@@ -27,7 +28,7 @@ def folded(reads: dict[str, nn.Module], change: Tensor, whole: Mapping[str, Tens
     for name, linear in reads.items():
         old: Any = linear.weight
         weight = (whole or {}).get(name, old.detach()).float()
-        more = change @ weight if type(linear).__name__ == "Conv1D" else weight @ change.T
+        more = change @ weight if is_conv(linear) else weight @ change.T
         new[name] = (old.detach().float() + more).to(old.dtype)
     return new
 

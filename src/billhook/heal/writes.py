@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Sublayer
 from billhook.measure.patch import Forward
 
@@ -68,7 +69,7 @@ def writes_of(model: nn.Module, sublayer: Sublayer, mixed: bool) -> tuple[list[W
         elif linear is None or model.get_parameter(name).ndim != 2:
             left[name] = FUSED
         else:
-            found.append(Write(name, linear, type(linear).__name__ == "Conv1D"))
+            found.append(Write(name, linear, is_conv(linear)))
     return found, left
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.low_rank import is_conv, matrix
 from billhook.anatomy.types import Anatomy, Inner
 from billhook.data import Windows
 from billhook.measure.patch import Forward, hooked, observing
@@ -32,10 +33,11 @@ class _Adapter:
     @classmethod
     def of(cls, linear: Any, generator: torch.Generator) -> _Adapter:
         weight: Tensor = linear.weight.detach()
-        transposed = type(linear).__name__ == "Conv1D"
-        outputs, inputs = weight.T.shape if transposed else weight.shape
+        outputs, inputs = matrix(linear).shape
         a = torch.randn(RANK, inputs, generator=generator).to(weight.device) / inputs**0.5
-        return cls(weight, transposed, a.requires_grad_(), torch.zeros(outputs, RANK, device=a.device).requires_grad_())
+        return cls(
+            weight, is_conv(linear), a.requires_grad_(), torch.zeros(outputs, RANK, device=a.device).requires_grad_()
+        )
 
     def hook(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x: Tensor = args[0]

@@ -136,10 +136,6 @@ class Replay:
         self._last = self._suffix(self._checked(drops))
         return [streams[-1] for streams in self._last.streams]
 
-    def commit(self, *units: Address) -> None:
-        """Drop these units for good. Free if they were the last that ``without`` was asked about."""
-        self.move(self.state | self._checked(units))
-
     def move(self, drops: Iterable[Address]) -> None:
         """Make exactly these drops the state, units dropped before and not among them coming back.
 

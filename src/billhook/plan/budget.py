@@ -83,10 +83,6 @@ class Budget:
             raise InputError(f"budget {self} is measured, which only compress does; use {_either(KINDS)}")
         return {limit.kind: _ceiling(limit, dense[limit.kind]) for limit in self.limits}
 
-    def satisfied(self, costs: Mapping[str, float], dense: Mapping[str, float]) -> bool:
-        """Whether ``costs`` keep every limit."""
-        return all(within(costs[kind], ceiling) for kind, ceiling in self.ceilings(dense).items())
-
 
 def within(cost: float, ceiling: float) -> bool:
     """Whether a cost keeps a limit, a rounding error of the ceiling aside."""

@@ -13,7 +13,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 from billhook.plan.target import Target
-from billhook.recipes.costs import costs_of
+from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.opened import Stopwatch, left_behind
 from billhook.recipes.proof import RECORD, write_down
 from billhook.surgery.checkpoint import checkpoint_fingerprint
@@ -62,7 +62,7 @@ def apply(
             plan=plan,
             asked=plan.budget,
             costs=costs,
-            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
+            realised=of_dense(costs),
             environment=left_behind(done.left_out) | lost,
         )
         write_down(run, Path(place))

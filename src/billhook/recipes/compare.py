@@ -7,39 +7,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from billhook.data import Windows
-from billhook.data import calibration as windows_of
-from billhook.data.calibrate import Domain
-from billhook.evaluate import evidence_of_each, remembered
+from billhook.evaluate import remembered
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.generations import OPENINGS, prepared, repetition
-from billhook.evaluate.probes import answers, paired, posed
+from billhook.evaluate.probes import answers, posed
 from billhook.heal import require_healable
-from billhook.measure.sums import Trace
 from billhook.models import building, check_out, fingerprint
-from billhook.plan.budget import Budget, split_budgets
+from billhook.plan.budget import split_budgets
 from billhook.plan.comparison import Comparison, Entry
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
-from billhook.plan.record import ProbeEvidence, TextEvidence
-from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.choices import Baseline
-from billhook.recipes.costs import costs_of
-from billhook.recipes.find import Choice, find, pose_for, require_cut
-from billhook.recipes.heal import applied, healing_text, new_weights
+from billhook.recipes.entries import Reference, entries_of
+from billhook.recipes.find import require_cut
 from billhook.recipes.measures import watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import judged_on
 from billhook.recipes.schema import Recipe
 from billhook.recipes.settings import (
-    CALIBRATION_LENGTH,
-    CALIBRATION_TOKENS,
     COMPARED_HEALING_TOKENS,
     COMPARED_LENGTH,
     COMPARED_NEW_TOKENS,
@@ -47,27 +34,11 @@ from billhook.recipes.settings import (
     COMPARED_TOKENS,
     TRAINING_TOKENS,
 )
+from billhook.recipes.texts import Texts, calibration_text, healing_text
 from billhook.recipes.workplace import claimed, keep
 from billhook.report.comparison import write_comparison
-from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
-Judge = Callable[[Sequence[Any]], list[tuple[TextEvidence, ...]]]
-Probe = Callable[[Any], tuple[tuple[ProbeEvidence, ...], tuple[float, float]]]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is read: by searches, by statistics that one pass gives, by choices that are trained, by healing; and what
-    judges. None where no method asks for it."""
-
-    windows: Windows
-    survey: Windows | None
-    drill: Windows | None
-    longer: Windows | None
-    judged: tuple[tuple[Domain, Windows], ...]
-
-
 RANDOM_SEEDS = 3  # one draw says nothing of chance
 
 
@@ -124,47 +95,13 @@ def compare(
         prepared(model.model, model.tokenizer, opening, COMPARED_NEW_TOKENS)
     with claimed(out) as place:
         with clock.step("measure"):
-            windows = windows_of(
-                calibration,
-                model.tokenizer,
-                tokens=CALIBRATION_TOKENS,
-                length=model.length(CALIBRATION_LENGTH),
-                seed=seed,
-                model=model.model,
-                progress=progress,
-            )
-            survey = longer = None
-            if any(recipe.surveys for recipe in chosen):
-                survey = healing_text(model, calibration, seed, progress)
-            if heal != "none":
-                longer = healing_text(model, calibration, seed, progress, tokens=COMPARED_HEALING_TOKENS)
-            drill: Windows | None = None
-            if any(recipe.trains for recipe in chosen):
-                from billhook.recipes import training  # with peft and accelerate: seconds
-
-                drill = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
-            judged = judged_on(
-                model,
-                calibration,
-                [windows, *(text for text in (survey, longer, drill) if text is not None)],
-                seed,
-                progress,
-                tokens=COMPARED_TOKENS,
-                length=COMPARED_LENGTH,
-            )
-            texts = Texts(windows, survey, drill, longer, tuple(judged))
-            seen = watch(model, windows, progress)
-            known = remembered(model.model, judged)
+            texts = _texts(chosen, heal, model, calibration, seed, place, progress)
+            seen = watch(model, texts.windows, progress)
+            known = remembered(model.model, texts.judged)
         with clock.step("probes"):
-            of_dense = answers(model.model, asked_of, progress)
-            before = repetition(model.model, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
-
-        def judge(compressed: Sequence[Any]) -> list[tuple[TextEvidence, ...]]:
-            return evidence_of_each(model.model, compressed, judged, of_dense=known, progress=progress)
-
-        def probe(compressed: Any) -> tuple[tuple[ProbeEvidence, ...], tuple[float, float]]:
-            after = repetition(compressed, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
-            return paired(of_dense, answers(compressed, asked_of, progress)), (before, after)
+            right = answers(model.model, asked_of, progress)
+            repeated = repetition(model.model, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
+            dense = Reference(asked_of, known, right, repeated)
 
         draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
         entries: list[Entry] = []
@@ -176,7 +113,7 @@ def compare(
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = _judged(recipe, asked, drawn, model, texts, seen, judge, probe, place, progress)
+                    new = entries_of(recipe, asked, drawn, model, texts, seen, dense, place, progress)
                 keep(kept, new)
             for entry in new:
                 if told is not None:
@@ -188,8 +125,8 @@ def compare(
             model=os.fspath(source),
             outline=model.anatomy.outline,
             calibration=calibration,
-            tokens=windows.ids.numel(),
-            surveyed=survey.tokens if survey is not None else 0,
+            tokens=texts.windows.ids.numel(),
+            surveyed=texts.survey.tokens if texts.survey is not None else 0,
             budgets=tuple(asked),
             entries=tuple(entries),
             titles={recipe.name: recipe.title for recipe in chosen},
@@ -229,125 +166,29 @@ def _standard() -> list[str]:
 BASELINES = ("random", "evenly-spaced", "first", "last")
 
 
-def _judged(
-    recipe: Recipe,
-    budgets: Sequence[str],
-    seed: int,
+def _texts(
+    recipes: Sequence[Recipe],
+    heal: str,
     model: Opened,
-    texts: Texts,
-    seen: Trace,
-    judge: Judge,
-    probe: Probe,
+    calibration: str,
+    seed: int,
     place: Path,
     progress: Progress | None,
-) -> list[Entry]:
-    """The entries of one recipe, one a budget."""
-    target = recipe.aim
-    entries: list[Entry] = []
-    choices: list[Choice | None] = []
-    for budget in budgets:
-        entry, choice = _searched(recipe, budget, seed, target, model, texts, seen, place, progress)
-        entries.append(entry)
-        choices.append(choice)
-    cut: list[Any] = []
-    again: list[Any] = []
-    for number, (entry, choice) in enumerate(zip(entries, choices, strict=True)):
-        if choice is None:
-            continue
-        try:
-            acted = _acted(recipe, model, choice, target, texts.windows, progress)
-            heals = (
-                texts.longer is not None
-                and recipe.act == "drop"
-                and recipe.unit != "weight"
-                and not (recipe.trains or recipe.learns_ranks)
-            )
-            healed = [_healed(model, choice.plan(target), texts.longer, progress)] if heals and texts.longer else []
-        except InputError as error:  # one method that cannot be carried out does not end the comparison
-            entries[number] = entry.model_copy(update={"refused": str(error)})
-            continue
-        cut.append(acted)
-        again.extend(healed)
-    met = [entry for entry in entries if not entry.refused]
-    found = judge([*cut, *again]) if met else []
-    proofs = zip_longest(found[: len(met)], found[len(met) :], again or cut, fillvalue=())
-    proven = ((one, other, *probe(best)) for one, other, best in proofs)
-    names = ("evidence", "healed", "probes", "repeated")
-    return [
-        entry if entry.refused else entry.model_copy(update=dict(zip(names, next(proven), strict=True)))
-        for entry in entries
-    ]
+) -> Texts:
+    """All that the methods read, and what judges them, which none of them has read."""
+    windows = calibration_text(model, calibration, seed, progress)
+    survey = drill = longer = None
+    if any(recipe.surveys for recipe in recipes):
+        survey = healing_text(model, calibration, seed, progress)
+    if heal != "none":
+        longer = healing_text(model, calibration, seed, progress, tokens=COMPARED_HEALING_TOKENS)
+    if any(recipe.trains for recipe in recipes):
+        from billhook.recipes import training  # with peft and accelerate: seconds
 
-
-def _acted(
-    recipe: Recipe, model: Opened, choice: Choice, target: Target, windows: Windows, progress: Progress | None
-) -> Any:
-    """The cut model; with the new weights that came with the choice, or that an act which combines blocks makes of the
-    calibration text."""
-    plan = choice.plan(target)
-    if choice.healing is not None:
-        return applied(model, plan, choice.healing)
-    if recipe.act in ("drop", "share"):
-        return apply(model.model, model.anatomy, plan)
-    return applied(model, plan, new_weights(model, plan, recipe.act, windows, progress))
-
-
-def _healed(model: Opened, plan: Plan, text: Windows, progress: Progress | None) -> Any:
-    return applied(model, plan, new_weights(model, plan, "closed-form", text, progress))
-
-
-def _searched(
-    recipe: Recipe,
-    budget: str,
-    seed: int,
-    target: Target,
-    model: Opened,
-    texts: Texts,
-    seen: Trace,
-    place: Path,
-    progress: Progress | None,
-) -> tuple[Entry, Choice | None]:
-    """What is known before anything is carried out; no choice where it was refused."""
-    entry = Entry(
-        recipe=recipe.name, seed=seed, baseline=isinstance(recipe.choice, Baseline), asked=budget, target=target
-    )
-    clock = Stopwatch()
-    try:
-        with clock.step("search"):
-            problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), target)
-            if recipe.act not in ("drop", "share"):
-                require_healable(model.anatomy)
-            choice = find(
-                recipe,
-                model,
-                problem,
-                texts.windows,
-                seen,
-                seed=seed,
-                place=place,
-                progress=progress,
-                survey=texts.survey,
-                lessons=texts.drill,
-            )
-    except InputError as error:
-        return entry.model_copy(update={"refused": str(error)}), None
-    plan = choice.plan(target)
-    costs = costs_of(plan, model.anatomy.outline)
-    known = entry.model_copy(
-        update={
-            "drops": tuple(str(unit) for unit in sorted(choice.found.drops)),
-            "keeps": choice.keeps,
-            "sparsities": choice.sparsities,
-            "factors": plan.factors,
-            "channels": plan.channels,
-            "schedule": choice.schedule,
-            "realised": {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense},
-            "work": choice.found.work,
-            "evaluations": choice.found.evaluations,
-            "seconds": clock.seconds["search"],
-        }
-    )
-    return known, choice
+        drill = training.training_text(model, calibration, TRAINING_TOKENS, seed, place, progress)
+    read = [windows, *(text for text in (survey, longer, drill) if text is not None)]
+    judged = judged_on(model, calibration, read, seed, progress, tokens=COMPARED_TOKENS, length=COMPARED_LENGTH)
+    return Texts(windows, survey, drill, longer, tuple(judged))
 
 
 def _key(

@@ -27,3 +27,8 @@ def costs_of(plan: Plan, outline: Outline, zeros: Mapping[Address, int] | None =
         Address(name, block) for name, order in found.items() for i, block in enumerate(order) if block in order[:i]
     ]
     return quantities(outline, drops, plan.keeps, zeros, plan.factors, again, plan.channels)
+
+
+def of_dense(costs: Mapping[str, Quantity]) -> dict[str, float]:
+    """Every cost as a fraction of dense; kinds that the dense model has none of are left out."""
+    return {kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,10 +10,8 @@ from pathlib import Path
 from billhook import search
 from billhook.data import Windows
 from billhook.heal import Healing
-from billhook.measure.ablation import Ablator, Kind
+from billhook.measure.ablation import Kind
 from billhook.measure.sums import Trace
-from billhook.models import fingerprint
-from billhook.plan.address import Address
 from billhook.plan.arrays import Arrays
 from billhook.plan.budget import Budget, realised
 from billhook.plan.errors import InputError
@@ -44,14 +40,16 @@ from billhook.recipes.choices import (
 )
 from billhook.recipes.flattening import paired, require_flattening
 from billhook.recipes.learned import learned
-from billhook.recipes.opened import Opened, versions
+from billhook.recipes.once import Once
+from billhook.recipes.opened import Opened
 from billhook.recipes.ranks import Bases, take_apart
 from billhook.recipes.schema import Recipe
 from billhook.recipes.scored import scored
+from billhook.recipes.searched import evolved, greedily, memo_of
 from billhook.recipes.sharing import require_sharing
 from billhook.recipes.weights import thin
 from billhook.recipes.widths import drive, narrow
-from billhook.search import Found, Ledger, Memo, Problem
+from billhook.search import Found, Problem
 from billhook.search.apart import apart, eased
 from billhook.search.channels import ChannelProblem, pose_channels
 from billhook.search.ranks import RankProblem, pose_ranks
@@ -138,10 +136,12 @@ def find(
     survey: Windows | None = None,
     lessons: Windows | None = None,
     prior: Plan | None = None,
+    once: Once | None = None,
 ) -> Choice:
     """Carry out the choice of a recipe. ``seen`` is the trace of the dense model over the calibration ``windows``.
     Statistics that one pass gives are taken of ``survey`` (see ``Recipe.surveys``), and a choice that is trained reads
-    ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one.
+    ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one. Several
+    searches of one recipe on the same text that are given the same ``once`` share what their budgets do not change.
 
     A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
     is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
@@ -152,56 +152,78 @@ def find(
     require_sharing(recipe, model, problem.budget)
     require_flattening(recipe, model)
     choice = recipe.choice
+    once = once or Once()
     survey = survey if survey is not None and recipe.surveys else windows
     if isinstance(problem, WeightProblem):
         sparse, record, mean = thin(
             recipe, model, problem, windows, survey, lessons or windows, prior, seed=seed, progress=progress
         )
-        nothing = Found(frozenset(), record.steps, record.work, 0)
-        return Choice(nothing, record, mean, sparsities=sparse.edits, arrays=sparse.arrays, healing=sparse.healing)
+        return Choice(
+            _no_drops(record), record, mean, sparsities=sparse.edits, arrays=sparse.arrays, healing=sparse.healing
+        )
     if isinstance(problem, WidthProblem) and isinstance(choice, GroupSparse):
         keeps, record, importance, healing = drive(recipe, model, problem, lessons or windows, progress=progress)
-        return Choice(Found(frozenset(), record.steps, record.work, 0), record, importance, keeps, healing=healing)
+        return Choice(_no_drops(record), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
-        return _narrowed(recipe, model, problem, windows, survey, seen, seed, progress)
+        return _narrowed(recipe, model, problem, windows, survey, seen, once, seed, progress)
     if isinstance(problem, ChannelProblem):
-        edit, record, importance = choose_channels(recipe, model, problem, survey, seed=seed, progress=progress)
-        nothing = Found(frozenset(), record.steps, record.work, 0)
-        return Choice(nothing, record, importance, channels=(edit,))
+        edit, record, importance = choose_channels(recipe, model, problem, survey, once, seed=seed, progress=progress)
+        return Choice(_no_drops(record), record, importance, channels=(edit,))
     if isinstance(problem, RankProblem):
-        bases, record, importance, new = take_apart(recipe, model, problem, survey, seed=seed, progress=progress)
-        nothing = Found(frozenset(), record.steps, record.work, 0)
-        return Choice(nothing, record, importance, bases=bases, healing=new)
+        bases, record, importance, new = take_apart(recipe, model, problem, survey, once, seed=seed, progress=progress)
+        return Choice(_no_drops(record), record, importance, bases=bases, healing=new)
+    return _dropped(recipe, model, problem, windows, seen, once, seed, place, progress)
+
+
+def _no_drops(record: SearchRecord) -> Found:
+    return Found(frozenset(), record.steps, record.work, 0)
+
+
+def _dropped(
+    recipe: Recipe,
+    model: Opened,
+    problem: Problem,
+    windows: Windows,
+    seen: Trace,
+    once: Once,
+    seed: int,
+    place: Path,
+    progress: Progress | None,
+) -> Choice:
+    """Whole blocks or sublayers go."""
+    choice = recipe.choice
     objective = recipe.objective
-    importance = {}
-    search_on = partial(_memo, recipe.objective or "kl", model, place, progress)
+    importance: dict[str, dict[str, float]] = {}
+    memo = partial(memo_of, recipe.objective or "kl", model, place, progress)
     match choice:
         case Greedy():
-            found, rises = _greedy(choice, problem, windows, search_on, progress)
+            found, rises = greedily(choice, problem, windows, memo, progress)
             importance[f"rise of {_objective(recipe, objective)} if dropped"] = {
                 str(u): rise for u, rise in rises.items()
             }
         case Evolve():
-            found = _evolve(choice, problem, windows, search_on, seed, progress)
+            found = evolved(choice, problem, windows, memo, seed, progress)
         case Trained() | Sampled() | Bandit():
             found, worth = learned(choice, model, problem, windows, seed=seed, progress=progress)
             importance[LEARNED[choice.word]] = {str(u): value for u, value in sorted(worth.items())}
         case OneShot() | Knapsack():
             assert recipe.score is not None
             units = problem.candidates
-            scores, work = scored(recipe.score, recipe.unit, model, units, windows, seen, progress)
+            score = partial(scored, recipe.score, recipe.unit, model, units, windows, seen, progress)
+            scores, work = once(units, score)
             scores = paired(scores, model) if recipe.act == "flatten" else scores
             if isinstance(choice, Knapsack):
                 found = search.knapsack(problem, scores, work=work)
             elif problem.budget.until_cliff:
                 objective = "kl"
-                memo = _memo(objective, model, place, progress, windows)
-                found = search.ranked_until_cliff(problem, scores, memo, per=choice.per, work=work, progress=progress)
+                full = memo(windows)
+                found = search.ranked_until_cliff(problem, scores, full, per=choice.per, work=work, progress=progress)
             else:
                 found = search.one_shot(problem, scores, per=choice.per, work=work)
         case Span():
             angular = {name: seen.angular(name) for name in seen.angles}
-            found = search.span(problem, angular, work=seen.work)
+            _, work = once("angular", lambda: (None, seen.work))
+            found = search.span(problem, angular, work=work)
         case _:
             found = _baseline(choice.word, problem, seed)
     schedule = None
@@ -224,12 +246,15 @@ def _narrowed(
     windows: Windows,
     survey: Windows,
     seen: Trace,
+    once: Once,
     seed: int,
     progress: Progress | None,
 ) -> Choice:
     share = recipe.choice.apart if isinstance(recipe.choice, Widths) else None
     whole = problem if share is None else eased(problem, 1 - share)
-    drops, keeps, record, importance = narrow(recipe, model, whole, windows, survey, seen, seed=seed, progress=progress)
+    drops, keeps, record, importance = narrow(
+        recipe, model, whole, windows, survey, seen, once, seed=seed, progress=progress
+    )
     edits: tuple[Factorise, ...] = ()
     if share is not None:
         edits, costs = apart(problem, keeps)
@@ -256,82 +281,6 @@ def require_path(recipe: Recipe, budget: Budget) -> None:
             f"budget {budget} follows a path of single steps; recipe {recipe.name} ({recipe.choice.word}) has none: "
             f"use a greedy or one-shot recipe, or give an amount"
         )
-
-
-def _greedy(
-    choice: Greedy, problem: Problem, windows: Windows, memo: Callable[[Windows], Memo], progress: Progress | None
-) -> tuple[Found, dict[Address, float]]:
-    """The search, and by how much each unit alone raises the objective."""
-    first = memo(windows.share(choice.screen))
-    empty = first.at(frozenset())
-    rises = {}
-    for number, unit in enumerate(problem.candidates, start=1):
-        rises[unit] = first.at(frozenset({unit}), frozenset()) - empty
-        if progress is not None:
-            progress("every unit once", number, len(problem.candidates))
-    screened = choice.screen < 1
-    full = memo(windows) if screened else first
-    if problem.budget.until_cliff:
-        found = search.greedy_until_cliff(
-            problem, full, lazy=choice.lazy, per=choice.per, estimates=rises, progress=progress
-        )
-    else:
-        found = search.greedy(
-            problem,
-            full,
-            lazy=choice.lazy,
-            per=choice.per,
-            refine=choice.refine,
-            estimates=rises,
-            progress=progress,
-        )
-    if screened:
-        steps = tuple(step.model_copy(update={"work": step.work + first.work}) for step in found.steps)
-        found = Found(found.drops, steps, found.work + first.work, found.evaluations + first.evaluations)
-    return found, rises
-
-
-def _evolve(
-    choice: Evolve,
-    problem: Problem,
-    windows: Windows,
-    memo: Callable[[Windows], Memo],
-    seed: int,
-    progress: Progress | None,
-) -> Found:
-    start = _greedy(choice.start, problem, windows, memo, progress)[0] if choice.start else None
-    stages = [search.Stage(memo(windows.share(screen.share)), screen.survivors) for screen in choice.screens]
-    return search.evolve(
-        problem,
-        [*stages, search.Stage(memo(windows), 1)],
-        generations=choice.generations,
-        offspring=choice.offspring,
-        patience=choice.patience,
-        seed=seed,
-        start=start,
-        progress=progress,
-    )
-
-
-def _memo(kind: Kind, model: Opened, place: Path, progress: Progress | None, windows: Windows) -> Memo:
-    """An objective over windows, with the ledger that keeps what it was paid for."""
-    ablator = Ablator(model.model, model.anatomy, windows, kind, progress=progress)
-    return Memo(ablator, _ledger(place, kind, model, windows))
-
-
-def _ledger(place: Path, kind: Kind, model: Opened, windows: Windows) -> Ledger:
-    """The ledger of this search: one file for everything that an evaluation of the objective depends on."""
-    header: dict[str, object] = {
-        "model": fingerprint(model.model),
-        "dtype": str(model.model.dtype),
-        "device": str(model.model.device),
-        "calibration": windows.fingerprint,
-        "objective": kind,
-        **versions(),
-    }
-    place.mkdir(parents=True, exist_ok=True)
-    name = hashlib.sha256(json.dumps(header).encode()).hexdigest()[:12]
-    return Ledger(place / f"{name}.jsonl", header)
 
 
 def _baseline(word: str, problem: Problem, seed: int) -> Found:

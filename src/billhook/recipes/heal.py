@@ -13,7 +13,6 @@ import torch
 
 from billhook.anatomy import Anatomy
 from billhook.data import Windows
-from billhook.data import calibration as windows_of
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
@@ -43,16 +42,17 @@ from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan import processes
 from billhook.plan.errors import InputError
+from billhook.plan.heals import TRAINED, Heal
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.schema import TRAINED, Heal
 from billhook.recipes.selection import asked
-from billhook.recipes.settings import CALIBRATION_LENGTH, HEALING_TOKENS, TRAINING_TOKENS
-from billhook.recipes.together import of_the_first, shared
+from billhook.recipes.settings import TRAINING_TOKENS
+from billhook.recipes.texts import healing_text
+from billhook.recipes.together import shared
 from billhook.surgery import apply
 from billhook.surgery.biases import note_biases
 from billhook.surgery.factorise import factors_of
@@ -232,25 +232,6 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     found = rejoined(model.model, factors, found)
     keeps, channels = keeps_of(plan, model.anatomy), channels_of(plan, model.anatomy)
     return Healing(whole(model.model, model.anatomy, keeps, found, channels), (), {}, 0, 0)
-
-
-def healing_text(
-    model: Opened, calibration: str, seed: int, progress: Progress | None, *, tokens: int | None = None
-) -> Windows:
-    """More of the calibration text than a search needs, as much as there is: regressions have many more unknowns."""
-    length = model.length(CALIBRATION_LENGTH)
-    return of_the_first(
-        lambda: windows_of(
-            calibration,
-            model.tokenizer,
-            tokens=tokens or HEALING_TOKENS,
-            length=length,
-            seed=seed,
-            model=model.model,
-            fewest=2 * length,
-            progress=progress,
-        )
-    )
 
 
 def new_weights(model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None) -> Healing:

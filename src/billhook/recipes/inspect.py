@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from billhook.data import Windows
-from billhook.data import calibration as windows_of
 from billhook.measure.audit import audit
 from billhook.measure.cost import quantities
 from billhook.measure.features import complexity
@@ -19,7 +18,7 @@ from billhook.plan.record import COMPLEXITY, Run
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened
 from billhook.recipes.proof import write_down
-from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
+from billhook.recipes.texts import calibration_text
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,15 +55,7 @@ def inspect(
     )
     if _reads_text(model):
         with clock.step("measure"):
-            windows = windows_of(
-                calibration,
-                model.tokenizer,
-                tokens=CALIBRATION_TOKENS,
-                length=model.length(CALIBRATION_LENGTH),
-                seed=seed,
-                model=model.model,
-                progress=progress,
-            )
+            windows = calibration_text(model, calibration, seed, progress)
             seen = watch(model, windows, progress)
             alike = {} if out is None else {COMPLEXITY: complexities(model, progress)}
         run = run.model_copy(update={"measures": measures(model, calibration, windows, seen, alike)})

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 from torch import Tensor
 
-from billhook.anatomy.low_rank import is_conv
+from billhook.anatomy.low_rank import as_kept
 from billhook.data import Windows
 from billhook.heal import Healing
 from billhook.measure.batches import batches_of
@@ -16,6 +16,7 @@ from billhook.plan.budget import realised
 from billhook.plan.plan import Factorise
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.choices import Ranks
+from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import Recipe
 from billhook.search.bases import Linear, bases
@@ -27,16 +28,27 @@ Bases = dict[Factorise, NDArray[Any]]
 
 
 def take_apart(
-    recipe: Recipe, model: Opened, problem: RankProblem, windows: Windows, *, seed: int, progress: Progress | None
+    recipe: Recipe,
+    model: Opened,
+    problem: RankProblem,
+    windows: Windows,
+    once: Once,
+    *,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[Bases, SearchRecord, dict[str, dict[str, float]], Healing | None]:
     """Carry out the choice of a recipe of ranks: the basis of each linear that becomes two, its record, for each
-    sublayer how hard its linears are to take apart, and the weights that were learned along."""
+    sublayer how hard its linears are to take apart, and the weights that were learned along. Bases that ``once`` knows
+    already cost nothing."""
     choice = recipe.choice
     assert isinstance(choice, Ranks)
-    found = bases(model.model, model.anatomy, windows, choice.inputs, progress=progress)
+    blocks = len(model.anatomy.stack("decoder").blocks)
+    one = 0 if choice.inputs == "none" else windows.tokens * blocks
+    found, work = once(
+        "bases", lambda: (bases(model.model, model.anatomy, windows, choice.inputs, progress=progress), one)
+    )
     energies = {linear: (s.energies, s.total) for linear, s in found.items()}
     ranks = spread(problem, energies, choice.allocation)
-    work = 0 if choice.inputs == "none" else windows.tokens * len(model.anatomy.stack("decoder").blocks)
     learned: dict[Linear, Factors] = {}
     if choice.steps is not None:
         batches = list(batches_of(windows, model.model, tokens_at_once=1))
@@ -46,7 +58,7 @@ def take_apart(
         means = {linear: factors.energies * windows.tokens for linear, factors in learned.items()}
         energies |= {linear: (mean, max(found[linear].total, mean.sum().item())) for linear, mean in means.items()}
         ranks = spread(problem, energies, choice.allocation)
-        work += 4 * choice.steps * windows.ids.shape[1] * len(model.anatomy.stack("decoder").blocks)
+        work += 4 * choice.steps * windows.ids.shape[1] * blocks
 
     def basis(linear: Linear, rank: int) -> Tensor:
         return learned[linear].basis(rank) if linear in learned else found[linear].basis[:, :rank]
@@ -78,5 +90,5 @@ def _healing(
             name = f"{model.anatomy.block(unit.parent).path}.{path}"
             linear: Any = model.model.get_submodule(name)
             weight = factors.weight(ranks[unit, path]).to(linear.weight)
-            tensors[f"{name}.weight"] = weight.T.contiguous() if is_conv(linear) else weight
+            tensors[f"{name}.weight"] = as_kept(linear, weight)
     return Healing(tensors, (), {}, windows.tokens, 0)

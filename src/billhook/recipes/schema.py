@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, StringConstraints, model_validator
 
 from billhook.measure.ablation import Kind
+from billhook.plan.heals import Heal
 from billhook.plan.target import Target
 from billhook.recipes.choices import (
     Bandit,
@@ -34,23 +35,7 @@ from billhook.recipes.choices import (
 from billhook.scores import InnerUnit, Unit, named
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Heal = Literal[
-    "none",
-    "closed-form",
-    "bias",
-    "data-free",
-    "scales",
-    "tune",
-    "lora",
-    "distill",
-    "lisa",
-    "ist",
-    "fpf",
-    "skips",
-    "kv-routing",
-]
 GOALS = {"kl": "divergence from dense", "loss": "loss"}
-TRAINED = ("tune", "lora", "distill", "lisa", "ist", "fpf", "skips", "kv-routing")
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
 SURVEYED = ("channels", "routing", "stream")
 BLIND_WIDTHS = ("random", "evenly-spaced")

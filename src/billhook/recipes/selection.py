@@ -8,9 +8,9 @@ from typing import get_args
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
 from billhook.plan.errors import InputError
+from billhook.plan.heals import TRAINED
 from billhook.plan.record import Select
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import TRAINED
 from billhook.recipes.settings import TARGET_TOKENS
 from billhook.recipes.together import of_the_first
 

@@ -10,8 +10,8 @@ from billhook.export import bit_stack
 from billhook.models import check_out, stored_as
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
-from billhook.recipes.heal import healing_text
 from billhook.recipes.opened import opened
+from billhook.recipes.texts import healing_text
 
 Progress = Callable[[str, int, int], None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from billhook.data import Windows
 from billhook.heal import Healing
@@ -24,6 +25,7 @@ from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.choices import BiMask, GroupSparse, Widths
 from billhook.recipes.learned_weights import goal_of
+from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened
 from billhook.recipes.schema import GOALS, Recipe
 from billhook.recipes.scored import scored
@@ -47,13 +49,14 @@ def narrow(
     windows: Windows,
     survey: Windows,
     seen: Trace,
+    once: Once,
     *,
     seed: int,
     progress: Progress | None,
 ) -> tuple[frozenset[Address], tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of width: the blocks that went before, what is kept, its record, the mean score
     in each sublayer and that of the blocks. ``seen`` is the trace of the dense model over the calibration ``windows``;
-    the score reads ``survey``."""
+    the score reads ``survey``. Statistics that ``once`` knows already cost nothing."""
     choice = recipe.choice
     if isinstance(choice, BiMask):
         inner = units_of(model.anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
@@ -70,18 +73,19 @@ def narrow(
     before = 0
     if choice.blocks is not None:
         blocks = units(problem.outline, "block")
-        figures, before = scored(choice.blocks.score, "block", model, blocks, windows, seen, progress)
+        blockwise = partial(scored, choice.blocks.score, "block", model, blocks, windows, seen, progress)
+        figures, before = once("blocks", blockwise)
         steps, problem = coarse(problem, figures, choice.blocks.share, before)
         importance[f"{choice.blocks.score.word} of a block"] = {str(unit): figures[unit] for unit in sorted(figures)}
     score = named(recipe.score.word if recipe.score else "")
-    trace = _measured(recipe, model, problem, survey, seed, progress)
+    trace = _measured(recipe, model, problem, survey, once, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
     shares, work = None, before + trace.work
     if choice.steepness is not None:
         turned = {stack: seen.angular(stack)[0] for stack in seen.angles}
         distances = {space.address: turned[space.address.stack][space.address.block] for space in problem.spaces}
         shares = sigmoid_shares(distances, problem.share, choice.steepness)
-        work += seen.work
+        work += once("angular", lambda: (None, seen.work))[1]
     priced = None
     if choice.screen is not None:
         ablator = Ablator(model.model, model.anatomy, windows.share(choice.screen), "kl", progress=progress)
@@ -133,28 +137,42 @@ def _record(
 
 
 def _measured(
-    recipe: Recipe, model: Opened, problem: WidthProblem, windows: Windows, seed: int, progress: Progress | None
+    recipe: Recipe,
+    model: Opened,
+    problem: WidthProblem,
+    windows: Windows,
+    once: Once,
+    seed: int,
+    progress: Progress | None,
 ) -> WidthTrace:
     """What the score of a recipe looks at, and nothing else."""
     live, anatomy = model.model, model.anatomy
     units = units_of(anatomy, recipe.unit, dict.fromkeys(space.address for space in problem.spaces))
     score = named(recipe.score.word if recipe.score else "")
-    work = windows.tokens * sum(len(stack.blocks) for stack in anatomy.stacks)
+    one = windows.tokens * sum(len(stack.blocks) for stack in anatomy.stacks)  # the work of a pass
+    asked = tuple(units)  # not all, where blocks went before
     match score.needs:
         case "channels":
-            return WidthTrace.of(live, units, channels=channels(live, anatomy, windows, progress), work=work)
+            given, work = once("channels", lambda: (channels(live, anatomy, windows, progress), one))
+            return WidthTrace.of(live, units, channels=given, work=work)
         case "slopes":
             answer = score.check(recipe.score_parameters)["answer"]
-            slopes = sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress)
-            return WidthTrace.of(live, units, slopes=slopes, work=3 * work)
+            slopes, work = once(
+                asked,
+                lambda: (sensitivity(live, anatomy, units, windows, answer, seed=seed, progress=progress), 3 * one),
+            )
+            return WidthTrace.of(live, units, slopes=slopes, work=work)
         case "knockouts":
             by = score.check(recipe.score_parameters)["by"]
-            rises = knockout(live, anatomy, units, windows, by, progress)
             passes = 1 + sum(inner.count for inner in units.values())
-            return WidthTrace.of(live, units, knockouts=rises, work=passes * work)
+            rises, work = once(asked, lambda: (knockout(live, anatomy, units, windows, by, progress), passes * one))
+            return WidthTrace.of(live, units, knockouts=rises, work=work)
         case "adapters":
-            importance = lora_slopes(live, anatomy, units, windows, seed=seed, progress=progress)
-            return WidthTrace(units, importance, work=3 * work)
+            importance, work = once(
+                asked, lambda: (lora_slopes(live, anatomy, units, windows, seed=seed, progress=progress), 3 * one)
+            )
+            return WidthTrace(units, importance, work=work)
         case "routing":
-            return WidthTrace.of(live, units, routing=routing(live, anatomy, units, windows, progress), work=work)
+            routed, work = once(asked, lambda: (routing(live, anatomy, units, windows, progress), one))
+            return WidthTrace.of(live, units, routing=routed, work=work)
     return WidthTrace.of(live, units)

@@ -16,7 +16,8 @@ from billhook.plan.record import TextEvidence
 from billhook.plan.target import Target
 from billhook.plan.visits import shared
 from billhook.report.answers import accuracy
-from billhook.report.cuts import is_cut, left_of, narrower
+from billhook.report.cuts import narrower
+from billhook.report.drawing import is_cut, left_of
 from billhook.report.figures_comparison import ceiling, front, kept, name, quality
 from billhook.report.headline import budget_name
 from billhook.report.numbers import duration, number, percent

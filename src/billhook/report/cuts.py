@@ -1,14 +1,13 @@
-"""What a plan removes, in words and as the drawing of the model."""
+"""What a plan removes, in words."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
-from billhook.plan.outline import Outline, StackOutline
+from billhook.plan.outline import Outline
 from billhook.plan.plan import Factorise, HiddenChannels, Keep, Plan, Sparsify
 from billhook.plan.record import Run
 from billhook.plan.target import Target
@@ -17,36 +16,6 @@ from billhook.report.numbers import quantity, ranges
 from billhook.report.palette import kind_name
 
 UNITS = {"neuron": "neuron", "group": "KV group", "expert": "expert"}
-TALLEST, GAP = 760, 2  # pixels of a whole column, where rows can still grow thinner, and between two rows
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One sublayer, ``width`` percent of the widest block's parameters; ``left`` percent of its own if it got
-    narrower; ``shared`` if it runs with the weights of another one."""
-
-    kind: str
-    width: float
-    cut: bool
-    title: str
-    left: float | None = None
-    shared: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    label: str
-    cut: bool
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One stack, rows in order of execution, ``height`` pixels each."""
-
-    stack: str
-    height: int
-    rows: tuple[Row, ...]
 
 
 def dropped(run: Run) -> frozenset[Address]:
@@ -68,20 +37,14 @@ def tied(run: Run) -> bool:
     return any(repeated(order) for order in orders(anywhere, run.outline).values())
 
 
-def is_cut(unit: Address, drops: frozenset[Address]) -> bool:
-    """Is this unit, or the block it lies in, removed?"""
-    return unit in drops or unit.parent in drops
-
-
 def summary(run: Run) -> list[tuple[str, str]]:
     """What was cut, one line a stack and kind: ``("attention of decoder", "3, 11–13")``."""
     order = [stack.name for stack in run.outline.stacks]
     groups: dict[tuple[str, str], list[int]] = {}
     for address in sorted(dropped(run), key=lambda a: (order.index(a.stack), a.sublayer or "", a.block)):
         groups.setdefault((address.stack, address.sublayer or ""), []).append(address.block)
-    several = len(run.outline.stacks) > 1
     gone = [
-        ((f"{kind_name(kind)} of " if kind else "") + (f"{stack} " if several else "") + "blocks", ranges(blocks))
+        ((f"{kind_name(kind)} of " if kind else "") + _blocks(stack, run.outline), ranges(blocks))
         for (stack, kind), blocks in groups.items()
     ]
     return [
@@ -115,7 +78,6 @@ def flattened(run: Run) -> list[tuple[str, str]]:
 
 def ranks(run: Run) -> list[tuple[str, str]]:
     """``("linears of blocks", "0–29: 187 of 210 in two parts, of rank 32 to 220")``, and experts taken apart."""
-    several = len(run.outline.stacks) > 1
     found = []
     sublayers = dict(run.outline.sublayers())
     linears = [edit for edit in run.plan.factors if edit.linear in sublayers[edit.unit].linears]
@@ -125,14 +87,13 @@ def ranks(run: Run) -> list[tuple[str, str]]:
         least, most = min(edit.rank for edit in edits), max(edit.rank for edit in edits)
         span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
         where = ranges({edit.unit.block for edit in edits})
-        what = f"linears of {stack + ' ' if several else ''}blocks"
+        what = f"linears of {_blocks(stack, run.outline)}"
         found.append((what, f"{where}: {len(edits):,} of {total:,} in two parts, of rank {span}"))
     return [*found, *_experts_apart(run)]
 
 
 def _experts_apart(run: Run) -> list[tuple[str, str]]:
     """``("neurons of those experts in blocks", "0–3: 24 of 256 whole, the others of rank 24")``."""
-    several = len(run.outline.stacks) > 1
     sublayers = dict(run.outline.sublayers())
     alike: dict[tuple[str, int, int], set[int]] = {}
     for edit in run.plan.factors:
@@ -141,7 +102,7 @@ def _experts_apart(run: Run) -> list[tuple[str, str]]:
             alike.setdefault((edit.unit.stack, edit.rank, mixture.neurons), set()).add(edit.unit.block)
     return [
         (
-            f"neurons of those experts in {stack + ' ' if several else ''}blocks",
+            f"neurons of those experts in {_blocks(stack, run.outline)}",
             f"{ranges(blocks)}: {rank:,} of {neurons:,} whole, the others of rank {rank:,}",
         )
         for (stack, rank, neurons), blocks in alike.items()
@@ -153,24 +114,21 @@ def sharing(plan: Plan, outline: Outline) -> list[tuple[str, str]]:
     does not say it; nothing without a schedule."""
     if plan.schedule is None:
         return []
-    several = len(outline.stacks) > 1
     whose: dict[str, list[str]] = {}
     for new, first in sorted(shared(plan, outline).items()):
         whose.setdefault(new.stack, []).append(f"{new.block} (of {first.block})")
     lines = [
-        (f"{stack + ' ' if several else ''}blocks with the weights of another", ", ".join(pairs))
-        for stack, pairs in whose.items()
+        (f"{_blocks(stack, outline)} with the weights of another", ", ".join(pairs)) for stack, pairs in whose.items()
     ]
     for stack, order in orders(plan, outline).items():
         if stack not in whose and repeated(order):
-            lines.append((f"order of {stack + ' ' if several else ''}blocks", ", ".join(map(str, order))))
+            lines.append((f"order of {_blocks(stack, outline)}", ", ".join(map(str, order))))
     return lines
 
 
 def widths(run: Run) -> list[tuple[str, str]]:
     """``("neurons of blocks", "3, 11–13: 4,608 of 6,144 kept, 1,098 to 1,210 in each")``."""
     sublayers = dict(run.outline.sublayers())
-    several = len(run.outline.stacks) > 1
     groups: dict[tuple[str, str], list[Keep]] = {}
     for keep in run.plan.keeps:
         groups.setdefault((keep.unit.stack, keep.inner), []).append(keep)
@@ -181,7 +139,7 @@ def widths(run: Run) -> list[tuple[str, str]]:
         least, most = f"{min(left):,}", f"{max(left):,}"
         each = "" if len(left) == 1 else f", {least if least == most else f'{least} to {most}'} in each"
         where = ranges({keep.unit.block for keep in keeps})
-        what = f"{UNITS[kind]}s of {stack + ' ' if several else ''}blocks"
+        what = f"{UNITS[kind]}s of {_blocks(stack, run.outline)}"
         found.append((what, f"{where}: {sum(left):,} of {before:,} kept{each}"))
     return found
 
@@ -202,15 +160,14 @@ def thinned(run: Run) -> list[tuple[str, str]]:
 def zeros(run: Run) -> list[tuple[str, str]]:
     """``("weights of blocks", "0–29: 53,084,160 of 106,168,320 set to zero, 2:4")``, one line a stack and pattern."""
     sublayers = dict(run.outline.sublayers())
-    several = len(run.outline.stacks) > 1
     groups: dict[tuple[str, str], list[Sparsify]] = {}
     for edit in run.plan.sparsities:
         groups.setdefault((edit.unit.stack, edit.pattern), []).append(edit)
     found = []
     for (stack, pattern), edits in groups.items():
         where = ranges({edit.unit.block for edit in edits})
-        gone, of = sum(_zeros(edit) for edit in edits), sum(sublayers[edit.unit].linear_params for edit in edits)
-        what = f"weights of {stack + ' ' if several else ''}blocks"
+        gone, of = sum(zeros_in(edit) for edit in edits), sum(sublayers[edit.unit].linear_params for edit in edits)
+        what = f"weights of {_blocks(stack, run.outline)}"
         found.append((what, f"{where}: {gone:,} of {of:,} set to zero, {pattern}"))
     return found
 
@@ -224,33 +181,14 @@ def narrower(
     """``decoder.3.mlp: 1,098 neurons kept``, one a keep; ``decoder.3.mlp: 1,327,104 weights zero``; ``decoder.3.mlp:
     mlp.up_proj of rank 220``, one a linear; ``decoder: 459 hidden channels kept``."""
     kept = [f"{k.unit}: {len(k.indices):,} {UNITS[k.inner]}{'s' if len(k.indices) > 1 else ''} kept" for k in keeps]
-    sparse = [f"{edit.unit}: {_zeros(edit):,} weights zero" for edit in sparsities]
+    sparse = [f"{edit.unit}: {zeros_in(edit):,} weights zero" for edit in sparsities]
     thin = [f"{edit.stack}: {len(edit.indices):,} hidden channels kept" for edit in channels]
     return [*kept, *thin, *sparse, *(f"{edit.unit}: {edit.linear} of rank {edit.rank:,}" for edit in factors)]
 
 
-def _zeros(edit: Sparsify) -> int:
+def zeros_in(edit: Sparsify) -> int:
+    """How many weights become zero."""
     return sum(edit.zeros.values())
-
-
-def left_of(
-    outline: Outline,
-    keeps: Iterable[Keep],
-    sparsities: Iterable[Sparsify],
-    factors: Iterable[Factorise],
-    channels: Iterable[HiddenChannels] = (),
-) -> dict[Address, float]:
-    """Percent of its parameters that a sublayer keeps, of those that get narrower, lose rank or read a narrower stream;
-    of those that only lose single weights, how many are not zero."""
-    sublayers = dict(outline.sublayers())
-    nonzero = {e.unit: round(100 * (1 - _zeros(e) / max(sublayers[e.unit].params, 1)), 1) for e in sparsities}
-    left = {k.unit: sublayers[k.unit].narrowed(k.inner, len(k.indices)) for k in keeps}
-    for edit in factors:
-        left[edit.unit] = left.get(edit.unit, sublayers[edit.unit]).factorised(edit.linear, edit.rank)
-    for stack in channels:
-        gone = outline.stack(stack.stack).hidden_size - len(stack.indices)
-        left |= {a: left.get(a, whole).thinned(gone) for a, whole in sublayers.items() if a.stack == stack.stack}
-    return nonzero | {unit: round(100 * now.params / sublayers[unit].params, 1) for unit, now in left.items()}
 
 
 def _lost(run: Run) -> list[tuple[str, int]]:
@@ -260,7 +198,7 @@ def _lost(run: Run) -> list[tuple[str, int]]:
     for keep in run.plan.keeps:
         found[keep.inner] += sublayers[keep.unit].inner[keep.inner].count - len(keep.indices)
     for edit in run.plan.sparsities:
-        found["weight"] += _zeros(edit)
+        found["weight"] += zeros_in(edit)
     for thin in run.plan.channels:
         found["hidden channel"] += run.outline.stack(thin.stack).hidden_size - len(thin.indices)
     return [(UNITS.get(kind, kind), number) for kind, number in sorted(found.items())]
@@ -304,32 +242,6 @@ def ranks_lost(run: Run) -> int:
     return sum(min(o.outputs, o.inputs) - rank for o, rank in linears if o is not None)
 
 
-def columns(run: Run) -> list[Column]:
-    """The model as drawn: one column a stack."""
-    drops = dropped(run)
-    lefts = left_of(run.outline, run.plan.keeps, run.plan.sparsities, run.plan.factors, run.plan.channels)
-    tied = shared(run.plan, run.outline)
-    return [_column(stack, drops, lefts, tied) for stack in run.outline.stacks]
-
-
-def _column(
-    stack: StackOutline, drops: frozenset[Address], lefts: Mapping[Address, float], tied: Mapping[Address, Address]
-) -> Column:
-    height = max(5, min(22, TALLEST // max(len(stack.blocks), 1) - GAP))
-    every = 1 if height >= 13 else 5 if height >= 7 else 10
-    widest = max((sum(s.params for s in b.sublayers.values()) for b in stack.blocks), default=0) or 1
-    rows = []
-    for i, block in enumerate(stack.blocks):
-        cells = []
-        for kind, sublayer in block.sublayers.items():
-            address = Address(stack.name, i, kind)
-            cut = is_cut(address, drops)
-            title = f"{address}: {quantity(sublayer.params, 'parameters')}{', cut' if cut else ''}"
-            left = lefts.get(address)
-            title += f", {left}% left" if left is not None else ""
-            leader = tied.get(address.parent)
-            title += f", with the weights of {leader}" if leader else ""
-            width = round(100 * sublayer.params / widest, 2)
-            cells.append(Cell(kind, width, cut, title, left, leader is not None))
-        rows.append(Row(str(i) if i % every == 0 else "", Address(stack.name, i) in drops, tuple(cells)))
-    return Column(stack.name, height, tuple(rows))
+def _blocks(stack: str, outline: Outline) -> str:
+    """``blocks``, or ``vision blocks`` where there are other stacks beside."""
+    return f"{stack} blocks" if len(outline.stacks) > 1 else "blocks"

@@ -18,7 +18,8 @@ import plotly.graph_objects as go
 
 from billhook.plan.address import Address
 from billhook.plan.record import COMPLEXITY, Run
-from billhook.report.cuts import dropped, is_cut
+from billhook.report.cuts import dropped
+from billhook.report.drawing import is_cut
 from billhook.report.numbers import percent
 from billhook.report.palette import CUT, KINDS, OTHER, kind_name
 

@@ -16,6 +16,7 @@ from billhook.report import (
     answers,
     audit,
     cuts,
+    drawing,
     figures,
     figures_result,
     figures_training,
@@ -74,7 +75,7 @@ def _context(run: Run) -> dict[str, Any]:
         "training": figures_training.curve(run),
         "speed": figures_result.speedups(run) + figures_result.memory(run),
     }
-    columns = cuts.columns(run)
+    columns = drawing.columns(run)
     audited = audit.parts(run)
     return {
         "run": run,

@@ -4,7 +4,7 @@ A unit that the calibration never reached has no score: it is unknown, and nothi
 """
 
 from billhook.scores.activation import activation
-from billhook.scores.angular import angular, best_span
+from billhook.scores.angular import angular
 from billhook.scores.block_influence import block_influence
 from billhook.scores.condition import condition
 from billhook.scores.divergence import divergence
@@ -30,7 +30,6 @@ __all__ = [
     "Unit",
     "activation",
     "angular",
-    "best_span",
     "block_influence",
     "condition",
     "divergence",

@@ -18,7 +18,7 @@ def angular(trace: Trace, anatomy: Anatomy, span: Annotated[int, Field(ge=1)] = 
     """The least mean angular distance, from 0 to 1, over all spans of so many blocks that a block lies in.
 
     Source: "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887), which drops the one best span
-    (see ``best_span``). Turned into a score of single blocks here: the blocks of the best span have the lowest
+    (see ``search.span``). Turned into a score of single blocks here: the blocks of the best span have the lowest
     score, all of them the same. Cost: the trace. InputError if a stack has no span of this length.
     """
     scores = {}
@@ -27,16 +27,6 @@ def angular(trace: Trace, anatomy: Anatomy, span: Annotated[int, Field(ge=1)] = 
         for block in range(len(distances) + span - 1):
             scores[Address(stack, block)] = min(distances[max(0, block - span + 1) : block + 1])
     return scores
-
-
-def best_span(trace: Trace, stack: str, n: int) -> tuple[range, float]:
-    """The n neighbouring blocks with the least angular distance from before to behind them, and that distance.
-
-    The first of equals. InputError if the stack has not so many blocks.
-    """
-    distances = _spans(trace, stack, n)
-    start = min(range(len(distances)), key=lambda i: (distances[i], i))
-    return range(start, start + n), distances[start]
 
 
 def _spans(trace: Trace, stack: str, n: int) -> list[float]:

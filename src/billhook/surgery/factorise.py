@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
-from billhook.anatomy.low_rank import LowRank, is_conv, matrix
+from billhook.anatomy.low_rank import LowRank, matrix
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Factorise, Plan
 from billhook.surgery.low_rank_experts import is_mixture
@@ -77,8 +77,3 @@ def empty(model: nn.Module, ranks: Iterable[tuple[str, int]]) -> None:
         with linear.weight.device:
             two = LowRank(inputs, rank, outputs, linear.bias is not None).to(linear.weight.dtype)
         model.set_submodule(path, two)
-
-
-def is_transposed(model: nn.Module, path: str) -> bool:
-    """Whether the linear at a path keeps its weight as [inputs, outputs]."""
-    return is_conv(model.get_submodule(path))

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from billhook.anatomy.low_rank import is_conv
 from billhook.plan.errors import InputError
-from billhook.surgery.factorise import Factor, is_transposed, parts
+from billhook.surgery.factorise import Factor, parts
 from billhook.surgery.shards import FLOATS, Headers, Made, Stored
 
 _PARTS = ("reduce", "expand")
@@ -38,7 +39,7 @@ def split(
                 f"{stored.file}: {stored.name} is stored as {list(stored.shape)} {stored.dtype}, which the model keeps "
                 f"as {list(shape)}; it cannot be taken apart on disk"
             )
-        turned = is_transposed(dense, factor.path)
+        turned = is_conv(dense.get_submodule(factor.path))
         rows, columns = reversed(shape) if turned else shape
         shapes = ((factor.edit.rank, columns), (rows, factor.edit.rank))
         return [

@@ -1,0 +1,155 @@
+"""The entries of one method in a comparison: searched at each budget, carried out, and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from billhook.data import Windows
+from billhook.evaluate import Remembered, evidence_of_each
+from billhook.evaluate.generations import repetition
+from billhook.evaluate.probes import Answers, Probes, answers, paired
+from billhook.heal import require_healable
+from billhook.measure.sums import Trace
+from billhook.plan.budget import Budget
+from billhook.plan.comparison import Entry
+from billhook.plan.errors import InputError
+from billhook.recipes.choices import Baseline
+from billhook.recipes.costs import costs_of, of_dense
+from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.heal import applied, new_weights
+from billhook.recipes.opened import Opened, Stopwatch
+from billhook.recipes.schema import Recipe
+from billhook.recipes.settings import COMPARED_NEW_TOKENS
+from billhook.recipes.texts import Texts
+from billhook.surgery import apply
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the dense model makes of all that judges a result: of the text, of the questions ``asked``, and how much it
+    repeats itself. Found once, for every result."""
+
+    asked: Probes
+    of_text: Remembered
+    answers: Answers
+    repeated: float
+
+
+def entries_of(
+    recipe: Recipe,
+    budgets: Sequence[str],
+    seed: int,
+    model: Opened,
+    texts: Texts,
+    seen: Trace,
+    dense: Reference,
+    place: Path,
+    progress: Progress | None,
+) -> list[Entry]:
+    """The entries of one recipe, one a budget; where it cannot be carried out, one that says why.
+
+    Healed on ``texts.longer`` and judged once more, where there is such text and healing fits the method."""
+    healable = recipe.act == "drop" and recipe.unit != "weight" and not (recipe.trains or recipe.learns_ranks)
+    longer = texts.longer if healable else None
+    entries: list[Entry] = []
+    cut: list[Any] = []
+    healed: list[Any] = []
+    for budget in budgets:
+        entry, choice = _searched(recipe, budget, seed, model, texts, seen, place, progress)
+        if choice is not None:
+            try:
+                acted = _acted(recipe, model, choice, texts.windows, progress)
+                if longer is not None:
+                    plan = choice.plan(recipe.aim)
+                    healed.append(applied(model, plan, new_weights(model, plan, "closed-form", longer, progress)))
+                cut.append(acted)
+            except InputError as error:  # one method that cannot be carried out does not end the comparison
+                entry = entry.model_copy(update={"refused": str(error)})
+        entries.append(entry)
+    if not cut:
+        return entries
+    found = evidence_of_each(model.model, [*cut, *healed], texts.judged, of_dense=dense.of_text, progress=progress)
+    proofs = zip_longest(found[: len(cut)], found[len(cut) :], healed or cut, fillvalue=())
+    proven = (
+        {"evidence": one, "healed": other, **_probed(model, best, dense, progress)} for one, other, best in proofs
+    )
+    return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
+
+
+def _searched(
+    recipe: Recipe,
+    budget: str,
+    seed: int,
+    model: Opened,
+    texts: Texts,
+    seen: Trace,
+    place: Path,
+    progress: Progress | None,
+) -> tuple[Entry, Choice | None]:
+    """What is known before anything is carried out; no choice where it was refused."""
+    entry = Entry(
+        recipe=recipe.name, seed=seed, baseline=isinstance(recipe.choice, Baseline), asked=budget, target=recipe.aim
+    )
+    clock = Stopwatch()
+    try:
+        with clock.step("search"):
+            problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), recipe.aim)
+            if recipe.act not in ("drop", "share"):
+                require_healable(model.anatomy)
+            choice = find(
+                recipe,
+                model,
+                problem,
+                texts.windows,
+                seen,
+                seed=seed,
+                place=place,
+                progress=progress,
+                survey=texts.survey,
+                lessons=texts.drill,
+            )
+    except InputError as error:
+        return entry.model_copy(update={"refused": str(error)}), None
+    plan = choice.plan(recipe.aim)
+    costs = costs_of(plan, model.anatomy.outline)
+    known = entry.model_copy(
+        update={
+            "drops": tuple(str(unit) for unit in sorted(choice.found.drops)),
+            "keeps": choice.keeps,
+            "sparsities": choice.sparsities,
+            "factors": plan.factors,
+            "channels": plan.channels,
+            "schedule": choice.schedule,
+            "realised": of_dense(costs),
+            "work": choice.found.work,
+            "evaluations": choice.found.evaluations,
+            "seconds": clock.seconds["search"],
+        }
+    )
+    return known, choice
+
+
+def _acted(recipe: Recipe, model: Opened, choice: Choice, windows: Windows, progress: Progress | None) -> Any:
+    """The cut model; with the new weights that came with the choice, or that an act which combines blocks makes of the
+    calibration text."""
+    plan = choice.plan(recipe.aim)
+    if choice.healing is not None:
+        return applied(model, plan, choice.healing)
+    if recipe.act in ("drop", "share"):
+        return apply(model.model, model.anatomy, plan)
+    return applied(model, plan, new_weights(model, plan, recipe.act, windows, progress))
+
+
+def _probed(model: Opened, compressed: Any, dense: Reference, progress: Progress | None) -> dict[str, object]:
+    """What probes and continuations say of a result beside the dense model."""
+    repeated = repetition(compressed, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
+    return {
+        "probes": paired(dense.answers, answers(compressed, dense.asked, progress)),
+        "repeated": (dense.repeated, repeated),
+    }
