@@ -212,7 +212,7 @@ def test_the_words_for_healing_are_those_of_the_methods():
     from billhook.recipes.settings import TRAINING_TOKENS
 
     assert set(TRAINED) == set(METHODS)
-    assert get_args(Heal) == ("none", "closed-form", "bias", "data-free", "scales", *TRAINED) == tuple(HealName)
+    assert get_args(Heal) == ("none", "closed-form", "bias", "data-free", "scales", "eora", *TRAINED) == tuple(HealName)
     assert tuple(Method) == tuple(HealName)[1:]
     assert f"[default: {TRAINING_TOKENS}]" in " ".join(billhook("heal", "--help").stdout.split())
 

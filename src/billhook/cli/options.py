@@ -43,6 +43,7 @@ class HealName(StrEnum):
     BIAS = "bias"
     DATA_FREE = "data-free"
     SCALES = "scales"
+    EORA = "eora"
     TUNE = "tune"
     LORA = "lora"
     DISTILL = "distill"
@@ -94,7 +95,8 @@ Heal = Annotated[
         metavar="NAME",
         show_default=False,
         help="[bold]closed-form[/]: what is left is refitted by least squares; after a cut in width [bold]bias[/], "
-        "[bold]data-free[/] or [bold]scales[/]; [bold]none[/]; or refitted and then "
+        "[bold]data-free[/] or [bold]scales[/]; [bold]eora[/]: paths of low rank beside linears with zeros (the budget "
+        "holds for both); [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
         "[bold]ist[/], [bold]fpf[/], [bold]skips[/], [bold]kv-routing[/]. Else the recipe says.",
     ),

@@ -16,11 +16,13 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, require_healable
+from billhook.heal.eora import size_of
 from billhook.heal.gains import require_gains
 from billhook.heal.mask_tuning import NOTHING
+from billhook.measure.cost import CostModel
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan import processes
-from billhook.plan.budget import Budget
+from billhook.plan.budget import Budget, Limit
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
 from billhook.plan.outline import Outline
@@ -29,12 +31,11 @@ from billhook.plan.record import HealStep, Run
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.choices import BiMask, GroupSparse, LearnedMasks
-from billhook.recipes.costs import costs_of
 from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.fast_enough import decode_time, fast_enough
 from billhook.recipes.find import Choice, Task, find, pose_for, require_cut, require_path
 from billhook.recipes.flattening import require_flattening
-from billhook.recipes.heal import applied, healing_text, new_weights, record_of, require_sharable
+from billhook.recipes.heal import applied, cost_fields, healing_text, new_weights, record_of, require_sharable
 from billhook.recipes.learned_weights import require_prior
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.opened import Stopwatch, environment, opened, versions
@@ -112,6 +113,8 @@ def compress(
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")
+    if way == "eora":
+        limits = _less(limits, size_of(model.model, model.anatomy, "decoder"), outline)
     chosen, problem = _posed(candidates, outline, limits, aim)
     if way != "none":
         require_healable(model.anatomy)
@@ -225,32 +228,31 @@ def compress(
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
-        step = HealStep(
-            method=way if choice.healing is None else chosen.makes,
-            text=calibration,
-            seed=seed,
-            select="" if wanted is None else select,
-        )
+        found, steps = choice.healing or UNTOUCHED, []
         if choice.healing is not None:
-            compressed, healing = applied(model, plan, choice.healing), record_of(choice.healing, step)
-        elif longer is not None:
+            steps.append(HealStep(method=chosen.makes, text=calibration, seed=seed))
+        words = "" if wanted is None else select
+        step = HealStep(method=way, text=calibration, seed=seed, select=words, counted=way == "eora")
+        if longer is not None and (choice.healing is None or way == "eora"):
             with clock.step("heal"):
                 if lessons is None:
-                    found = new_weights(model, plan, way, longer, progress)
-                    compressed, healing = applied(model, plan, found), record_of(found, step)
+                    found = new_weights(model, plan, way, longer, progress, found)
+                    steps.append(step)
                 else:
                     done = training.taught(
                         model, plan, step, UNTOUCHED, None, longer, lessons, TRAINING_TOKENS, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        costs = costs_of(plan, outline)
+        if steps:
+            compressed, healing = applied(model, plan, found), record_of(found, *steps)
+        costs = cost_fields(plan, outline, found)
         run = Run(
             model=os.fspath(source),
             outline=outline,
             plan=plan,
             asked=str(asked_for),
-            realised={kind: cost.compressed / cost.dense for kind, cost in costs.items() if cost.dense} | measured,
-            costs=costs,
+            realised=costs["realised"] | measured,
+            costs=costs["costs"],
             search=choice.record.model_copy(
                 update={
                     "prior": "" if prior is None else os.fspath(prior),
@@ -276,12 +278,28 @@ def _params(share: float) -> Budget:
     return Budget.parse(f"params={share:.4f}")
 
 
+def _less(budget: Budget, parameters: int, outline: Outline) -> Budget:
+    """What a budget of parameters leaves for the masks beside paths with so many."""
+    if budget.until_cliff or {limit.kind for limit in budget.limits} != {"params"}:
+        return budget  # refused where the masks are posed
+    ceiling = budget.ceilings(CostModel(outline).dense)["params"]
+    if ceiling <= parameters:
+        raise InputError(
+            f"budget {budget} cannot be met: the paths of --heal eora alone have {parameters:,} parameters"
+        )
+    return Budget((Limit("params", ceiling - parameters, relative=False, text=str(budget)),))
+
+
 def _way(recipe: Recipe, heal: Heal | None) -> str:
     """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
     if recipe.unit == "weight":
-        if heal not in (None, "none"):
-            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
-        return "none"
+        if heal not in (None, "none", "eora"):
+            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; take eora or none")
+        return heal or recipe.heal
+    if heal == "eora":
+        raise InputError(
+            f"--heal eora puts paths beside linears that lost single weights; recipe {recipe.name} takes none"
+        )
     if (recipe.trains or recipe.learns_ranks) and heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} trains what is left itself; leave out --heal {heal}")
     if heal == "scales" and not recipe.wide:
