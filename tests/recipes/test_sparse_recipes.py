@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,12 +26,14 @@ from billhook.plan.target import Target
 from billhook.recipes.apply import apply as apply_on_disk
 from billhook.recipes.catalogue import load, names, source_of
 from billhook.recipes.compare import compare
-from billhook.recipes.evaluate import calibrated_with
+from billhook.recipes.evaluate import calibrated_with, evaluate
 from billhook.recipes.find import Choice, find, pose_for
+from billhook.recipes.generate import generate as recipes_generate
 from billhook.recipes.heal import heal
 from billhook.recipes.learned_weights import after, kept_of
 from billhook.recipes.schema import Recipe
 from billhook.recipes.words import explained, needs, passes
+from billhook.report.numbers import percent
 from billhook.search.sparse_steps import Sparsified
 from billhook.surgery import apply
 
@@ -184,3 +187,71 @@ def test_what_is_said_of_them() -> None:
     assert needs(load("wanda")) == "data" and passes(load("sparsegpt")) == "2"
     assert needs(load("maskllm")) == "training" and passes(load("maskllm")) == "4 a step"
     assert "zero" in explained(load("ecoflap"))["choice masks"]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts, and no questions and no clock, which other tests are about."""
+    for name in ("compress", "heal", "proof", "evaluate"):
+        module = importlib.import_module(f"billhook.recipes.{name}")
+        sizes = {"CALIBRATION_LENGTH": 64, "HEALING_TOKENS": 2048, "EVALUATION_TOKENS": 512, "EVALUATION_LENGTH": 64}
+        for constant, size in sizes.items():
+            monkeypatch.setattr(module, constant, size, raising=False)
+        for step in ("probes", "bench", "generations"):
+            monkeypatch.setattr(module, step, lambda *_, **__: (), raising=False)
+
+
+@pytest.mark.usefixtures("small")
+def test_paths_beside_the_masks_within_one_budget(tiny_lm: Path, tmp_path: Path) -> None:
+    """Cut and healed at once; eval, generate and the record are about the model with its paths, and count them."""
+    out = tmp_path / "out"
+    about: dict[str, Any] = {"recipe": "sparsegpt-2-4", "max_new_tokens": 1}
+    run = billhook.compress(tiny_lm, budget="params=0.6", out=out, heal="eora", **about)
+    assert run.healing is not None and [step.method for step in run.healing.steps] == ["second-order", "eora"]
+    assert len(run.healing.paths) == 35 and not run.healing.refused
+    assert 0.57 < run.realised["params"] <= 0.6 and run.realised["size"] > 1 and run.realised["flops"] > 1
+    assert run.evidence[0].kl.value < run.healing.unhealed[0].kl.value
+    again = evaluate(out, against=tiny_lm)
+    assert again.costs == run.costs
+    assert [text.kl.value for text in again.evidence] == pytest.approx([text.kl.value for text in run.evidence])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "PeftModel.from_pretrained(model, " in card and "- paths of low rank: 35, of rank " in card
+    assert "--heal eora" in card and "billhook heal" not in card
+    zeros = sum(sum(edit.zeros.values()) for edit in run.plan.sparsities) / run.outline.block_params
+    assert zeros > 0.45 and f"with {percent(zeros)} of its block parameters set to zero" in card
+
+    for refused in (
+        lambda: billhook.compress(out, budget="params=0.5", out=tmp_path / "no", **about),
+        lambda: apply_on_disk(out, Plan.of(["decoder.1"]), out=tmp_path / "no"),
+        lambda: recipes_generate(out, "a", policy="static-skip"),
+        lambda: heal(out, method="eora", out=tmp_path / "no"),
+    ):
+        with pytest.raises(InputError, match="paths beside its linears") as error:
+            refused()
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="paths of --heal eora alone have"):
+        billhook.compress(tiny_lm, budget="params=0.05", out=tmp_path / "no", heal="eora", **about)
+    with pytest.raises(InputError, match="takes none"):
+        billhook.compress(tiny_lm, budget="params=0.6", out=tmp_path / "no", heal="eora", recipe="cfsp")
+
+
+@pytest.mark.usefixtures("small")
+def test_paths_beside_an_earlier_result(tiny_lm: Path, tmp_path: Path) -> None:
+    """They come on top of what its budget left, and that is said."""
+    cut, out = tmp_path / "cut", tmp_path / "out"
+    before = billhook.compress(tiny_lm, budget="params=0.5", out=cut, recipe="magnitude-2-4", max_new_tokens=1)
+    run = heal(cut, method="eora", out=out, max_new_tokens=1)
+    assert run.healing is not None and run.healing.paths and run.plan == before.plan
+    added = run.costs["params"].compressed - before.costs["params"].compressed
+    assert 0.08 < added / run.costs["params"].dense < 0.11 and run.realised["params"] > 0.57
+    one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (cut, out))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    loaded = billhook.load(out)
+    told = recipes_generate(out, "The sea", max_new_tokens=4).text
+    assert told == billhook.generate(loaded.model, loaded.tokenizer, "The sea", max_new_tokens=4)
+    commands = (out / "README.md").read_text(encoding="utf-8")
+    assert "--heal none" in commands and "billhook heal CUT --method eora" in commands
+    dropped = tmp_path / "dropped"
+    apply_on_disk(tiny_lm, Plan.of(["decoder.1"]), out=dropped)
+    with pytest.raises(InputError, match="sets no weights to zero"):
+        heal(dropped, method="eora", out=tmp_path / "no")

@@ -13,9 +13,10 @@ from torch import Tensor
 from billhook.anatomy import discover
 from billhook.anatomy.low_rank import matrix
 from billhook.measure.batches import batches_of
+from billhook.measure.spectrum import Spectrum, spectrum
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.search.bases import Spectrum, bases, spectrum
+from billhook.search.bases import bases
 
 
 def lost(weight: Tensor, x: Tensor, basis: Tensor) -> float:

@@ -12,10 +12,11 @@ from families import FAMILIES, VOCABULARY, build
 from billhook.anatomy import Anatomy, discover
 from billhook.heal import Healing, healed
 from billhook.measure.batches import batches_of
+from billhook.measure.spectrum import Spectrum
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Factorise, Plan
 from billhook.recipes.ranks import _healing
-from billhook.search.bases import Linear, Spectrum, bases
+from billhook.search.bases import Linear, bases
 from billhook.search.nested import Factors, nested
 from billhook.surgery import simulate
 

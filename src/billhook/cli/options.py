@@ -77,7 +77,8 @@ Heal = Annotated[
         metavar="NAME",
         show_default=False,
         help="[bold]closed-form[/]: what is left is refitted by least squares; where heads or neurons go "
-        "[bold]bias[/], [bold]data-free[/] or [bold]scales[/]; [bold]none[/]; or refitted and then "
+        "[bold]bias[/], [bold]data-free[/] or [bold]scales[/]; [bold]eora[/]: paths of low rank beside linears with "
+        "zeros (the budget holds for both); [bold]none[/]; or refitted and then "
         "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
         "[bold]ist[/], [bold]fpf[/], [bold]skips[/], [bold]kv-routing[/]. Else the recipe says.",
     ),

@@ -14,6 +14,7 @@ from billhook import models
 from billhook.anatomy import Anatomy, discover
 from billhook.export import deci
 from billhook.export.remote import ABSENT, MODULE, auto_classes, remote_code
+from billhook.models.adapter import without
 from billhook.models.quiet import quiet
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -40,13 +41,15 @@ def save(
     get ``per_layer_config`` and remote code, ``deci`` the DeciLM form.
 
     Before anything is written the stock class is built from the new config, without weights, and must have exactly the
-    tensors of ``model``, in name and shape; InputError with the difference otherwise.
+    tensors of ``model``, in name and shape; InputError with the difference otherwise. Paths of low rank are an adapter
+    beside that checkpoint (``models.adapter``).
     """
     config = copy.deepcopy(model.config)
     drops, keeps = drops_of(plan, anatomy), keeps_of(plan, anatomy)
     form = form_after(config, drops, keeps, orders_of(plan, anatomy), anatomy, plan.factors)
     form = write_form(config, anatomy, form)
-    files = _dressed(config, model, anatomy, form, plan.target)
+    with without(model):
+        files = _dressed(config, model, anatomy, form, plan.target)
     models.save(model, tokenizer, folder, source_folder)
     config.architectures, config.dtype = model.config.architectures, model.config.dtype
     _put(files, config, folder)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from billhook.anatomy import Anatomy
 from billhook.anatomy.undo import Undo
+from billhook.models.adapter import Paths, attach
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.plan.record import Graft, Refit
+from billhook.surgery import apply
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Healing:
 
     ``cut`` and ``healed`` are the distances of the cut and of the healed model from the dense one on the windows that
     no fit saw (see ``divergence``); None where nothing was refitted. A healing that made the model no better is
-    ``refused``: its refits are on record, its tensors are gone."""
+    ``refused``: its refits are on record, its tensors are gone. ``paths`` of low rank stand beside linears of what is
+    left, which keeps their names."""
 
     tensors: Mapping[str, Tensor]
     refits: tuple[Refit, ...]
@@ -35,6 +40,7 @@ class Healing:
     grafts: tuple[Graft, ...] = ()
     cut: float | None = None
     healed: float | None = None
+    paths: Paths = field(default_factory=dict)
 
     @property
     def taken(self) -> int:
@@ -63,6 +69,14 @@ def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
         yield model
     finally:
         undo.restore()
+
+
+def carried_out(model: Any, anatomy: Anatomy, plan: Plan, healing: Healing) -> Any:
+    """What ``plan`` leaves of ``model``, with all that a healing brings; the model stays as it is."""
+    with healed(model, healing):
+        small = apply(model, anatomy, plan)
+    attach(small, healing.paths)
+    return small
 
 
 def require_no_masks(plan: object, what: str) -> None:

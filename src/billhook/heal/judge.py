@@ -12,11 +12,10 @@ from torch import Tensor
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.heal.divergence import HELD_BACK
-from billhook.heal.healing import UNTOUCHED, Healing, healed
+from billhook.heal.healing import UNTOUCHED, Healing, carried_out
 from billhook.heal.student import Student
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
-from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
 Way = Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]
@@ -29,9 +28,7 @@ def divergences(model: Any, anatomy: Anatomy, plan: Plan, candidates: Sequence[H
     is left."""
     found = []
     for candidate in candidates:
-        with healed(model, candidate):
-            cut = apply(model, anatomy, plan)
-        student = Student(cut, model, [], "dense")
+        student = Student(carried_out(model, anatomy, plan, candidate), model, [], "dense")
         found.append(sum(student.parts(row[None].to(model.device))[0].item() for row in ids) / len(ids))
     return found
 

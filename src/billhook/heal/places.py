@@ -42,3 +42,8 @@ def places(stack: Stack) -> list[Place]:
         groups = [block.sublayers] if mixed or block.parallel else [(s,) for s in block.sublayers]
         found += [Place(number, block, group, mixed) for group in groups]
     return found
+
+
+def at_once(block: Block) -> Place:
+    """A whole block, of any kind."""
+    return Place(block.address.block, block, block.sublayers, mixed=True)

@@ -189,6 +189,15 @@ def quantities(
     return {k: Quantity(unit=UNITS[k], dense=model.dense[k], compressed=after[k]) for k in UNITS}
 
 
+def path_costs(
+    outline: Outline, parameters: int, *, prompt_tokens: int = PROMPT_TOKENS, new_tokens: int = NEW_TOKENS
+) -> Costs:
+    """What paths with so many parameters cost beside the linears of a decoder."""
+    stored = parameters * outline.bytes_per_param
+    positions = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens).positions
+    return {"params": float(parameters), "size": stored, "memory": stored, "flops": 2.0 * parameters * positions}
+
+
 def _crosses(stack: StackOutline) -> bool:
     return any("cross_attention" in block.sublayers for block in stack.blocks)
 

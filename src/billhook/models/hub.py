@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from billhook.models.adapter import CONFIG, FOLDER, WEIGHTS
 from billhook.plan.errors import InputError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -28,12 +29,13 @@ def plausible(source: str) -> bool:
 
 
 def fetch(source: str, code: bool = False) -> Path:
-    """Download what a model needs to be loaded (safetensors, JSON, tokenizer; Python files only with ``code``) into the
-    hub's own cache and return the folder there. InputError if it does not exist, is closed or cannot be reached."""
+    """Download what a model needs to be loaded (safetensors, JSON, tokenizer, its paths; Python files only with
+    ``code``) into the hub's own cache and return the folder there. InputError if it does not exist, is closed or cannot
+    be reached."""
+    wanted = [*_WANTED, *(["*.py"] if code else [])]
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=[*_WANTED, *(["*.py"] if code else [])], ignore_patterns=_UNWANTED)
-        )
+        snapshot_download(source, allow_patterns=[f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}"])
+        return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except GatedRepoError as error:
         raise InputError(f"model {source} on the hub is gated: accept its terms there and log in") from error
     except (RepositoryNotFoundError, HFValidationError) as error:

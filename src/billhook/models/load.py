@@ -13,7 +13,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from billhook.models import checks, hub
+from billhook.models import adapter, checks, hub
 from billhook.models.atomic import put_back
 from billhook.models.demo import demo
 from billhook.models.gguf import unpacked
@@ -57,6 +57,8 @@ def load(
     themselves. ``dtype`` None keeps the checkpoint's own. Only safetensors and JSON are read; code that comes with a
     checkpoint runs only with ``trust_remote_code``. ``wrap`` maps the stock class to the class that is instantiated.
 
+    Where an adapter of Billhook's own lies in the folder (``models.adapter``), its paths stand beside the linears.
+
     Raises InputError for anything that is not a whole, finite checkpoint: in particular no weight is ever left at its
     random initialisation, and no block of the file is ignored.
     """
@@ -71,6 +73,7 @@ def load(
             cls = wrap(cls)
         model, left_out = _model(cls, config, folder, name, torch_dtype, trust_remote_code)
         tokenizer = _tokenizer(folder, trust_remote_code)
+    adapter.attach(model, adapter.read(folder, model))
     checks.check_finite(model, name)
     try:
         model = model.to(device)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from billhook.models import adapter
 from billhook.models.quiet import quiet
 
 _WEIGHTS = {
@@ -31,12 +32,15 @@ _SMALL = 64 * 2**20  # bytes
 def save(model: Any, tokenizer: Any | None, folder: Path, source_folder: Path | None = None) -> None:
     """Write model, tokenizer and the source's other small files (preprocessors, prompts, licence) into ``folder``.
 
-    Weights go out as safetensors in the dtype they are in, tied ones once. The folder must exist: wrap the call in
-    ``building``. The model is left as it was.
+    Weights go out as safetensors in the dtype they are in, tied ones once; paths beside linears as an adapter. The
+    folder must exist: wrap the call in ``building``. The model is left as it was.
     """
     modes = {module: module.training for module in model.modules()}
     with quiet():
-        model.save_pretrained(folder)
+        with adapter.without(model) as paths:
+            model.save_pretrained(folder)
+        if paths:
+            adapter.write(paths, folder, model)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     for module, training in modes.items():

@@ -227,13 +227,15 @@ _ACTS = (*_TOGETHER, *_TRAINED)
 
 class HealStep(_Record):
     """One way to new weights, as it was asked for: on which text, trained on how many tokens (None where that is not
-    asked), selected by which word (and ``:`` its target)."""
+    asked), selected by which word (and ``:`` its target). ``counted``: whether the budget of the cut counts what it
+    adds, which it does where both are made at once."""
 
     method: str
     text: str
     seed: int
     tokens: int | None = None
     select: str = ""
+    counted: bool = False
 
     @property
     def combined(self) -> bool:
@@ -252,6 +254,7 @@ class HealRecord(_Record):
     with the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone.
     ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
     ``refused``: the healed one was no nearer, so the model is left as cut. ``training`` came after the refits, if any.
+    ``paths``: the ranks of those that stand beside linears, by the path of the linear.
     ``steps``: all that was done one after the other, at least one; the rest is said of the last."""
 
     tokens: int
@@ -259,6 +262,7 @@ class HealRecord(_Record):
     refits: tuple[Refit, ...]
     left_alone: dict[str, str] = {}
     grafts: tuple[Graft, ...] = ()
+    paths: dict[str, int] = {}
     divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
     steps: tuple[HealStep, ...]

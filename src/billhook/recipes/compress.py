@@ -15,20 +15,22 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED
+from billhook.heal.eora import size_of
+from billhook.measure.cost import CostModel
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan import processes
-from billhook.plan.budget import Budget
+from billhook.plan.budget import Budget, Limit
 from billhook.plan.check import check_target
 from billhook.plan.errors import InputError
 from billhook.plan.heals import TRAINED, Heal
+from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan, Provenance
 from billhook.plan.record import HealStep, Run
 from billhook.recipes.choices import LearnedMasks
-from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.evaluate import calibrated_with
 from billhook.recipes.fast_enough import decode_time, fast_enough
 from billhook.recipes.find import Choice, Task, find, pose_for, require_path
-from billhook.recipes.heal import applied, new_weights, record_of, require_sharable
+from billhook.recipes.heal import applied, cost_fields, new_weights, record_of, require_sharable
 from billhook.recipes.measures import measures, watch
 from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened, versions
@@ -107,6 +109,8 @@ def compress(
     outline = model.anatomy.outline
     check_target(aim, outline)
     require_causal(model.model, "compress")
+    if way == "eora":
+        limits = _less(limits, size_of(model.model, model.anatomy, "decoder"), outline)
     chosen, problem = posed_first(candidates, outline, limits, aim)
     require_fitting(chosen, way, aim, limits, begins, model)
     tokenizer = model.tokenizer
@@ -170,19 +174,16 @@ def compress(
         )
         cut = compressed = apply(model.model, model.anatomy, plan)
         healing = begun = None
-        step = HealStep(
-            method=way if choice.healing is None else chosen.makes,
-            text=calibration,
-            seed=seed,
-            select="" if wanted is None else select,
-        )
+        found, steps = choice.healing or UNTOUCHED, []
         if choice.healing is not None:
-            compressed, healing = applied(model, plan, choice.healing), record_of(choice.healing, step)
-        elif texts.longer is not None:
+            steps.append(HealStep(method=chosen.makes, text=calibration, seed=seed))
+        words = "" if wanted is None else select
+        step = HealStep(method=way, text=calibration, seed=seed, select=words, counted=way == "eora")
+        if texts.longer is not None and (choice.healing is None or way == "eora"):
             with clock.step("heal"):
                 if lessons is None:
-                    found = new_weights(model, plan, way, texts.longer, progress)
-                    compressed, healing = applied(model, plan, found), record_of(found, step)
+                    found = new_weights(model, plan, way, texts.longer, progress, found)
+                    steps.append(step)
                 else:
                     from billhook.recipes import training  # with peft and accelerate: seconds
 
@@ -190,14 +191,16 @@ def compress(
                         model, plan, step, UNTOUCHED, None, texts.longer, lessons, TRAINING_TOKENS, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        costs = costs_of(plan, outline)
+        if steps:
+            compressed, healing = applied(model, plan, found), record_of(found, *steps)
+        costs = cost_fields(plan, outline, found)
         run = Run(
             model=os.fspath(source),
             outline=outline,
             plan=plan,
             asked=str(asked_for),
-            realised=of_dense(costs) | measured,
-            costs=costs,
+            realised=costs["realised"] | measured,
+            costs=costs["costs"],
             search=choice.record.model_copy(
                 update={
                     "prior": "" if prior is None else os.fspath(prior),
@@ -255,3 +258,15 @@ def _read(
     )
     survey, longer = long if recipe.surveys else None, long if way != "none" else None
     return Texts(windows, survey, drill, longer, tuple(judged)), lessons
+
+
+def _less(budget: Budget, parameters: int, outline: Outline) -> Budget:
+    """What a budget of parameters leaves for the masks beside paths with so many."""
+    if budget.until_cliff or {limit.kind for limit in budget.limits} != {"params"}:
+        return budget  # refused where the masks are posed
+    ceiling = budget.ceilings(CostModel(outline).dense)["params"]
+    if ceiling <= parameters:
+        raise InputError(
+            f"budget {budget} cannot be met: the paths of --heal eora alone have {parameters:,} parameters"
+        )
+    return Budget((Limit("params", ceiling - parameters, relative=False, text=str(budget)),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from billhook.measure.cost import quantities
+from billhook.measure.cost import path_costs, quantities
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.outline import Outline
@@ -13,9 +13,16 @@ from billhook.plan.record import Quantity
 from billhook.plan.visits import orders, unvisited
 
 
-def costs_of(plan: Plan, outline: Outline, zeros: Mapping[Address, int] | None = None) -> dict[str, Quantity]:
+def costs_of(
+    plan: Plan, outline: Outline, zeros: Mapping[Address, int] | None = None, beside: int = 0
+) -> dict[str, Quantity]:
     """Every kind of cost before and after. A block that runs again for another one costs no parameters, and all else
-    that a block costs. ``zeros``: how many weights of each sublayer are zero, if not as many as the plan says."""
+    that a block costs. ``zeros``: how many weights of each sublayer are zero, if not as many as the plan says;
+    ``beside``: parameters of paths that every token takes besides."""
+    if beside:
+        added = path_costs(outline, beside)
+        costs = costs_of(plan, outline, zeros).items()
+        return {k: q.model_copy(update={"compressed": q.compressed + added.get(k, 0.0)}) for k, q in costs}
     if zeros is None:
         zeros = {edit.unit: sum(edit.zeros.values()) for edit in plan.sparsities}
     if plan.schedule is None:

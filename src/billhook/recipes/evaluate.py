@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -66,10 +67,11 @@ def pair(
 
     Raises InputError for two models that do not speak the same tokens.
     """
-    model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code, "beside": True}
+    model = opened(source, dtype=dtype, **settings)
     if against is None:
         return model, model
-    dense = opened(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code, like=model)
+    dense = opened(against, dtype=dtype, like=model, **settings)
     if model.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
         raise InputError(f"{source} and {against} have different vocabularies; only models of one tokenizer compare")
     return model, dense

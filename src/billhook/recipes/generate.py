@@ -35,7 +35,7 @@ def generate(
     """The greedy answer of a model, compressed ones included, to one prompt; without the prompt; under a run-time
     ``policy`` where one is named."""
     chosen = None if policy is None else policy_of(policy)
-    model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = opened(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, beside=chosen is None)
     with chosen.attach(model.model, model.anatomy) if chosen else nullcontext() as attached:
         text = evaluate.generate(model.model, model.tokenizer, prompt, max_new_tokens=max_new_tokens)
     return Answer(text, drafting(attached.reports) if isinstance(attached, Speculating) else None)

@@ -18,13 +18,13 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import (
+    UNTOUCHED,
     Healing,
     average,
     branch_gains,
     closed_form,
     flatten,
     fuse,
-    healed,
     mask_tuning,
     merge,
     require_healable,
@@ -32,9 +32,10 @@ from billhook.heal import (
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
 from billhook.heal.divergence import HELD_BACK
+from billhook.heal.eora import eora, require_only_masks
 from billhook.heal.features import merged_features
 from billhook.heal.gaps import require_own_weights
-from billhook.heal.healing import require_no_masks
+from billhook.heal.healing import carried_out, require_no_masks
 from billhook.heal.judge import judged_apart
 from billhook.heal.low_rank import rejoined, require_linears
 from billhook.heal.mask_tuning import NOTHING
@@ -43,9 +44,11 @@ from billhook.models import building, check_out, dtype_of, fingerprint, stored_a
 from billhook.plan import processes
 from billhook.plan.errors import InputError
 from billhook.plan.heals import TRAINED, Heal
+from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.record import HealRecord, HealStep, Run
 from billhook.plan.target import Target
+from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
@@ -130,7 +133,12 @@ def heal(
     plan, origin = known.plan, against or known.model
     require_units(method, plan)
     require_own_weights(plan)
-    require_no_masks(plan, "healing")
+    if method == "eora":
+        require_only_masks(plan)
+    else:
+        require_no_masks(plan, "healing")
+    if known.healing and known.healing.paths:
+        raise InputError(f"{source} has paths beside its linears already; heal the one from before")
     if plan.factors and method != "closed-form":
         raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
     check_out(out, overwrite, origin)
@@ -173,12 +181,13 @@ def heal(
         begun = None
         with clock.step("heal"):
             if method not in TRAINED:
-                refit = new_weights(model, plan, method, text, progress)
+                refit = new_weights(model, plan, method, text, progress, start)
                 back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
                 best = training.better(model, plan, start, refit, text.ids[-back:])
                 compressed, healing = applied(model, plan, best), record_of(best, *done_before, step)
                 if best is start:
                     healing = known.healing or healing.model_copy(update={"refused": True})
+                known = known.model_copy(update=cost_fields(plan, known.outline, best)) if best.paths else known
             else:
                 done = training.taught(
                     model, plan, step, start, known.healing, text, chosen or lessons, tokens, place, progress
@@ -234,8 +243,17 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     return Healing(whole(model.model, model.anatomy, keeps, found, channels), (), {}, 0, 0)
 
 
-def new_weights(model: Opened, plan: Plan, method: str, windows: Windows, progress: Progress | None) -> Healing:
-    """By a way to heal in closed form, or an act that combines blocks."""
+def new_weights(
+    model: Opened,
+    plan: Plan,
+    method: str,
+    windows: Windows,
+    progress: Progress | None,
+    start: Healing = UNTOUCHED,
+) -> Healing:
+    """By a way to heal in closed form, or an act that combines blocks. ``start``: weights that came with masks."""
+    if method == "eora":
+        return eora(model.model, model.anatomy, plan, start, windows, progress)
     return METHODS[method](model.model, model.anatomy, plan, windows, progress)
 
 
@@ -243,8 +261,7 @@ def applied(model: Opened, plan: Plan, healing: Healing) -> Any:
     """The cut model with the tensors of a healing as its own; the dense model stays as it is."""
     healing = storable(model, healing)
     known = dict(model.model.named_parameters(remove_duplicate=False))
-    with healed(model.model, healing):
-        compressed = apply(model.model, model.anatomy, plan)
+    compressed = carried_out(model.model, model.anatomy, plan, healing)
     note_biases(compressed.config, model.anatomy, [name for name in healing.tensors if name not in known])
     return compressed
 
@@ -254,7 +271,15 @@ def storable(model: Opened, healing: Healing) -> Healing:
     if dtype_of(model.model) == model.stored:
         return healing
     rounded = {name: tensor.to(model.stored).to(tensor.dtype) for name, tensor in healing.tensors.items()}
-    return replace(healing, tensors=rounded)
+    paths = {name: (a.to(model.stored), b.to(model.stored)) for name, (a, b) in healing.paths.items()}
+    return replace(healing, tensors=rounded, paths=paths)
+
+
+def cost_fields(plan: Plan, outline: Outline, healing: Healing) -> dict[str, Any]:
+    """The fields of a record that say what a model costs, with its paths."""
+    beside = sum(a.numel() + b.numel() for a, b in healing.paths.values())
+    costs = costs_of(plan, outline, beside=beside)
+    return {"costs": costs, "realised": of_dense(costs)}
 
 
 def record_of(healing: Healing, *steps: HealStep) -> HealRecord:
@@ -267,5 +292,6 @@ def record_of(healing: Healing, *steps: HealStep) -> HealRecord:
         left_alone=dict(healing.left_alone),
         divergence=None if healing.cut is None or healing.healed is None else (healing.cut, healing.healed),
         grafts=healing.grafts,
+        paths={name: len(a) for name, (a, _) in healing.paths.items()},
         refused=healing.refused,
     )

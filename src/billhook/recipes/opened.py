@@ -15,7 +15,8 @@ import torch
 from billhook.anatomy import Anatomy, discover
 from billhook.data import check_tokenizer
 from billhook.evaluate.causal import positions
-from billhook.models import Loaded, dtype_of, emulated
+from billhook.models import Loaded, dtype_of, emulated, locate
+from billhook.models.adapter import require_none
 from billhook.plan.errors import InputError
 from billhook.runtime.clock import now
 from billhook.surgery.reopen import load
@@ -55,13 +56,17 @@ def opened(
     device: str,
     trust_remote_code: bool,
     like: Opened | None = None,
+    beside: bool = False,
 ) -> Opened:
     """Load a model, what Billhook saved included, and find its parts.
 
     Without a ``dtype`` it is that of the checkpoint, computed in float32 where the processor would only emulate it:
     the same weights, several times as fast. ``like`` another model: in the dtypes of that one.
+    One with paths of low rank ``beside`` its linears can be run; what cuts models or runs them otherwise refuses it.
     """
     wanted = like.stored if like else dtype
+    if not beside:
+        require_none(locate(source, trust_remote_code))
     loaded = load(source, dtype=wanted, device=device, trust_remote_code=trust_remote_code)
     found = Opened(loaded, discover(loaded.model), dtype_of(loaded.model))
     if (dtype_of(like.model) != like.stored) if like else (dtype is None and emulated(loaded.model)):

@@ -106,8 +106,14 @@ class Recipe(Words):
                 "single weights go with the choices masks, learned-masks and sparse-training, and masks with the unit "
                 "weight"
             )
-        if self.unit == "weight" and (self.heal != "none" or self.act != "drop"):
-            raise ValueError("masks go with heal none and act drop: what stays gets new weights by the choice alone")
+        if self.unit == "weight" and (self.heal not in ("none", "eora") or self.act != "drop"):
+            raise ValueError(
+                "masks go with heal none or eora and act drop: what stays gets new weights by the choice alone"
+            )
+        if self.heal == "eora" and self.unit != "weight":
+            raise ValueError(
+                f"heal eora puts paths beside linears that lost single weights: unit must be weight, not {self.unit}"
+            )
         if (self.unit == "linear") != (self.choice.word == "ranks"):
             raise ValueError("the unit linear goes with the choice ranks, others do not")
         if self.unit == "linear" and (self.act != "drop" or self.heal not in ("none", "closed-form")):

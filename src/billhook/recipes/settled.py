@@ -28,9 +28,13 @@ from billhook.recipes.weights import require_weights
 def way_of(recipe: Recipe, heal: Heal | None) -> str:
     """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
     if recipe.unit == "weight":
-        if heal not in (None, "none"):
-            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; leave it out")
-        return "none"
+        if heal not in (None, "none", "eora"):
+            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; take eora or none")
+        return heal or recipe.heal
+    if heal == "eora":
+        raise InputError(
+            f"--heal eora puts paths beside linears that lost single weights; recipe {recipe.name} takes none"
+        )
     if (recipe.trains or recipe.learns_ranks) and heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} trains what is left itself; leave out --heal {heal}")
     if heal == "scales" and not recipe.wide:

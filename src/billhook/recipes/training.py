@@ -19,7 +19,8 @@ from billhook.data.calibrate import is_written
 from billhook.data.duplicates import distinct, without_duplicates
 from billhook.data.source import read
 from billhook.data.windows import spread
-from billhook.heal import Healing, closed_form, healed
+from billhook.heal import Healing, closed_form
+from billhook.heal.healing import carried_out
 from billhook.heal.judge import divergences
 from billhook.heal.loop import split
 from billhook.heal.select import Selection, select
@@ -34,7 +35,6 @@ from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
 from billhook.recipes.together import of_the_first
-from billhook.surgery import apply
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,10 +94,7 @@ def taught(
     )
     record = record.model_copy(update={"selection": selected})
     begun, after = (storable(model, healing) for healing in (begun, after))
-    with healed(model.model, begun):
-        before = apply(model.model, model.anatomy, plan)
-    with healed(model.model, after):
-        compressed = apply(model.model, model.anatomy, plan)
+    before, compressed = (carried_out(model.model, model.anatomy, plan, healing) for healing in (begun, after))
     return Taught(compressed, before, known.model_copy(update={"steps": (*known.steps, step), "training": record}))
 
 

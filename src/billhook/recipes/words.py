@@ -19,6 +19,7 @@ from billhook.heal import (
 )
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
+from billhook.heal.eora import eora
 from billhook.heal.features import merged_features
 from billhook.heal.training import METHODS
 from billhook.measure.ablation import Kind
@@ -43,7 +44,13 @@ from billhook.recipes.schema import Recipe
 from billhook.scores import named
 from billhook.search import share
 
-HEALS = {"closed-form": closed_form, "bias": bias_compensation, "data-free": data_free, "scales": mask_tuning}
+HEALS = {
+    "closed-form": closed_form,
+    "bias": bias_compensation,
+    "data-free": data_free,
+    "scales": mask_tuning,
+    "eora": eora,
+}
 ACTS = {
     "average": average,
     "fuse": fuse,

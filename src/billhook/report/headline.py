@@ -54,9 +54,9 @@ def title(run: Run) -> str:
     if run.plan.empty:
         return f"{run.model}: what it may not need"
     if "params" in run.realised and _only_sparse(run):
-        return f"{run.model} with {percent(1 - run.realised['params'])} of its block parameters set to zero"
+        return f"{run.model} with {percent(_gone(run))} of its block parameters set to zero"
     if "params" in run.realised:
-        return f"{run.model} without {percent(1 - run.realised['params'])} of its block parameters"
+        return f"{run.model} without {percent(_gone(run))} of its block parameters"
     return f"{run.model} without {counts(run)}"
 
 
@@ -70,7 +70,7 @@ def verdict(run: Run) -> str:
         return f"Nothing was cut: {run.model} has {blocks} blocks with {size}, and this is what was measured of them."
     cut = counts(run)
     if "params" in run.realised:
-        cut += f" ({percent(1 - run.realised['params'])} of the block parameters)"
+        cut += f" ({percent(_gone(run))} of the block parameters)"
     sentence = f"Without {cut}"
     facts = [_speed_fact(run.timings)] if run.timings else []
     text = furthest(run.evidence)
@@ -107,6 +107,13 @@ def _only_sparse(run: Run) -> bool:
     """Whether nothing was taken out: single weights are zero."""
     plan = run.plan
     return bool(plan.sparsities) and not (plan.drops or plan.keeps or plan.channels or plan.factors or plan.schedule)
+
+
+def _gone(run: Run) -> float:
+    """The share of the block parameters that was cut, whatever was put beside the others."""
+    if _only_sparse(run):
+        return sum(sum(edit.zeros.values()) for edit in run.plan.sparsities) / run.outline.block_params
+    return 1 - run.realised["params"]
 
 
 def furthest(evidence: tuple[TextEvidence, ...]) -> TextEvidence | None:

@@ -56,6 +56,12 @@ def loading(run: Run) -> Loading:
             words += (
                 " Zeros are stored and multiplied with like any weight; only an engine with kernels for them gains."
             )
+        if run.healing is not None and run.healing.paths:
+            words += (
+                " In its folder `adapter` are paths of low rank beside its linears, a LoRA adapter for peft; all "
+                "figures here are of the model with them."
+            )
+            return Loading(words, "python", _with_adapter(auto))
         return Loading(words, "python", _transformers(auto, ""))
     match run.plan.target:
         case Target.DECI:
@@ -93,7 +99,9 @@ def commands(run: Run) -> str:
     steps = run.healing.steps if run.healing else ()
     # the first healing in one go with the cut, where compress does the same
     together = bool(steps) and (steps[0].text, steps[0].seed, steps[0].tokens) == (calibration, seed or 0, None)
-    later = steps[1:] if together else steps
+    beside = next((i for i, step in enumerate(steps[:2]) if step.method == "eora"), None)
+    count = int(together) if beside is None else beside + steps[beside].counted
+    later = steps[count:]
     folders = [*("CUT" if n == 0 else f"HEALED{n}" for n in range(len(later))), "DIR"]
     cut = {
         "budget": run.asked,
@@ -101,7 +109,7 @@ def commands(run: Run) -> str:
         "recipe": run.plan.provenance.recipe,
         "calibration": calibration,
         "prior": run.search.prior if run.search else "",
-        **(_way(steps[0]) if together else {"heal": "none"}),
+        **(_way(steps[count - 1]) if count else {"heal": "none"}),
         "seed": "" if seed is None else str(seed),
     }
     lines.append(f"billhook compress {model} {_options(cut)} --out {folders[0]}")
@@ -119,6 +127,11 @@ def _way(step: HealStep) -> dict[str, str]:
 
 def _options(values: dict[str, str]) -> str:
     return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items() if value)
+
+
+def _with_adapter(auto: str) -> str:
+    code = f"from peft import PeftModel\n{_transformers(auto, '')}"
+    return f'{code}\nmodel = PeftModel.from_pretrained(model, "{FOLDER}/adapter")'
 
 
 def _transformers(auto: str, extra: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from billhook.plan.record import Run
 from billhook.report.headline import budget_name
 from billhook.report.numbers import duration, percent, quantity
@@ -39,6 +41,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
             ("act" if healing.combined else "healing", f"{healing.method}{done}"),
+            ("paths of low rank", _ranks(healing.paths)),
             ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
             ("healed on", ", then ".join(dict.fromkeys(step.text for step in healing.steps))),
             ("healing tokens", f"{healing.tokens:,}"),
@@ -64,3 +67,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     found += made.versions.items()
     found += [(name.replace("_", " "), value) for name, value in run.environment.items()]
     return [(name, value) for name, value in found if value]
+
+
+def _ranks(paths: Mapping[str, int]) -> str:
+    """``35, of rank 2 to 4``"""
+    found = sorted(set(paths.values()))
+    return f"{len(paths):,}, of rank {found[0]:,}" + (f" to {found[-1]:,}" if found[1:] else "") if found else ""

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import matrix
 from billhook.anatomy.types import Anatomy, Block
 from billhook.data import Windows
-from billhook.heal.places import Place
+from billhook.heal.places import at_once
 from billhook.heal.stepping import Stepper
 from billhook.measure.batches import Batch, batches_of
+from billhook.measure.spectrum import Spectrum, spectrum
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 
 Progress = Callable[[str, int, int], None]
 Inputs = Literal["none", "channels", "moments"]
 Linear = tuple[Address, str]  # (sublayer, path within the block)
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """``energies`` [useful] of the first directions of the output, falling, ``total`` the energy of all of them;
-    ``basis`` [outputs, useful], float32, its columns those directions. As many as two linears save anything with."""
-
-    energies: Tensor
-    total: float
-    basis: Tensor
 
 
 def bases(
@@ -75,7 +64,7 @@ def bases(
         }
         moments: dict[Linear, Tensor] = {}
         if stepper is not None:
-            streams, moments = _seen(model, stepper, number, block, linears, streams, inputs)
+            streams, moments = _seen(model, stepper, block, linears, streams, inputs)
         for linear, useful in linears.items():
             if stepper is None or linear in moments:  # one that the calibration never reached stays as it is
                 found[linear] = spectrum(matrix(_module(model, block, linear[1])), moments.get(linear), useful)
@@ -86,45 +75,21 @@ def bases(
     return found
 
 
-def spectrum(weight: Tensor, moments: Tensor | None, useful: int) -> Spectrum:
-    """See ``bases``. ``moments``: C [inputs, inputs], or its diagonal [inputs], or None for 1."""
-    w = weight.double()
-    if not w.isfinite().all() or (moments is not None and not moments.isfinite().all()):
-        raise InputError("NaN or infinite values in a weight or in what it is given: they are damaged")
-    c = w.new_ones(w.shape[1]) if moments is None else moments.double()
-    if len(w) <= w.shape[1]:
-        output = (w * c if c.ndim == 1 else w @ c) @ w.T
-        energies, basis = torch.linalg.eigh(output)
-        total, basis = output.trace(), basis.flip(1)[:, :useful]
-    else:
-        if c.ndim == 1:
-            a = w * c.sqrt()
-        else:
-            values, vectors = torch.linalg.eigh(c)
-            a = w @ vectors * values.clamp(min=0).sqrt()
-        energies, right = torch.linalg.eigh(a.T @ a)
-        total = a.square().sum()
-        basis = torch.linalg.qr(a @ right.flip(1)[:, :useful])[0]  # orthonormal also where an energy is next to nothing
-    return Spectrum(energies.flip(0)[:useful].clamp(min=0).cpu(), total.item(), basis.float().cpu())
-
-
 def _seen(
     model: nn.Module,
     stepper: Stepper,
-    number: int,
     block: Block,
     linears: Iterable[Linear],
     streams: list[Tensor],
     inputs: Inputs,
 ) -> tuple[list[Tensor], dict[Linear, Tensor]]:
     """The streams after a block, and C of its linears; those that are given the same share it."""
-    place = Place(number, block, block.sublayers, mixed=True)
     sums: dict[Linear, Tensor] = {}
     after = []
     for batch, stream in enumerate(streams):
         given: dict[Linear, Tensor] = {}
         hooks = [(_module(model, block, linear[1]), partial(_keep, given, linear)) for linear in linears]
-        after.append(stepper.run(batch, place, stream, (), hooks))
+        after.append(stepper.run(batch, at_once(block), stream, (), hooks))
         real = stepper.real(batch, stream)
         same: dict[tuple[int, ...], Tensor] = {}
         for linear, x in given.items():

@@ -13,8 +13,9 @@ from torch.nn.functional import linear as applied
 from billhook.anatomy.low_rank import matrix
 from billhook.anatomy.types import Anatomy
 from billhook.measure.patch import observing, overridden
+from billhook.measure.spectrum import Spectrum
 from billhook.plan.errors import InputError
-from billhook.search.bases import Linear, Spectrum
+from billhook.search.bases import Linear
 
 Progress = Callable[[str, int, int], None]
 RATE = 3e-4  # of Adam, falling to zero

@@ -16,11 +16,11 @@ from billhook.anatomy.types import Anatomy, Block
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.healing import Healing, put
-from billhook.heal.places import Place
+from billhook.heal.moments import moments
+from billhook.heal.places import at_once
 from billhook.heal.stepping import Stepper
 from billhook.measure.batches import batches_of
 from billhook.measure.cost import CostModel, Costs
-from billhook.measure.patch import Forward
 from billhook.plan.address import Address
 from billhook.plan.arrays import Arrays
 from billhook.plan.budget import Budget
@@ -114,10 +114,11 @@ def sparsify(
             tokens = sum(stream.shape[0] * stream.shape[1] for stream in streams)
             for number, block in enumerate(blocks):
                 mine = found[block.address.block]
-                state.prune(mine, _seen(stepper, block, mine, streams), by, shares[block.address.block], pattern)
+                names = [linear.name for linears in mine.values() for linear in linears]
+                grams = moments(stepper, block, names, streams)
+                state.prune(mine, grams, by, shares[block.address.block], pattern)
                 if number < len(blocks) - 1:
-                    place = _place(block)
-                    streams = [stepper.run(i, place, stream, ()) for i, stream in enumerate(streams)]
+                    streams = [stepper.run(i, at_once(block), stream, ()) for i, stream in enumerate(streams)]
                 if progress is not None:
                     progress("weights", number + 1, len(blocks))
     finally:
@@ -200,40 +201,3 @@ class _State:
                 total, count = total + saliency.sum(dtype=torch.float64).item(), count + saliency.numel()
                 note(self.zeros, self.arrays, unit, linear, kept)
             self.saliency[unit] = total / max(count, 1)
-
-
-def _seen(
-    stepper: Stepper, block: Block, found: Mapping[Address, tuple[Linear, ...]], streams: list[Tensor]
-) -> dict[str, Tensor]:
-    """The Gram matrix of what each linear of a block is given, by the name of its weight: float32 [i, i]."""
-    names = [linear.name for mine in found.values() for linear in mine]
-    grams: dict[str, Tensor] = {}
-    given: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Forward:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given[name] = args[0]
-
-        return hook
-
-    hooks = [(stepper.model.get_submodule(name.rpartition(".")[0]), keep(name)) for name in names]
-    for i, stream in enumerate(streams):
-        stepper.run(i, _place(block), stream, (), hooks)
-        real = stepper.real(i, stream).reshape(-1)
-        sums: dict[int, Tensor] = {}  # q, k and v are given one and the same
-        for name, x in given.items():
-            if id(x) not in sums:
-                rows = x.reshape(-1, x.shape[-1]).float()
-                rows = rows[real] if len(rows) == len(real) else rows  # routed or crossed: not the stream's own tokens
-                sums[id(x)] = rows.T @ rows
-            grams[name] = grams[name] + sums[id(x)] if name in grams else sums[id(x)]
-        given.clear()
-    for name in names:
-        if name not in grams or not grams[name].diagonal().sum() > 0:
-            raise InputError(f"the calibration gives {name} nothing to see; use more text, or magnitude")
-    return grams
-
-
-def _place(block: Block) -> Place:
-    """The whole block at once."""
-    return Place(block.address.block, block, block.sublayers, mixed=True)

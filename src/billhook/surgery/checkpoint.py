@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from billhook.anatomy import Anatomy, discover
 from billhook.models import building, copy_extras, fingerprint, locate
+from billhook.models.adapter import require_none
 from billhook.models.checks import read_config, weight_files
 from billhook.models.quiet import quiet
 from billhook.plan.address import Address
@@ -69,6 +70,7 @@ class Rewritten:
 
 def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewritten:
     """As ``apply_to_checkpoint``, into an existing empty folder."""
+    require_none(source)
     with stock_view(source, read_config(source)) as view:
         files = weight_files(view)
         dense = skeleton(view)
