@@ -29,6 +29,7 @@ from billhook.runtime.attached import Attached
 from billhook.runtime.attention_rank import attention_ranks
 from billhook.runtime.counts import Counts
 from billhook.runtime.depth_routers import DepthRouters, kept_shares
+from billhook.runtime.images import Images
 from billhook.runtime.mixture_of_depths import Depths, MixtureOfDepths
 from billhook.runtime.silence import idle_params
 from billhook.runtime.static_skip import StaticSkip
@@ -112,7 +113,7 @@ def drawn(model: PreTrainedModel, anatomy: Anatomy, which: str, ratio: float, de
     blocks = MixtureOfDepths(blocks=which).converted(anatomy)
     shares = dict(zip(blocks, kept_shares(len(blocks), ratio, decay=decay), strict=True))
     counts = Counts()
-    fit = Depths(model, anatomy, AtRandom(torch.zeros(0), torch.zeros(0)), shares, vision_tokens(model), counts).fit
+    fit = Depths(model, anatomy, AtRandom(torch.zeros(0), torch.zeros(0)), shares, Images(model), counts).fit
     return Attached(model, "at random", counts, fit)
 
 

@@ -21,6 +21,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
 from billhook.runtime.catalogue import policy_of
+from billhook.runtime.images import Images
 from billhook.runtime.in_turns import Scheduled
 from billhook.runtime.lora_drop import LoraDrop
 from billhook.runtime.low_rank import fit_factors, reduced_rank
@@ -159,7 +160,7 @@ def test_an_encoder_row_is_left_by_the_mean_cosine_of_its_real_tokens() -> None:
     after[2, 0] *= -1
     real = torch.ones(3, 4, dtype=torch.bool)
     real[1, 3] = False
-    trigger = _Exit(SimilarityExit(encoder=0.9, first=1))
+    trigger = _Exit(SimilarityExit(encoder=0.9, first=1), Images(model))
     now = Pass("encoder", 0, 4, 3, real)
     trigger.begin(now)
     assert trigger.decide(block, before, now) is None
@@ -171,9 +172,10 @@ def test_an_encoder_row_is_left_by_the_mean_cosine_of_its_real_tokens() -> None:
 
 def test_tokens_leave_a_decoder_one_by_one_and_none_comes_back() -> None:
     """In the first block the second token turns round, in the next one the first: it has left and stays away."""
-    block = discover(build("llama")).stack("decoder").blocks[0]
+    model = build("llama")
+    block = discover(model).stack("decoder").blocks[0]
     trigger, now, stream = (
-        _Exit(SimilarityExit(decoder=0.9, first=1)),
+        _Exit(SimilarityExit(decoder=0.9, first=1), Images(model)),
         Pass("decoder", 0, 2, 1, None),
         torch.ones(1, 2, 4),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy
 from billhook.anatomy.mixtures import Mixture, mixture_of
-from billhook.anatomy.modality import vision_tokens
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.runtime.attached import Attached
 from billhook.runtime.counts import Counts
+from billhook.runtime.images import Images
 from billhook.runtime.policy import Dial, Policy
 from billhook.runtime.silence import Forward, place
 
@@ -87,39 +87,34 @@ class ExpertSkip(Policy):
                 f"policy expert-skip: importance has {len(self.importance)} numbers, the model has "
                 f"{len(mixtures)} mixtures"
             )
-        seen = vision_tokens(model)
-        if self.vision is not None and not seen:
+        images = Images(model)
+        if self.vision is not None and not images:
             raise InputError(f"policy expert-skip: this {anatomy.family} model reads text alone; leave out vision")
         counts = Counts()
-        return Attached(model, self, counts, _Skipping(self, model, mixtures, seen, counts).fit)
+        return Attached(model, self, counts, _Skipping(self, model, mixtures, images, counts).fit)
 
 
 class _Skipping:
-    """The policy at work: what kind each token of a pass is, and the mixtures with less to compute."""
+    """The policy at work: the mixtures with less to compute."""
 
     def __init__(
         self,
         policy: ExpertSkip,
         model: PreTrainedModel,
         mixtures: dict[Address, Mixture],
-        vision: tuple[int, ...],
+        images: Images,
         counts: Counts,
     ) -> None:
-        self._policy, self._model, self._mixtures, self._counts = policy, model, mixtures, counts
-        self._vision = torch.tensor(vision, device=model.device)
-        self._seen: Tensor | None = None  # which tokens of this pass stand for images, flattened
+        self._policy, self._model, self._mixtures = policy, model, mixtures
+        self._images, self._counts = images, counts
 
     def fit(self, undo: Undo) -> None:
         if self._policy.vision is not None:
-            undo.then(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+            self._images.fit(undo)
         weights = self._policy.importance or (1.0,) * len(self._mixtures)
         for (address, mixture), importance in zip(self._mixtures.items(), weights, strict=True):
             module = self._model.get_submodule(mixture.experts)
             place(module, self._less(module.forward, address, importance), undo)
-
-    def _look(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self._seen = torch.isin(ids, self._vision).reshape(-1) if isinstance(ids, Tensor) else None
 
     def _less(self, original: Forward, address: Address, importance: float) -> Forward:
         def forward(hidden: Tensor, picked: Tensor, weights: Tensor) -> Tensor:
@@ -144,9 +139,9 @@ class _Skipping:
         if max(text, vision or 0.0) == 0:
             return None
         worth = importance * weights.float() / weights.float().sum(-1, keepdim=True).clamp(min=1e-30)
-        if vision is None or self._seen is None or len(self._seen) != len(weights):
+        if vision is None:
             return worth >= text
-        return worth >= torch.where(self._seen, vision, text)[:, None]
+        return worth >= torch.where(self._images.among(weights), vision, text)[:, None]
 
 
 def _mixtures(anatomy: Anatomy) -> dict[Address, Mixture]:

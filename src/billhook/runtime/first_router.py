@@ -37,12 +37,12 @@ class FirstRouter(Policy):
     work.
 
     Keys and values: of the prompt in every block; of decoded tokens none where the block is left out, and nobody asks
-    for them, since the route holds for the sequence. So the cache grows more slowly too. Where rows of a batch
-    disagree the block runs for all of them. Projected from the stream instead, for every token, in the first block of
-    each further kind of cache (full attention; each sliding window), from which transformers takes masks, and in blocks
-    whose keys and values others read. The first block always runs. State: the route, kept on the cache itself: it goes
-    where the cache goes, and whatever is read later on the same cache, another prompt too, keeps to it. Without a cache
-    every pass is a prompt and nothing is left out.
+    for them, since the route holds for the sequence. So the cache grows more slowly too. Where rows of a batch disagree
+    the block works for some and makes keys and values for all. Projected from the stream instead, for every token, in
+    the first block of each further kind of cache (full attention; each sliding window), from which transformers takes
+    masks, and in blocks whose keys and values others read. The first block always runs. State: the route, kept on the
+    cache itself: it goes where the cache goes, and whatever is read later on the same cache, another prompt too, keeps
+    to it. Without a cache every pass is a prompt and nothing is left out.
     """
 
     name: ClassVar[str] = "first-router"

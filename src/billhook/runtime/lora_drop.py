@@ -38,8 +38,11 @@ class LoraDrop(Policy):
     carries the token itself and "state" would put the token before in its place.
 
     Keys and values: projected. On a cheap step a block makes the keys and values of its token from x[t], so the cache
-    has no gaps under any mask or cache type; the paper leaves them out and so saves cache as well. State: x and y of
-    the last token of each block; see ``in_turns`` for when it is dropped.
+    has no gaps under any mask or cache type. The paper can leave them out and so save cache as well; here they are not,
+    since transformers makes one mask for all blocks of a kind of cache: at each refresh a block with gaps would want
+    one of its own, and where entries are counted as positions (sliding windows, static caches, relative position
+    biases, ALiBi) more than that. State: x and y of the last token of each block; see ``in_turns`` for when it is
+    dropped.
     """
 
     name: ClassVar[str] = "lora-drop"

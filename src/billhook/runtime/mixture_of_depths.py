@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, Block
-from billhook.anatomy.modality import vision_tokens
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.plan.errors import InputError
@@ -19,6 +18,7 @@ from billhook.runtime.attached import Attached
 from billhook.runtime.attention_rank import attention_ranks
 from billhook.runtime.counts import Counts
 from billhook.runtime.depth_routers import Batch, DepthRouters, kept_shares, train_depth_routers
+from billhook.runtime.images import Images
 from billhook.runtime.numbers import read_numbers, write_numbers
 from billhook.runtime.policy import Policy
 from billhook.runtime.routers import routable
@@ -130,8 +130,8 @@ class MixtureOfDepths(Policy):
 
     def _attach(self, model: PreTrainedModel, anatomy: Anatomy) -> Attached:
         counts, stack, routers = Counts(), anatomy.outline.stack("decoder"), self._routers
-        blocks, seen = self.converted(anatomy), vision_tokens(model)
-        if self.tokens == "vision" and not seen:
+        blocks, images = self.converted(anatomy), Images(model)
+        if self.tokens == "vision" and not images:
             raise InputError(f"policy {self.name}: this {anatomy.family} model reads text alone; take tokens=all")
         if self.ratio == 1:
             return Attached(model, self, counts, lambda undo: None)
@@ -144,7 +144,7 @@ class MixtureOfDepths(Policy):
             )
         here = routers.to(next(model.parameters()).device)
         shares = dict(zip(blocks, kept_shares(len(blocks), self.ratio, decay=self.decay), strict=True))
-        depths = Depths(model, anatomy, here, shares, seen if self.tokens == "vision" else None, counts)
+        depths = Depths(model, anatomy, here, shares, images if self.tokens == "vision" else None, counts)
         return Attached(model, self, counts, depths.fit)
 
 
@@ -157,33 +157,25 @@ class Depths:
         anatomy: Anatomy,
         routers: DepthRouters,
         shares: dict[int, float],
-        seen: tuple[int, ...] | None,
+        images: Images | None,
         counts: Counts,
     ) -> None:
-        """``shares`` of the tokens that run in each block; ``seen``: the ids of the tokens that are routed, None for
-        all."""
+        """``shares`` of the tokens that run in each block; ``images``: the tokens that are routed, None for all."""
         self._model, self._anatomy, self._routers = model, anatomy, routers
-        self._shares, self._counts, self._seen = shares, counts, seen
-        self._images: Tensor | None = None  # which tokens of this pass stand for images, [rows, tokens]
+        self._shares, self._counts, self._images = shares, counts, images
 
     def fit(self, undo: Undo) -> None:
-        if self._seen is not None:
-            undo.then(self._model.register_forward_pre_hook(self._look, with_kwargs=True).remove)
+        if self._images is not None:
+            self._images.fit(undo)
         for number, share in self._shares.items():
             block = self._anatomy.stack("decoder").blocks[number]
             module = self._model.get_submodule(block.path)
             place(module, self._block(module.forward, block, share), undo)
 
-    def _look(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        self._images = torch.isin(ids, torch.tensor(self._seen, device=ids.device)) if ids is not None else None
-
     def _routed(self, stream: Tensor) -> Tensor:
-        if self._seen is None:
+        if self._images is None:
             return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
-        if self._images is None or self._images.shape != stream.shape[:2]:
-            raise InputError("policy mixture-of-depths: tokens=vision tells images by input_ids, and there are none")
-        return self._images
+        return self._images.among(stream)
 
     def _block(self, original: Forward, block: Block, share: float) -> Forward:
         number, sparing = block.address.block, Sparing(self._model, block)

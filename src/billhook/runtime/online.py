@@ -15,6 +15,7 @@ from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.runtime.counts import Counts
 from billhook.runtime.silence import Forward, Gate, Masked, place, stream_in, stream_out, with_stream
+from billhook.runtime.sparing import Sparing
 from billhook.runtime.watched import Watched
 
 
@@ -78,8 +79,9 @@ class Online:
     later tokens may attend to it whatever was decided; unless a trigger answers for it that none will (``entries``). A
     cross-attention left out makes none: it reads the encoder's, all of them at once, the first time it runs.
 
-    What every real token of a pass leaves out is not computed; where tokens disagree it is computed for all and the
-    others' part is thrown away. So a row's result never depends on its neighbours, and the counts say what was saved.
+    What every real token of a pass leaves out is not computed. Where tokens disagree, a block left out is computed for
+    the others (see ``Sparing``), and a sublayer for all, a part of it thrown away. So a row's result never depends on
+    its neighbours, and the counts say what was saved.
 
     ``watched`` names the blocks whose MLPs the trigger sees. Those alone, and the first block of a stack, where a pass
     begins, are then asked about: what stands between a small model and its next block costs time.
@@ -154,13 +156,15 @@ class Online:
         writing, silent = (self._gates(block, entries=entries) for entries in (True, False))
         kinds = frozenset(sub.kind for sub in block.sublayers)
         masks = {sub.kind: Masked(self.model, sub) for sub in block.sublayers}
+        sparing = Sparing(self.model, block)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = stream_in(*args, **kwargs)
             now = self._now or self._begin(stream, _cache_in(args, kwargs))
             skip = _settled(self.trigger.decide(block, stream, now), now)
             whole = skip is not None and skip.kinds >= kinds
-            gates = writing if skip is None or skip.entries else silent
+            where = skip.where if skip is not None and whole else None
+            gates = writing if skip is None or skip.entries or where is not None else silent
             shut: list[Gate | Masked] = []
             if skip is not None and skip.where is None:
                 shut = [gate for gate in gates if gate.sublayer.kind in skip.kinds]
@@ -168,17 +172,21 @@ class Online:
                 shut = [masks[kind].to(skip.where) for kind in skip.kinds & kinds]
             for each in shut:
                 each.shut()
+            if where is not None:
+                sparing.on(~where)
             try:
                 output = original(*args, **kwargs)
             finally:
                 for each in shut:
                     each.open()
+                if where is not None:
+                    sparing.off()
             if skip is not None and whole:
                 left = stream if skip.instead is None else skip.instead
-                if skip.where is not None:
-                    left = torch.where(skip.where[..., None], left, stream_out(output))
+                if where is not None:
+                    left = torch.where(where[..., None], left, stream_out(output))
                 output = with_stream(output, left)
-            self._count(gates, shut, now)
+            self._count(gates, shut, where, now)
             if watched is not None and watched.before is not None:
                 self.trigger.saw_mlp(block, *watched.taken(stream, stream_out(output)), now)
             self.trigger.saw(block, stream, stream_out(output), now)
@@ -192,16 +200,18 @@ class Online:
             for unit in ran:
                 self.counts.ran[unit] += self._now.rows * self._now.tokens
 
-    def _count(self, gates: list[Gate], shut: list[Gate | Masked], now: Pass) -> None:
+    def _count(self, gates: list[Gate], shut: list[Gate | Masked], where: Tensor | None, now: Pass) -> None:
+        """``where``: for which tokens the whole block was left out, if not for all or none."""
         tokens = now.rows * now.tokens
+        some = 0 if where is None else int(where.sum())
         for gate in gates:
-            unit = gate.sublayer.address
-            if gate not in shut:
-                self.counts.ran[unit] += tokens
-                continue
-            self.counts.skipped[unit] += tokens
-            if gate.keep_kv:
-                self.counts.projected[unit] += tokens
+            unit, left = gate.sublayer.address, tokens if gate in shut else some
+            if left < tokens:
+                self.counts.ran[unit] += tokens - left
+            if left:
+                self.counts.skipped[unit] += left
+                if gate.keep_kv:
+                    self.counts.projected[unit] += left
 
 
 def _real(mask: Any, past: int, rows: int, tokens: int) -> Tensor | None:
