@@ -20,13 +20,13 @@ from heal_memory import resident
 from protocol import bed
 
 from billhook.measure.batches import batches_of
-from billhook.measure.latency import now
 from billhook.measure.patch import observing
 from billhook.measure.sums import Trace
 from billhook.plan.budget import Budget
 from billhook.recipes.once import Once
 from billhook.recipes.schema import Recipe
 from billhook.recipes.widths import narrow
+from billhook.runtime.clock import now
 from billhook.scores.registry import SCORES
 from billhook.search.width import pose_width
 
