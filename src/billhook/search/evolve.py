@@ -172,4 +172,4 @@ def _completed(problem: Problem, drops: Drops, barred: Set[Address], draw: rando
 def _single(drops: Drops, problem: Problem) -> Drops:
     """The same drops in units that are candidates: a block as its sublayers, where these are what may be dropped."""
     parts = {unit: [c for c in problem.candidates if c.parent == unit] for unit in drops - set(problem.candidates)}
-    return drops - parts.keys() | {part for inside in parts.values() for part in inside}
+    return frozenset(drops - parts.keys() | {part for inside in parts.values() for part in inside})
