@@ -17,7 +17,7 @@ import torch
 from protocol import DATA
 
 from billhook.data import windows
-from billhook.heal import UNTOUCHED, closed_form, healed, merge
+from billhook.heal import UNTOUCHED, Healing, closed_form, healed, merge
 from billhook.measure.cost import CostModel
 from billhook.plan.budget import Budget
 from billhook.plan.plan import Plan
@@ -45,7 +45,7 @@ def main(
     costs = CostModel(anatomy.outline)
 
     @torch.inference_mode()
-    def perplexity(plan: Plan, healing=UNTOUCHED) -> float:
+    def perplexity(plan: Plan, healing: Healing = UNTOUCHED) -> float:
         total = 0.0
         with healed(live, healing), simulate(live, anatomy, plan):
             for ids in torch.split(test.ids, 8):

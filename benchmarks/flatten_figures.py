@@ -25,12 +25,12 @@ from billhook.recipes.settings import CALIBRATION_LENGTH, CALIBRATION_TOKENS
 from billhook.search import pose
 
 
-def main(source: str = "demo", dtype: str = "float32", windows: int = 16, tokens: int = 20480) -> None:
+def main(source: str = "demo", dtype: str = "float32", windows: str = "16", tokens: str = "20480") -> None:
     b = bed(source)
     b = Bed(opened(source, dtype=dtype, device="cpu", trust_remote_code=False), b.test)
-    test = Windows.of(b.test.ids[:windows], "WikiText-2")
+    test = Windows.of(b.test.ids[: int(windows)], "WikiText-2")
     short = b.calibrated(CALIBRATION_TOKENS, CALIBRATION_LENGTH)
-    text = b.calibrated(tokens, LENGTH)
+    text = b.calibrated(int(tokens), LENGTH)
     seen = watch(b.model, short, None)
     problem = pose(b.anatomy.outline, Budget.parse("blocks=24"), "block")
     print(f"{windows} windows of {LENGTH} of WikiText-2 in {dtype}; flattened on {text.ids.numel()} tokens")
@@ -48,4 +48,4 @@ def main(source: str = "demo", dtype: str = "float32", windows: int = 16, tokens
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:5]))
+    main(*sys.argv[1:])

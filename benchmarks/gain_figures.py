@@ -21,19 +21,21 @@ from billhook.plan.plan import Plan
 from billhook.recipes.opened import opened
 
 
-def main(source: str = "demo", dtype: str = "bfloat16", steps: int = 24, windows: int = 16, tokens: int = 3072) -> None:
+def main(
+    source: str = "demo", dtype: str = "bfloat16", steps: str = "24", windows: str = "16", tokens: str = "3072"
+) -> None:
     b = bed(source)
     if dtype != "bfloat16":
         b = Bed(opened(source, dtype=dtype, device="cpu", trust_remote_code=False), b.test)
-    test = Windows.of(b.test.ids[:windows], "WikiText-2")
-    text = b.calibrated(tokens, 512)
+    test = Windows.of(b.test.ids[: int(windows)], "WikiText-2")
+    text = b.calibrated(int(tokens), 512)
     print(f"{steps} steps on windows of {text.ids.shape[1]}; {windows} windows of {LENGTH} of WikiText-2 in {dtype}")
     plans = {"sublayers by greedy": SUBLAYERS, "blocks 13 to 18": [f"decoder.{i}" for i in range(13, 19)]}
     plans["blocks 12 to 17"] = [f"decoder.{i}" for i in range(12, 18)]
     for name, units in plans.items():
         plan = Plan.of(units)
         cut = b.perplexity(plan.drops, test)
-        healing, fitted = gains_of(b.live, b.anatomy, plan, text, steps)
+        healing, fitted = gains_of(b.live, b.anatomy, plan, text, int(steps))
         with healed(b.live, healing):
             now = b.perplexity(plan.drops, test)
         low, high = min(fitted.values()), max(fitted.values())
@@ -41,4 +43,4 @@ def main(source: str = "demo", dtype: str = "bfloat16", steps: int = 24, windows
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:6]))
+    main(*sys.argv[1:])

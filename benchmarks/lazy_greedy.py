@@ -22,6 +22,7 @@ from billhook.measure.sums import Trace
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.recipes import catalogue
+from billhook.recipes.choices import Greedy
 from billhook.recipes.find import find
 from billhook.search import Ledger, Memo, greedy, pose
 
@@ -58,6 +59,7 @@ def main(source: str = "demo", tokens: int = 1536, length: int = 512) -> int:
     found = {"lazy": find(lazy, b.model, problem, windows, Trace(), seed=0, place=place, progress=_tell).found}
     objective = Counted(Ablator(b.live, b.anatomy, windows, lazy.objective or "kl"), blocks)
     ledger = Ledger(place / "plain.jsonl", {"calibration": windows.fingerprint})
+    assert isinstance(plain.choice, Greedy)
     found["plain"] = greedy(problem, Memo(objective, ledger), lazy=False, per=plain.choice.per, progress=_tell)
     dense = b.perplexity()
     print(
@@ -83,4 +85,4 @@ def _tell(label: str, done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2], *map(int, sys.argv[2:])))
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "demo", *map(int, sys.argv[2:])))

@@ -16,12 +16,12 @@ from protocol import Bed, bed
 from billhook.data import Windows
 from billhook.heal import healed
 from billhook.measure.cost import CostModel
-from billhook.measure.latency import now
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.heal import METHODS
 from billhook.recipes.settings import HEALING_TOKENS
+from billhook.runtime.clock import now
 
 BUDGET = "params=0.8"
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,14 +65,14 @@ def main(
     data = np.load(DATA / "mnist.npz")
     seen, (shown, labels) = pixels(data["x_train"][-LEARNT:]), (pixels(data["x_test"]), torch.tensor(data["y_test"]))
     shown, labels = shown[: int(images)], labels[: int(images)].long()
-    batches = [{"input_ids": ids.expand(len(some), -1), "pixel_values": some} for some in seen.split(int(batch))]
+    batches = [{"input_ids": ids.expand(len(some), -1), "pixel_values": some} for some in torch.split(seen, int(batch))]
 
     @torch.no_grad()
     def right() -> np.ndarray:
         """Whether each image was read as the digit that it is."""
         parts = [
             model(input_ids=ids.expand(len(some), -1), pixel_values=some).logits[:, -1].argmax(-1) == words[wanted]
-            for some, wanted in zip(shown.split(AT_ONCE), labels.split(AT_ONCE), strict=True)
+            for some, wanted in zip(torch.split(shown, AT_ONCE), torch.split(labels, AT_ONCE), strict=True)
         ]
         return torch.cat(parts).double().numpy()
 
@@ -91,16 +92,14 @@ def main(
         policy = policy.fitted_on(model, anatomy, batches)
         kind = "falling" if decay else "even"
         for ratio in map(float, ratios.split(",")):
-            show(
-                f"routed, {kind} shares, ratio {ratio:g}", lambda r=ratio, p=policy: p.turned(r).attach(model, anatomy)
-            )
+            show(f"routed, {kind} shares, ratio {ratio:g}", partial(policy.turned(ratio).attach, model, anatomy))
             show(
                 f"at random, {kind} shares, ratio {ratio:g}",
-                lambda r=ratio, d=decay: drawn(model, anatomy, BLOCKS, r, d),
+                partial(drawn, model, anatomy, BLOCKS, ratio, decay),
             )
     for block in range(1, len(ranks)):
-        show(f"block {block} left out for every token", lambda b=block: static(b).attach(model, anatomy))
-        show(f"block {block} left out for the image", lambda b=block: drawn(model, anatomy, str(b), 0.0, False))
+        show(f"block {block} left out for every token", partial(static(block).attach, model, anatomy))
+        show(f"block {block} left out for the image", partial(drawn, model, anatomy, str(block), 0.0, False))
 
 
 def static(block: int) -> StaticSkip:

@@ -32,12 +32,13 @@ from billhook.anatomy import Anatomy, discover
 from billhook.anatomy.types import Inner
 from billhook.data import windows
 from billhook.evaluate.bench import engine
-from billhook.evaluate.workload import Workload, ready
+from billhook.evaluate.workload import ready
 from billhook.measure.latency import Timed, interleaved
 from billhook.measure.patch import observing
 from billhook.models import Loaded, load
 from billhook.plan.address import Address
 from billhook.plan.plan import Keep, Plan
+from billhook.plan.record import Workload
 from billhook.runtime.even_skip import EvenSkip
 from billhook.runtime.fewer_neurons import neurons_of
 from billhook.runtime.ffn_skip import FfnSkip

@@ -14,17 +14,19 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from heal_memory import resident
 from protocol import bed
 
 from billhook.measure.batches import batches_of
-from billhook.measure.latency import now
 from billhook.measure.patch import observing
 from billhook.measure.sums import Trace
 from billhook.plan.budget import Budget
+from billhook.recipes.once import Once
 from billhook.recipes.schema import Recipe
 from billhook.recipes.widths import narrow
+from billhook.runtime.clock import now
 from billhook.scores.registry import SCORES
 from billhook.search.width import pose_width
 
@@ -74,7 +76,8 @@ def measured(source: str, tokens: int, name: str) -> Cost:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = now()
-    _, _, record, _ = narrow(recipe, b.model, problem, windows, windows, Trace(), seed=0, progress=None)
+    given = (recipe, b.model, problem, windows, windows, Trace(), Once())
+    _, _, record, _ = narrow(*given, seed=0, place=Path(), progress=None)  # which writes only where widths evolve
     seconds = now() - begun
     done.set()
     watcher.join()

@@ -17,10 +17,10 @@ from protocol import bed
 
 from billhook.heal import healed
 from billhook.measure.cost import cost
-from billhook.measure.latency import now
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
 from billhook.recipes.settings import HEALING_TOKENS, TRAINING_LENGTH, TRAINING_TOKENS
+from billhook.runtime.clock import now
 
 BUDGET = "params=0.5"
 

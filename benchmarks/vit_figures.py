@@ -17,8 +17,8 @@ from transformers import ViTForImageClassification
 
 import billhook
 from billhook.measure.cost import CostModel
-from billhook.measure.latency import now
 from billhook.recipes.classifier import narrow_classifier, tokens_of
+from billhook.runtime.clock import now
 
 BLIND = ("random-width", "evenly-spaced-width")
 

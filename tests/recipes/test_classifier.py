@@ -132,6 +132,8 @@ def test_what_is_refused() -> None:
         ("does not narrow", {"budget": "flops=0.8", "recipe": "m-smoe"}),
         ("no score", {"tolerance": 0.1, "recipe": "ofb"}),
         ("shares by how", {"budget": "flops=0.8", "recipe": "cfsp"}),
+        ("the next tokens of a language model", {"budget": "flops=0.8", "recipe": "evopress-widths"}),
+        ("the next tokens of a language model", {"budget": "flops=0.8", "recipe": "hesso"}),
         ("asks for the next token", {"budget": "flops=0.8", "recipe": "fisher-width"}),
         ("is below 0", {"tolerance": -1.0}),
     ):

@@ -39,7 +39,7 @@ def test_the_recipes_that_come_along() -> None:
         "comp",
         "foldgpt",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
-        "measured-widths",
+        *("measured-widths", "evopress-widths"),
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         *("svd", "asvd", "svd-llm", "low-rank", "maestro"),
         *("maskllm", "pst", "gradient-flow", "hesso", "feature-merging"),
@@ -103,6 +103,15 @@ def test_an_unknown_name_gets_the_list() -> None:
         ),
         (GOOD + "score: {word: block-influence}\n", "need a score, and no other choice has one"),
         (GOOD.replace("greedy}", "knapsack}"), "need a score, and no other choice has one"),
+        (
+            GOOD.replace("sublayer", "width").replace("greedy}", "evolve, generations: 2, offspring: 2, patience: 1}"),
+            "need a score",
+        ),
+        (
+            GOOD.replace("sublayer", "expert").replace("greedy}", "evolve, generations: 2, offspring: 2, patience: 1}")
+            + "score: {word: routing-frequency}\n",
+            "evolve inside sublayers begins at equal shares: unit must be neuron, group or width",
+        ),
         (GOOD.replace("objective: kl\n", ""), "a greedy, evolve or learned choice needs an objective"),
         (GOOD.replace("greedy}", "bandit, rounds: 4}"), "choice bandit learns from the loss alone"),
         (GOOD.replace("kl", "loss").replace("greedy}", "gates, steps: 1}"), "choice.gates.steps: Input should be"),

@@ -30,7 +30,7 @@ SURVEYED = {name for name in names() if load(name).surveys}
 
 
 def test_those_whose_statistics_one_pass_gives() -> None:
-    assert {"cfsp", "flap", "wanda-structured", "measured-widths", "m-smoe", "svd-llm", "hidden-channels"} <= SURVEYED
+    assert {"cfsp", "flap", "measured-widths", "evopress-widths", "m-smoe", "svd-llm", "hidden-channels"} <= SURVEYED
     assert {"wanda", "sparsegpt", "sparsegpt-2-4"} <= SURVEYED
     asked_often = {"sublayer-greedy", "evopress", "block-influence", "amp", "loraprune", "interchange-heads", "maestro"}
     blind = {"svd", "magnitude-sparse", "magnitude-2-4", "random-width", "evenly-spaced"}

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import VOCABULARY, build
+from families import FAMILIES, VOCABULARY, build
 
 import billhook
 from billhook import surgery
 from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.heal import Healing, healed
+from billhook.measure.ablation import Ablator
 from billhook.measure.cost import CostModel
 from billhook.measure.trace import trace
 from billhook.plan.address import Address
@@ -25,20 +26,24 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan
 from billhook.plan.target import Target
 from billhook.recipes.catalogue import load, names, source_of
+from billhook.recipes.choices import Evolve
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, differing
 from billhook.recipes.opened import opened
 from billhook.recipes.schema import Recipe
 
 WIDE = [n for n in names() if load(n).wide and n != "mc-smoe"]  # which meets it by more than what is kept
+DECODERS = [n for n, f in FAMILIES.items() if f.generates and list(f.stacks) == ["decoder"]]
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(2)), "noise")
 
 
-def carried_out(recipe: Recipe, model: Any, place: Path) -> Choice:
+def carried_out(recipe: Recipe, model: Any, place: Path, budget: str = "params=0.85") -> Choice:
     if recipe.trains:
         recipe = recipe.model_copy(update={"choice": recipe.choice.model_copy(update={"steps": 4})})
+    if isinstance(recipe.choice, Evolve):
+        recipe = recipe.model_copy(update={"choice": recipe.choice.model_copy(update={"generations": 2})})
     opened: Any = SimpleNamespace(model=model, anatomy=discover(model))
-    problem = pose_for(recipe, opened.anatomy.outline, Budget.parse("params=0.85"), Target.REMOTE)
+    problem = pose_for(recipe, opened.anatomy.outline, Budget.parse(budget), Target.REMOTE)
     seen = trace(model, opened.anatomy, WINDOWS, ("block", "sublayer", "angular"))
     return find(recipe, opened, problem, WINDOWS, seen, seed=0, place=place, progress=None)
 
@@ -114,6 +119,33 @@ def test_what_is_trained_while_it_narrows_comes_with_its_weights(tiny_lm: Path, 
 def test_unequal_widths_are_no_ordinary_checkpoint(tiny_lm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="different widths"):
         billhook.compress(tiny_lm, budget="params=0.8", out=tmp_path / "out", recipe="flap", target="uniform")
+
+
+def test_evolved_widths_are_no_ordinary_checkpoint_and_come_with_a_ledger(tiny_lm: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="different widths"):
+        billhook.compress(tiny_lm, budget="params=0.8", out=tmp_path / "no", recipe="evopress-widths", target="uniform")
+    model = build("llama")
+    found = carried_out(load("evopress-widths"), model, tmp_path)
+    first, last = sorted(tmp_path.glob("*.jsonl"), key=lambda file: len(file.read_bytes().splitlines()))
+    assert found.record.objective == "divergence from dense" and found.record.steps[0].objective > 0
+    looks = sum(len(file.read_bytes().splitlines()) - 1 for file in (first, last))
+    assert found.record.evaluations == looks > 2 * 16
+    assert found.record.work > looks * 12, "at least a block on one window a look"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_widths_of_every_family_evolve(name: str, tmp_path: Path) -> None:
+    """What is found is within the budget, and as far from dense as the record says. Of mixtures only groups can go."""
+    recipe = load("evopress-widths")
+    short = recipe.choice.model_copy(update={"offspring": 4, "screens": ()})
+    recipe, model = recipe.model_copy(update={"choice": short}), build(name)
+    found = carried_out(recipe, model, tmp_path, "params=0.98")
+    anatomy = discover(model)
+    costs = CostModel(anatomy.outline)
+    check(Plan.of((), Target.REMOTE, found.keeps), anatomy.outline)
+    assert costs.of((), found.keeps)["params"] <= 0.98 * costs.dense["params"]
+    ablator = Ablator(model, anatomy, WINDOWS, "kl")
+    assert ablator.narrowed(*found.keeps) == pytest.approx(found.record.steps[0].objective, rel=1e-5, abs=1e-8)
 
 
 def test_a_healed_result_is_healed_further(tiny_lm: Path, tmp_path: Path) -> None:

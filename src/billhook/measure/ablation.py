@@ -63,11 +63,11 @@ class Ablator:
         """The figure of the current state with this unit dropped as well; the state stays."""
         return self.at(self.replay.state | {unit})
 
-    def narrowed(self, keep: Keep) -> float:
-        """The figure of the current state with one sublayer narrower as well; the state stays. Costs its block and
-        those after it."""
-        with simulate(self.replay.model, self.replay.anatomy, Plan.of([], keeps=[keep])):
-            return self._judge(self.replay.again(keep.unit.block))
+    def narrowed(self, *keeps: Keep) -> float:
+        """The figure of the current state with these sublayers narrower as well; the state stays. Costs the first of
+        their blocks and those after it."""
+        with simulate(self.replay.model, self.replay.anatomy, Plan.of([], keeps=keeps)):
+            return self._judge(self.replay.again(min(keep.unit.block for keep in keeps)))
 
     def at(self, drops: Iterable[Address]) -> float:
         """The figure with exactly these drops; the state stays."""

@@ -77,7 +77,8 @@ class Screen(Words):
 class Evolve(Words):
     """Mutants of the best solution so far, ``offspring`` of them a generation, first looked at on little text
     (``screens``), the survivors on all of it. Ends after ``generations``, or ``patience`` of them without progress.
-    Begins at what a greedy choice finds (its ``start``), or at random."""
+    Begins at what a greedy choice finds (its ``start``), or at random; inside sublayers it is their widths that
+    evolve, from equal shares on."""
 
     word: Literal["evolve"]
     generations: Annotated[int, Field(ge=1)]

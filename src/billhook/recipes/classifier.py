@@ -22,7 +22,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan, Provenance
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.choices import BiMask, Widths
+from billhook.recipes.choices import BiMask, Evolve, GroupSparse, Widths
 from billhook.recipes.schema import Recipe
 from billhook.scores import Score, named
 from billhook.search.bimask import bimask
@@ -71,7 +71,9 @@ def narrow_classifier(
         raise InputError(f"recipe {chosen.name} has no score to rank units by, which a tolerance needs: give a budget")
     if isinstance(choice, Widths) and choice.allocation == "shared":
         raise InputError(f"recipe {chosen.name} shares by how blocks of a language model turn the stream")
-    if isinstance(choice, Widths) and (choice.screen is not None or choice.blocks is not None):
+    if isinstance(choice, Evolve | GroupSparse) or (
+        isinstance(choice, Widths) and (choice.screen is not None or choice.blocks is not None)
+    ):
         raise InputError(
             f"recipe {chosen.name} looks at the next tokens of a language model, or drops whole blocks first"
         )

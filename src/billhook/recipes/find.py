@@ -43,7 +43,7 @@ from billhook.recipes.learned import learned
 from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened
 from billhook.recipes.ranks import Bases, take_apart
-from billhook.recipes.schema import Recipe
+from billhook.recipes.schema import OBJECTIVES, Recipe
 from billhook.recipes.scored import scored
 from billhook.recipes.searched import evolved, greedily, memo_of
 from billhook.recipes.sharing import require_sharing
@@ -57,15 +57,6 @@ from billhook.search.sparsity import WeightProblem, pose_weights
 from billhook.search.width import WidthProblem, pose_width
 
 Progress = Callable[[str, int, int], None]
-OBJECTIVES: dict[Kind, str] = {
-    "kl": "divergence from dense",
-    "loss": "loss",
-    "stream": "error of the last stream",
-    "turn": "turn of the last stream",
-    "angle": "angle of the output from dense",
-    "euclidean": "distance of the output from dense",
-    "jensen-shannon": "Jensen-Shannon divergence from dense",
-}
 LEARNED = {"gates": "trained gate", "sampled-masks": "logit of being kept", "bandit": "worth of not being skipped"}
 BASELINES: dict[str, Callable[..., Found]] = {
     "random": search.at_random,
@@ -143,10 +134,10 @@ def find(
     ``lessons``, the calibration where there are none; it begins with the masks of ``prior`` where there is one. Several
     searches of one recipe on the same text that are given the same ``once`` share what their budgets do not change.
 
-    A greedy search writes every finished evaluation to a ledger in the folder ``place``, and goes on from there when it
-    is run again on the same things. The work of the trace counts where the choice rests on it. With the budget
-    ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path, and a greedy one
-    makes no exchanges afterwards.
+    A greedy or evolutionary search writes every finished evaluation to a ledger in the folder ``place``, and goes on
+    from there when it is run again on the same things. The work of the trace counts where the choice rests on it. With
+    the budget ``until=cliff`` a one-shot choice looks at the divergence from the dense model along its path, and a
+    greedy one makes no exchanges afterwards.
     """
     require_path(recipe, problem.budget)
     require_sharing(recipe, model, problem.budget)
@@ -165,7 +156,7 @@ def find(
         keeps, record, importance, healing = drive(recipe, model, problem, lessons or windows, progress=progress)
         return Choice(_no_drops(record), record, importance, keeps, healing=healing)
     if isinstance(problem, WidthProblem):
-        return _narrowed(recipe, model, problem, windows, survey, seen, once, seed, progress)
+        return _narrowed(recipe, model, problem, windows, survey, seen, once, seed, place, progress)
     if isinstance(problem, ChannelProblem):
         edit, record, importance = choose_channels(recipe, model, problem, survey, once, seed=seed, progress=progress)
         return Choice(_no_drops(record), record, importance, channels=(edit,))
@@ -248,12 +239,13 @@ def _narrowed(
     seen: Trace,
     once: Once,
     seed: int,
+    place: Path,
     progress: Progress | None,
 ) -> Choice:
     share = recipe.choice.apart if isinstance(recipe.choice, Widths) else None
     whole = problem if share is None else eased(problem, 1 - share)
     drops, keeps, record, importance = narrow(
-        recipe, model, whole, windows, survey, seen, once, seed=seed, progress=progress
+        recipe, model, whole, windows, survey, seen, once, seed=seed, place=place, progress=progress
     )
     edits: tuple[Factorise, ...] = ()
     if share is not None:

@@ -35,7 +35,15 @@ from billhook.recipes.choices import (
 from billhook.scores import InnerUnit, Unit, named
 
 Line = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-GOALS = {"kl": "divergence from dense", "loss": "loss"}
+OBJECTIVES: dict[Kind, str] = {
+    "kl": "divergence from dense",
+    "loss": "loss",
+    "stream": "error of the last stream",
+    "turn": "turn of the last stream",
+    "angle": "angle of the output from dense",
+    "euclidean": "distance of the output from dense",
+    "jensen-shannon": "Jensen-Shannon divergence from dense",
+}
 Act = Literal["drop", "average", "fuse", "gains", "merge", "share", "flatten", "restore", "scale"]
 SURVEYED = ("channels", "routing", "stream")
 BLIND_WIDTHS = ("random", "evenly-spaced")
@@ -51,10 +59,10 @@ class Paper(Words):
 class Recipe(Words):
     """A method: what is measured, how units are chosen by it, and what is done to them.
 
-    A one-shot choice, a knapsack, widths and channels have a ``score``; a greedy, evolutionary or learned one (gates,
-    sampled masks, bandit: those by ``loss`` only; what is trained by ``loss`` or ``kl``) has an ``objective``, which is
-    to be kept low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on the text, the error of
-    the last ``stream``, or one of three distances of the output (see ``measure.distances``).
+    A one-shot choice, a knapsack, widths (evolved ones too) and channels have a ``score``; a greedy, evolutionary or
+    learned one (gates, sampled masks, bandit: those by ``loss`` only; what is trained by ``loss`` or ``kl``) has an
+    ``objective``, which is to be kept low: the divergence from the dense model's next tokens ``kl``, the ``loss`` on
+    the text, the error of the last ``stream``, or one of three distances of the output (see ``measure.distances``).
     """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
@@ -91,8 +99,12 @@ class Recipe(Words):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths", "channels")):
-            raise ValueError("one-shot, knapsack, widths and channels need a score, and no other choice has one")
+        evolved = self.wide and isinstance(self.choice, Evolve)
+        if (self.score is not None) != (self.choice.word in ("one-shot", "knapsack", "widths", "channels") or evolved):
+            raise ValueError(
+                "one-shot, knapsack, widths and channels need a score, and no other choice has one but evolve inside "
+                "sublayers"
+            )
         thin = self.choice.word == "channels"
         if (self.unit == "channel") != thin and not (self.unit == "channel" and self.choice.word in BLIND_WIDTHS):
             raise ValueError("hidden channels go with the choices channels, random and evenly-spaced")
@@ -126,11 +138,13 @@ class Recipe(Words):
         if self.returns and (self.unit != "block" or self.heal != "none"):
             raise ValueError(f"act {self.act} takes whole blocks back to a base: unit must be block, and heal none")
         narrowing = isinstance(self.choice, Widths | BiMask | GroupSparse)
-        if self.wide != narrowing and not (self.wide and self.choice.word in BLIND_WIDTHS):
+        if self.wide != narrowing and not evolved and not (self.wide and self.choice.word in BLIND_WIDTHS):
             raise ValueError(
                 "units inside sublayers (neuron, group, width, expert) go with the choices widths, bi-mask, "
-                "group-sparse, random and evenly-spaced, and others do not go with the first three"
+                "group-sparse, evolve, random and evenly-spaced, and others do not go with the first three"
             )
+        if isinstance(self.choice, Evolve) and evolved and (self.unit == "expert" or self.choice.start is not None):
+            raise ValueError("evolve inside sublayers begins at equal shares: unit must be neuron, group or width")
         if self.choice.word == "bi-mask" and self.unit == "expert":
             raise ValueError("a bi-mask is of what linears are given: unit must be neuron, group or width")
         if isinstance(self.choice, GroupSparse) and (self.unit == "expert" or self.heal != "none"):

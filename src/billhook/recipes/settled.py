@@ -15,7 +15,7 @@ from billhook.plan.outline import Outline
 from billhook.plan.plan import Plan
 from billhook.plan.target import Target
 from billhook.recipes import catalogue
-from billhook.recipes.choices import BiMask, GroupSparse
+from billhook.recipes.choices import BiMask, Evolve, GroupSparse
 from billhook.recipes.find import Task, pose_for, require_cut
 from billhook.recipes.flattening import require_flattening
 from billhook.recipes.learned_weights import require_prior
@@ -108,7 +108,7 @@ def settled(
         )
     if aim is Target.UNIFORM and chosen.wide:
         if (
-            isinstance(chosen.choice, BiMask | GroupSparse)
+            isinstance(chosen.choice, BiMask | GroupSparse | Evolve)
             or getattr(chosen.choice, "allocation", "uniform") != "uniform"
         ):
             raise InputError(

@@ -13,7 +13,7 @@ from billhook.plan.record import SearchRecord, Step
 from billhook.recipes.choices import LearnedMasks, Masks, SparseTraining
 from billhook.recipes.learned_weights import learned_weights
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import GOALS, Recipe
+from billhook.recipes.schema import OBJECTIVES, Recipe
 from billhook.search.sparsity import Sparse, WeightProblem, require_sparsifiable, sparsify
 from billhook.search.zeroth_order import sparsities, zeroth_order
 
@@ -80,6 +80,6 @@ def thin(
         realised=realised(cost(outline, zeros=zeros), problem.dense),
         work=work + sparse.work,
     )
-    objective = choice.by if isinstance(choice, Masks) else GOALS[recipe.objective or "kl"]
+    objective = choice.by if isinstance(choice, Masks) else OBJECTIVES[recipe.objective or "kl"]
     record = SearchRecord(recipe=recipe.name, objective=objective, steps=(step,), work=step.work, evaluations=0)
     return sparse, record, importance

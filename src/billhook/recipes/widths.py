@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from billhook.data import Windows
 from billhook.heal import Healing
 from billhook.measure.ablation import Ablator
 from billhook.measure.batches import batches_of
 from billhook.measure.channels import channels
-from billhook.measure.cost import Costs
+from billhook.measure.cost import CostModel, Costs
 from billhook.measure.knockout import knockout
 from billhook.measure.lora_slopes import lora_slopes
 from billhook.measure.routing import routing
@@ -23,12 +24,13 @@ from billhook.plan.budget import realised
 from billhook.plan.check import units
 from billhook.plan.plan import Keep
 from billhook.plan.record import SearchRecord, Step
-from billhook.recipes.choices import BiMask, GroupSparse, Widths
+from billhook.recipes.choices import BiMask, Evolve, GroupSparse, Widths
 from billhook.recipes.learned_weights import goal_of
 from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened
-from billhook.recipes.schema import GOALS, Recipe
+from billhook.recipes.schema import OBJECTIVES, Recipe
 from billhook.recipes.scored import scored
+from billhook.recipes.searched import evolved_widths
 from billhook.scores import named
 from billhook.search.bimask import bimask
 from billhook.search.blind_widths import even_widths, random_widths
@@ -52,6 +54,7 @@ def narrow(
     once: Once,
     *,
     seed: int,
+    place: Path,
     progress: Progress | None,
 ) -> tuple[frozenset[Address], tuple[Keep, ...], SearchRecord, dict[str, dict[str, float]]]:
     """Carry out the choice of a recipe of width: the blocks that went before, what is kept, its record, the mean score
@@ -65,13 +68,13 @@ def narrow(
         keeps, costs = allocate(problem, scores, "global")
         work = passes * windows.ids.shape[1] * sum(len(stack.blocks) for stack in model.anatomy.stacks)
         return frozenset(), keeps, _record(recipe, problem, keeps, costs, "bi-mask", work), {}
-    if not isinstance(choice, Widths):
+    if not isinstance(choice, Widths | Evolve):
         keeps, costs = random_widths(problem, seed) if choice.word == "random" else even_widths(problem)
         return frozenset(), keeps, _record(recipe, problem, keeps, costs, "none", 0), {}
     steps: tuple[Step, ...] = ()
     importance: dict[str, dict[str, float]] = {}
     before = 0
-    if choice.blocks is not None:
+    if isinstance(choice, Widths) and choice.blocks is not None:
         blocks = units(problem.outline, "block")
         blockwise = partial(scored, choice.blocks.score, "block", model, blocks, windows, seen, progress)
         figures, before = once("blocks", blockwise)
@@ -80,6 +83,17 @@ def narrow(
     score = named(recipe.score.word if recipe.score else "")
     trace = _measured(recipe, model, problem, survey, once, seed, progress)
     scores = score(trace, model.anatomy, **recipe.score_parameters)
+    if recipe.unit != "expert":  # the shares of a mixture add up to one: their mean says nothing
+        means = {str(address): scores[address].mean().item() for address in scores}
+        importance[f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}"] = means
+    if isinstance(choice, Evolve):
+        kind = recipe.objective or "kl"
+        keeps, value, paid, looks = evolved_widths(choice, problem, scores, windows, kind, model, place, seed, progress)
+        costs = CostModel(problem.outline).of((), keeps)
+        record = _record(recipe, problem, keeps, costs, OBJECTIVES[kind], trace.work + paid)
+        (step,) = record.steps
+        steps = (step.model_copy(update={"objective": value}),)
+        return frozenset(), keeps, record.model_copy(update={"steps": steps, "evaluations": looks}), importance
     shares, work = None, before + trace.work
     if choice.steepness is not None:
         turned = {stack: seen.angular(stack)[0] for stack in seen.angles}
@@ -94,9 +108,6 @@ def narrow(
     keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares, prices=priced)
     record = _record(recipe, problem, keeps, costs, score.name, work, steps)
     drops = frozenset(Address.parse(unit) for step in steps for unit in step.units)
-    if recipe.unit != "expert":  # the shares of a mixture add up to one: their mean says nothing
-        means = {str(address): scores[address].mean().item() for address in scores}
-        importance[f"mean {score.name} of a {recipe.unit if recipe.unit != 'width' else 'unit'}"] = means
     return drops, keeps, record, importance
 
 
@@ -114,7 +125,7 @@ def drive(
     found = group_sparse(held, problem, inner, steps=choice.steps, cycles=choice.cycles, progress=progress)
     means = {str(address): scores.mean().item() for address, scores in sorted(found.scores.items())}
     begun, best = found.looks[0].held, min(look.held for look in found.looks)
-    record = _record(recipe, problem, found.keeps, found.costs, GOALS[goal], held.work)
+    record = _record(recipe, problem, found.keeps, found.costs, OBJECTIVES[goal], held.work)
     healing = Healing(found.weights, (), {}, lessons.tokens, 0)
     if goal == "kl":
         healing = replace(healing, cut=begun, healed=best)

@@ -136,7 +136,8 @@ def passes(recipe: Recipe) -> str:
     if isinstance(recipe.choice, Greedy):
         return "1 a unit" if recipe.choice.lazy else "½ a unit/step"
     if isinstance(recipe.choice, Evolve):
-        return str(round(recipe.choice.generations * _generation(recipe.choice) / 2))
+        felt = 1 if recipe.wide else 0.5  # a narrower model is looked at whole
+        return str(round(recipe.choice.generations * _generation(recipe.choice) * felt))
     if isinstance(recipe.choice, BiMask):
         return "4 a step"
     if isinstance(recipe.choice, Trained | Sampled):

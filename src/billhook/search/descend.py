@@ -15,7 +15,7 @@ from billhook.search.path import Path
 
 def descend(
     path: Path,
-    memo: Memo,
+    memo: Memo[Address],
     rises: dict[Address, float],
     *,
     lazy: bool = True,
@@ -66,7 +66,7 @@ def descend(
             progress("search", round(1000 * path.progress), 1000)
 
 
-def put_back(path: Path, memo: Memo) -> None:
+def put_back(path: Path, memo: Memo[Address]) -> None:
     """Restore what the budget does not need, each time the unit whose return lowers the objective most."""
     while spare := path.spare():
         left = {unit: memo.at(path.drops - {unit}) for unit in spare}

@@ -16,7 +16,7 @@ from billhook.search.refine import refine as refined
 
 def greedy(
     problem: Problem,
-    memo: Memo,
+    memo: Memo[Address],
     *,
     lazy: bool = True,
     per: Per = "budget",

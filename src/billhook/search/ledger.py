@@ -7,15 +7,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Generic
 
-from billhook.plan.address import Address
 from billhook.plan.errors import InputError
-from billhook.search.objective import Drops, Objective
+from billhook.search.objective import C, Change, Objective
 
 Key = tuple[str, ...]
 
 
-def _key(drops: Iterable[Address]) -> Key:
+def _key(drops: Iterable[Change]) -> Key:
     return tuple(str(unit) for unit in sorted(drops))
 
 
@@ -79,7 +79,7 @@ def _figure(value: object) -> float:
     return float(value)
 
 
-class Memo:
+class Memo(Generic[C]):
     """An objective that is asked about sets of drops, and never twice about the same one.
 
     The objective itself is only touched for a figure that is not known yet. A search that is run again over the ledger
@@ -88,16 +88,17 @@ class Memo:
     bringing the objective back to where it was is not.
     """
 
-    def __init__(self, objective: Objective, ledger: Ledger | None = None) -> None:
+    def __init__(self, objective: Objective[C], ledger: Ledger | None = None) -> None:
         self._objective = objective
         self._ledger = ledger
         self._known: dict[Key, float] = {}
-        self._position: tuple[Drops, Drops] | None = None  # base and drops of the last paid evaluation, replayed or not
+        # Base and drops of the last paid evaluation, replayed or not.
+        self._position: tuple[frozenset[C], frozenset[C]] | None = None
         self._awake = True
         self.work = objective.work
         self.evaluations = 0
 
-    def at(self, drops: Drops, base: Drops | None = None) -> float:
+    def at(self, drops: frozenset[C], base: frozenset[C] | None = None) -> float:
         """The figure with ``drops`` dropped, reached from ``base``, by default from there itself. Figures that share
         one base are cheapest asked for one after another: a new base is moved to."""
         base = drops if base is None else base
@@ -117,7 +118,7 @@ class Memo:
         self.evaluations += 1
         return value
 
-    def _evaluate(self, base: Drops, drops: Drops, key: Key) -> tuple[float, int]:
+    def _evaluate(self, base: frozenset[C], drops: frozenset[C], key: Key) -> tuple[float, int]:
         if not self._awake and self._position is not None:
             self._ask(*self._position, moved=True)
         self._awake = True
@@ -127,7 +128,7 @@ class Memo:
             raise InputError(f"the objective is NaN with these units dropped: {', '.join(key)}")
         return value, self._objective.work - before
 
-    def _ask(self, base: Drops, drops: Drops, moved: bool) -> float:
+    def _ask(self, base: frozenset[C], drops: frozenset[C], moved: bool) -> float:
         if moved:
             self._objective.move(base)
         return self._objective.at(drops)

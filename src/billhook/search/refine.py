@@ -11,7 +11,9 @@ from billhook.search.objective import Progress
 from billhook.search.path import Path
 
 
-def refine(path: Path, memo: Memo, rises: dict[Address, float], *, work: int, progress: Progress | None = None) -> None:
+def refine(
+    path: Path, memo: Memo[Address], rises: dict[Address, float], *, work: int, progress: Progress | None = None
+) -> None:
     """Local search around a solution, in place: put one dropped unit back, meet the budget anew by lazy greedy without
     it, and keep the result if the objective is lower than before. Ends when no exchange of one unit helps, or before
     the next one when ``work`` block-token forwards have been spent.
@@ -33,7 +35,7 @@ def refine(path: Path, memo: Memo, rises: dict[Address, float], *, work: int, pr
         progress("second thoughts", work, work)
 
 
-def _exchange(path: Path, memo: Memo, rises: dict[Address, float], spent: Callable[[], bool]) -> bool:
+def _exchange(path: Path, memo: Memo[Address], rises: dict[Address, float], spent: Callable[[], bool]) -> bool:
     """Make the first exchange that helps. False if there is none, or none was found before the work was ``spent``."""
     best = memo.at(path.drops)
     relief = {}

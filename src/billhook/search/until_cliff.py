@@ -18,7 +18,7 @@ from billhook.search.problem import Problem
 
 def greedy_until_cliff(
     problem: Problem,
-    memo: Memo,
+    memo: Memo[Address],
     *,
     lazy: bool = True,
     per: Per = "budget",
@@ -42,7 +42,7 @@ def greedy_until_cliff(
 def ranked_until_cliff(
     problem: Problem,
     scores: Mapping[Address, float],
-    memo: Memo,
+    memo: Memo[Address],
     *,
     per: Per = "unit",
     work: int = 0,

@@ -111,7 +111,7 @@ def pose_width(
     problem = WidthProblem(
         outline, budget, dense, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM
     )
-    least = _less(dense, [(space, space.count - space.left[-1]) for space in spaces])
+    least = less(dense, [(space, space.count - space.left[-1]) for space in spaces])
     for kind_, ceiling in problem.ceilings.items():
         if not within(least[kind_], ceiling):
             raise InputError(
@@ -165,9 +165,8 @@ def allocate(
             ranks = prices[space.address]
         else:
             ranks = _ranks(scores[space.address], orders[space], allocation, space, shares or {})
-        weight = _gain(problem, space) if per == "budget" else 1.0
-        known = scores[space.address][orders[space]].isfinite()
-        pairs = takewhile(lambda pair: known[space.count - pair[0] : space.count - pair[1]].all(), _pairs(space))  # noqa: B023
+        weight = gain_of(problem, space) if per == "budget" else 1.0
+        pairs = _pairs(space)[: steps_known(space, scores[space.address])]
         means = [ranks[space.count - a : space.count - b].mean().item() / weight for a, b in pairs]
         rising = accumulate(means, max)  # a batch cannot go before those of lower rank in its sublayer
         batches += [(rank, 0 if problem.level else number, [(space, step)]) for step, rank in enumerate(rising, 1)]
@@ -212,17 +211,18 @@ def _move(steps: dict[Space, int], costs: Costs, batch: list[tuple[Space, int]],
     """Let the units of a batch go, or come back."""
     for space, step in batch:
         steps[space] += sign
-        costs = _less(costs, [(space, sign * (space.left[step - 1] - space.left[step]))])
+        costs = less(costs, [(space, sign * (space.left[step - 1] - space.left[step]))])
     return costs
 
 
-def _less(costs: Costs, units: list[tuple[Space, int]]) -> Costs:
+def less(costs: Costs, units: list[tuple[Space, int]]) -> Costs:
+    """What is left of costs when so many units of these sublayers go."""
     for space, number in units:
         costs = {kind: cost - number * space.saving[kind] for kind, cost in costs.items()}
     return costs
 
 
-def _gain(problem: WidthProblem, space: Space) -> float:
+def gain_of(problem: WidthProblem, space: Space) -> float:
     """How far one unit brings the budget, 1 for all the way from dense, summed over its limits."""
     wanted = {kind: problem.dense[kind] - ceiling for kind, ceiling in problem.ceilings.items()}
     return max(sum(space.saving[kind] / amount for kind, amount in wanted.items()), 1e-30)
@@ -231,6 +231,14 @@ def _gain(problem: WidthProblem, space: Space) -> float:
 def _pairs(space: Space) -> list[tuple[int, int]]:
     """From how many to how many are left in each step."""
     return list(zip(space.left, space.left[1:], strict=False))
+
+
+def steps_known(space: Space, scores: Tensor) -> int:
+    """How many steps a sublayer may go down before a unit of unknown (infinite) score would go."""
+    known = scores[order_of(scores, space.parts)].isfinite()
+    return sum(
+        1 for _ in takewhile(lambda pair: known[space.count - pair[0] : space.count - pair[1]].all(), _pairs(space))
+    )
 
 
 def order_of(scores: Tensor, parts: int) -> Tensor:
