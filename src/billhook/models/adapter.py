@@ -64,7 +64,9 @@ def without(model: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     yields the paths."""
     found = attached(model)
     owners = [model.get_submodule(name) for name in found]
-    children = [owner._modules.pop(_CHILD) for owner in owners]
+    children = [owner.get_submodule(_CHILD) for owner in owners]
+    for owner in owners:
+        delattr(owner, _CHILD)
     try:
         yield found
     finally:
