@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear as multiply
+from transformers.pytorch_utils import Conv1D
 
 from billhook.plan.errors import InputError
 
@@ -87,7 +88,7 @@ def write(paths: Paths, folder: Path, model: nn.Module) -> None:
         rank_pattern=ranks,
         alpha_pattern=ranks,
         target_modules=list(ranks),
-        fan_in_fan_out=any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in ranks),
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in ranks),
         inference_mode=True,
     )
     config.save_pretrained(folder / FOLDER)

@@ -34,6 +34,7 @@ def fetch(source: str, code: bool = False) -> Path:
     be reached."""
     wanted = [*_WANTED, *(["*.py"] if code else [])]
     try:
+        # apart from the rest, which leaves out all subfolders
         snapshot_download(source, allow_patterns=[f"{FOLDER}/{CONFIG}", f"{FOLDER}/{WEIGHTS}"])
         return Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=_UNWANTED))
     except GatedRepoError as error:

@@ -29,33 +29,29 @@ class Texts:
 
 def calibration_text(model: Opened, calibration: str, seed: int, progress: Progress | None) -> Windows:
     """What a search asks the model about again and again."""
-    return of_the_first(
-        lambda: windows_of(
-            calibration,
-            model.tokenizer,
-            tokens=CALIBRATION_TOKENS,
-            length=model.length(CALIBRATION_LENGTH),
-            seed=seed,
-            model=model.model,
-            progress=progress,
-        )
-    )
+    return _text(model, calibration, seed, progress, CALIBRATION_TOKENS)
 
 
 def healing_text(
     model: Opened, calibration: str, seed: int, progress: Progress | None, *, tokens: int | None = None
 ) -> Windows:
     """More of the calibration text than a search needs, as much as there is: regressions have many more unknowns."""
-    length = model.length(CALIBRATION_LENGTH)
+    fewest = 2 * model.length(CALIBRATION_LENGTH)
+    return _text(model, calibration, seed, progress, tokens or HEALING_TOKENS, fewest)
+
+
+def _text(
+    model: Opened, calibration: str, seed: int, progress: Progress | None, tokens: int, fewest: int | None = None
+) -> Windows:
     return of_the_first(
         lambda: windows_of(
             calibration,
             model.tokenizer,
-            tokens=tokens or HEALING_TOKENS,
-            length=length,
+            tokens=tokens,
+            length=model.length(CALIBRATION_LENGTH),
             seed=seed,
             model=model.model,
-            fewest=2 * length,
+            fewest=fewest,
             progress=progress,
         )
     )

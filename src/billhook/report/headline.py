@@ -8,7 +8,7 @@ from billhook.plan.address import Address
 from billhook.plan.budget import Budget, within
 from billhook.plan.record import Returned, Run, TextEvidence, Timing
 from billhook.report.answers import accuracy
-from billhook.report.cuts import counts
+from billhook.report.cuts import counts, zeros_in
 from billhook.report.numbers import number, percent, quantity, ranges, spread
 
 BUDGETS = {
@@ -112,7 +112,7 @@ def _only_sparse(run: Run) -> bool:
 def _gone(run: Run) -> float:
     """The share of the block parameters that was cut, whatever was put beside the others."""
     if _only_sparse(run):
-        return sum(sum(edit.zeros.values()) for edit in run.plan.sparsities) / run.outline.block_params
+        return sum(map(zeros_in, run.plan.sparsities)) / run.outline.block_params
     return 1 - run.realised["params"]
 
 

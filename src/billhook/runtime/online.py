@@ -80,8 +80,8 @@ class Online:
     cross-attention left out makes none: it reads the encoder's, all of them at once, the first time it runs.
 
     What every real token of a pass leaves out is not computed. Where tokens disagree, a block left out is computed for
-    the others (see ``Sparing``), and a sublayer for all, a part of it thrown away. So a row's result never depends on
-    its neighbours, and the counts say what was saved.
+    the others (see ``Sparing``), and a sublayer for all, a part of it thrown away. So a row's result does not depend
+    on its neighbours, but for rounding, and the counts say what was saved.
 
     ``watched`` names the blocks whose MLPs the trigger sees. Those alone, and the first block of a stack, where a pass
     begins, are then asked about: what stands between a small model and its next block costs time.
