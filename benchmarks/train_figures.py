@@ -4,9 +4,10 @@ and the exact answers of each probe: dense, cut, refitted and trained.
     python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
     (default: distill 20000 self block-influence)
 
-RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), or self: text that the dense model writes.
-KEY=VALUE replaces a number of the method (rate=2e-3 rank=64 rows=2 features=none). Written text and closed form are
-kept in out/train_figures, so that a second run begins at once; an interrupted training goes on.
+RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that the dense model writes, or
+self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the method (rate=2e-3 rank=64
+rows=2 features=none); refit=N is how many tokens closed form reads (24576). Written text and closed form are kept in
+out/train_figures, so that a second run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -43,18 +44,22 @@ def main(
     *changes: str,
 ) -> int:
     b = bed()
-    training = changed(METHODS[method], changes)
+    refit = next((change[6:] for change in changes if change.startswith("refit=")), "24576")
+    training = changed(METHODS[method], tuple(change for change in changes if not change.startswith("refit=")))
     plan = by_recipe(b, recipe, CALIBRATION)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
-    start = refitted(b, plan, recipe)
-    windows = read(b, text, int(tokens))
-    print(f"{method} {training}")
+    begun = time.perf_counter()
+    start = refitted(b, plan, recipe, int(refit))
+    print(f"closed form on {refit} tokens in {time.perf_counter() - begun:.0f} s", flush=True)
     asked = posed(b.live, b.model.tokenizer)
     print(right("dense", answers(b.live, asked)), flush=True)
     show(b, "cut", plan, UNTOUCHED, c4, asked)
     before = show(b, "closed form", plan, start, c4, asked)
+    windows = read(b, text, int(tokens))
+    print(f"{method} {training}", flush=True)
     begun = time.perf_counter()
-    state = KEPT / f"{'-'.join([method, tokens, text, recipe, *changes]).replace('/', '-')}.safetensors"
+    name = "-".join([method, tokens, text, recipe, *changes]).translate({ord("/"): "-", ord(":"): "-"})
+    state = KEPT / f"{name}.safetensors"
 
     def progress(label: str, done: int, total: int) -> None:
         if done % 10 == 0:
@@ -76,10 +81,10 @@ def changed(training: Training, changes: tuple[str, ...]) -> Training:
     return replace(training, **{key: kinds[key](value) for key, _, value in pairs})
 
 
-def refitted(b: Bed, plan: Plan, recipe: str) -> Healing:
-    path = KEPT / f"closed-form-{recipe}.safetensors"
+def refitted(b: Bed, plan: Plan, recipe: str, tokens: int) -> Healing:
+    path = KEPT / f"closed-form-{recipe}-{tokens}.safetensors"
     if not path.exists():
-        found = closed_form(b.live, b.anatomy, plan, b.calibrated(24576, LENGTH))
+        found = closed_form(b.live, b.anatomy, plan, b.calibrated(tokens, LENGTH))
         KEPT.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in found.tensors.items()}, path)
     return Healing(load_file(path), (), {}, 0, 0)
@@ -88,15 +93,17 @@ def refitted(b: Bed, plan: Plan, recipe: str) -> Healing:
 def read(b: Bed, text: str, tokens: int) -> Windows:
     """Enough for the training, and to hold back."""
     wanted = tokens * 8 // 7 + 2 * WINDOW
-    if text != "self":
+    source, _, prompts = text.partition(":")
+    if source != "self":
         return windows_of(DATA / text, b.model.tokenizer, tokens=wanted, length=WINDOW, skip=4 * LENGTH // WINDOW)
-    path = KEPT / f"self-{wanted}.safetensors"
+    path = KEPT / f"{text.replace(':', '-')}-{wanted}.safetensors"
+    source += f":{DATA / prompts}" if prompts else ""
     if not path.exists():
         begun = time.perf_counter()
-        written = windows_of_source("self", b.model.tokenizer, tokens=wanted, length=WINDOW, model=b.live)
+        written = windows_of_source(source, b.model.tokenizer, tokens=wanted, length=WINDOW, model=b.live)
         print(f"{written.tokens} tokens written in {time.perf_counter() - begun:.0f} s", flush=True)
         save_file({"ids": written.ids}, path)
-    return Windows.of(load_file(path)["ids"], "self")
+    return Windows.of(load_file(path)["ids"], text)
 
 
 def show(b: Bed, name: str, plan: Plan, healing: Healing, c4: Windows, asked: Probes) -> tuple[float, float]:

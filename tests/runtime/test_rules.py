@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from families import FAMILIES, build
 from running import GENERATING, equal, generate, ready
 from torch import Tensor, nn
 
@@ -259,6 +259,79 @@ def test_lora_drop_reuses_the_last_token_and_refreshes(reuse: str) -> None:
 
     with replaced(model, "model.layers.2", by_hand):
         torch.testing.assert_close(under, decoded(model, IDS), atol=1e-5, rtol=1e-5)
+
+
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3", "gemma3_image", "gemma4")
+GAPS = [n for n in GENERATING if n not in WINDOWED and "encoder" not in FAMILIES[n].stacks]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", GAPS)
+def test_tokens_of_cheap_steps_have_no_entry_and_nobody_attends_to_them(name: str, attention: str) -> None:
+    """Against the plain model with all entries, where the block's later tokens are kept from attending to them."""
+    model, anatomy, prompt = ready(name)
+    model.set_attn_implementation(attention)
+    block = anatomy.stack("decoder").blocks[2]
+    caches = []
+    with LoraDrop(blocks="2", period=2, writes="refresh").attach(model, anatomy) as attached:
+        under = generate(model, prompt, max_new_tokens=7)
+        handle = model.register_forward_hook(lambda module, args, out: caches.append(out.past_key_values))
+        generate(model, prompt, max_new_tokens=7)
+        handle.remove()
+    length = prompt["input_ids"].shape[1]
+    read = [int(caches[-1].get_seq_length(layer)) for layer in range(len(anatomy.stack("decoder").blocks))]
+    assert read == [length + 6, length + 6, length + 3, *[length + 6] * (len(read) - 3)]
+    assert attached.counts.skipped[Address("decoder", 2, "attention")] == 2 * 3 * 2
+    assert not attached.counts.projected
+
+    last: list[tuple[Tensor, Tensor]] = []
+    cheap: list[int] = []
+
+    def by_hand(into: Tensor, out: Tensor, call: int) -> Tensor:
+        if call and call % 2 == 0:
+            out = into + (last[-1][1] - last[-1][0])
+            cheap.append(length + call - 1)
+        last.append((into[:, -1:], out[:, -1:]))
+        return out
+
+    def unseen(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        keys = length + len(last) if last else length
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.zeros(1, 1, 1, keys)
+        mask = mask.clone()
+        mask[..., cheap] = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return args, kwargs | ({"attention_mask": mask} if cheap else {})
+
+    path = next(sub.module for sub in block.sublayers if sub.kind == "attention")
+    handle = model.get_submodule(path).register_forward_pre_hook(unseen, with_kwargs=True)
+    with replaced(model, block.path, by_hand):
+        wanted = generate(model, prompt, max_new_tokens=7)
+    handle.remove()
+    assert len(cheap) == 3
+    assert torch.equal(under[0], wanted[0])
+    torch.testing.assert_close(under[1], wanted[1], atol=2e-4, rtol=2e-4)
+
+
+def test_entries_that_cannot_be_left_out_are_refused() -> None:
+    for name, refused in (("mistral", "window"), ("t5", "decoder language model")):
+        with pytest.raises(InputError, match=refused):
+            LoraDrop(blocks="2", writes="refresh").attach(build(name))
+    model, anatomy, prompt = ready("llama")
+    with pytest.raises(InputError, match="no entry of block 0"):
+        LoraDrop(blocks="0-2", writes="refresh").attach(model, anatomy)
+    policy = LoraDrop(blocks="1-2", writes="refresh")
+    with policy.attach(model, anatomy), pytest.raises(InputError, match="a cache that grows alone"):
+        generate(model, prompt, cache_implementation="static")
+    with torch.no_grad(), policy.attach(model, anatomy):
+        _, cache = forward(model, IDS[:, :3])
+        for place in (3, 4):
+            _, cache = forward(model, IDS[:, place : place + 1], cache)
+        kept = copy.deepcopy(cache)
+        turn, _ = forward(model, IDS[:, 5:], cache)  # a second turn reads on over the gap
+        assert turn.isfinite().all()
+    with torch.no_grad(), policy.attach(model, anatomy), pytest.raises(InputError, match="gaps that another run left"):
+        forward(model, IDS[:, 5:], kept)
 
 
 def test_lora_drop_never_reuses_the_state_of_another_text() -> None:

@@ -28,6 +28,9 @@ KEYS_VALUES = frozenset(("k_proj", "v_proj", "k", "v", "kv_a_proj_with_mqa"))
 #: How attentions call the cache among their arguments.
 CACHES = ("cache", "past_key_values", "layer_past")
 
+#: Arguments of attentions that have a column for each entry of the cache.
+BY_ENTRY = ("attention_mask", "alibi")
+
 
 @dataclass(frozen=True)
 class Layout:

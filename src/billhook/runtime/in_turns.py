@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, Block
+from billhook.anatomy.undo import Undo
 from billhook.plan.address import Address
 from billhook.plan.check_schedule import check_schedule
 from billhook.plan.schedule import Schedule
 from billhook.runtime.attached import Attached
 from billhook.runtime.constant import attach_schedule
 from billhook.runtime.counts import Counts
+from billhook.runtime.gaps import Gaps
 from billhook.runtime.online import Online, Pass, Skip
 from billhook.runtime.policy import Policy
 
@@ -56,20 +58,32 @@ def attach_turns(
     policy: Policy,
     reuse: Reuse,
     corrections: dict[Address, Correction],
+    *,
+    entries: bool = True,
 ) -> Attached:
     """The model under tables that take turns. ``corrections`` maps a reused block to a function of x[t] - x[t-1]
-    [batch, 1, hidden] whose value is added to what is reused."""
+    [batch, 1, hidden] whose value is added to what is reused. Without ``entries`` a reused block makes no keys and
+    values (see ``Gaps``, also for what is refused then)."""
     check_schedule(schedule, anatomy.outline)
     counts = Counts()
     stacks = {site.unit.stack for table in schedule.tables for site in table}
-    online = Online(model, anatomy, _Turns(schedule, reuse, corrections), stacks, counts)
-    reusing = any(site.verb == "reuse" for table in schedule.tables for site in table)
-    return Attached(model, policy, counts, online.fit, beams=not reusing)
+    reused = {site.unit for table in schedule.tables for site in table if site.verb == "reuse"}
+    gaps = None if entries else Gaps(model, anatomy, reused)
+    online = Online(model, anatomy, _Turns(schedule, reuse, corrections, gaps), stacks, counts)
+
+    def fit(undo: Undo) -> None:
+        if gaps is not None:
+            gaps.fit(undo)  # before what may take an attention's forward away for a pass
+        online.fit(undo)
+
+    return Attached(model, policy, counts, fit, beams=not reused)
 
 
 class _Turns:
-    def __init__(self, schedule: Schedule, reuse: Reuse, corrections: dict[Address, Correction]) -> None:
-        self._schedule, self._reuse, self._corrections = schedule, reuse, corrections
+    def __init__(
+        self, schedule: Schedule, reuse: Reuse, corrections: dict[Address, Correction], gaps: Gaps | None
+    ) -> None:
+        self._schedule, self._reuse, self._corrections, self._gaps = schedule, reuse, corrections, gaps
         self._reused = {site.unit for table in schedule.tables for site in table if site.verb == "reuse"}
         self._last: dict[Address, tuple[Tensor, Tensor]] = {}
         self._began = self._end = 0
@@ -77,8 +91,11 @@ class _Turns:
     def begin(self, now: Pass) -> None:
         if now.prompt:
             self._began = now.past + now.tokens
-        if now.past != self._end:  # not the continuation of what was seen last
+        goes_on = now.past == self._end and now.past > 0
+        if not goes_on:
             self._last.clear()
+        if self._gaps is not None:
+            self._gaps.begin(now, goes_on=goes_on)
         self._end = now.past + now.tokens
 
     def decide(self, block: Block, stream: Tensor, now: Pass) -> Skip | None:
@@ -90,7 +107,9 @@ class _Turns:
             last = self._last.get(block.address)
             if last is None or last[0].shape[0] != now.rows:
                 return None
-            return Skip(everything, instead=self._again(block.address, stream, *last))
+            if self._gaps is not None:
+                self._gaps.leave(block.address)
+            return Skip(everything, instead=self._again(block.address, stream, *last), entries=self._gaps is None)
         skips = self._schedule.skips(step)
         if block.address in skips:
             return Skip(everything)

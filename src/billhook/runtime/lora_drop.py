@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PrivateAttr
@@ -37,17 +37,16 @@ class LoraDrop(Policy):
     gradients together with the model. Chosen here: the closed form, and "update" by default, since the residual path
     carries the token itself and "state" would put the token before in its place.
 
-    Keys and values: projected. On a cheap step a block makes the keys and values of its token from x[t], so the cache
-    has no gaps under any mask or cache type. The paper can leave them out and so save cache as well; here they are not,
-    since transformers makes one mask for all blocks of a kind of cache: at each refresh a block with gaps would want
-    one of its own, and where entries are counted as positions (sliding windows, static caches, relative position
-    biases, ALiBi) more than that. State: x and y of the last token of each block; see ``in_turns`` for when it is
-    dropped.
+    Keys and values: with ``writes`` "all" they are projected: on a cheap step a block makes those of its token from
+    x[t], so the cache has no gaps under any mask or cache type. With "refresh" it makes none, as the paper can, and
+    later tokens do not attend to that token in that block: work and cache are saved as well. That takes a decoder
+    language model without windows, a cache that grows, and leaves the first block alone (``Gaps`` says why).
+    State: x and y of the last token of each block; see ``in_turns`` for when it is dropped.
     """
 
     name: ClassVar[str] = "lora-drop"
     paper: ClassVar[str] = "LoRA-Drop, repository hosseinbv/LoRA-Drop"
-    kv: ClassVar[str] = "projected from the stream"
+    kv: ClassVar[str] = "projected from the stream; with writes=refresh no entry for tokens of cheap steps"
     dial: ClassVar[tuple[str, float, float]] = ("period", 1, 8)
     wants_text: ClassVar[bool] = True
 
@@ -55,6 +54,7 @@ class LoraDrop(Policy):
     period: Annotated[int, Field(ge=1, le=64)] = 2
     rank: Annotated[int, Field(ge=0)] = 0
     reuse: Reuse = "update"
+    writes: Literal["all", "refresh"] = "all"
 
     _factors: dict[Address, Factors] = PrivateAttr(default_factory=dict)
 
@@ -101,7 +101,8 @@ class LoraDrop(Policy):
                 "policy lora-drop: a rank above 0 needs corrections fitted on text first (tune-policy does)"
             )
         corrections = {unit: _correction(pair, model) for unit, pair in self._factors.items()}
-        return attach_turns(model, anatomy, self.schedule(anatomy), self, self.reuse, corrections)
+        schedule, entries = self.schedule(anatomy), self.writes == "all"
+        return attach_turns(model, anatomy, schedule, self, self.reuse, corrections, entries=entries)
 
 
 def _correction(factors: Factors, model: torch.nn.Module) -> Correction:

@@ -1,0 +1,89 @@
+"""Caches of blocks in which some tokens have no entry, and masks that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from billhook.anatomy import Anatomy
+from billhook.anatomy.undo import Undo
+from billhook.anatomy.vocabulary import BY_ENTRY
+from billhook.plan.address import Address
+from billhook.plan.errors import InputError
+from billhook.runtime.kv_lending import STACK, attention_of, kinds
+from billhook.runtime.online import Pass
+from billhook.runtime.silence import Forward, place
+
+
+class Gaps:
+    """Which tokens have no entry in the caches of some ``blocks``, and their attentions, which are given masks without
+    the columns of these.
+
+    transformers makes one mask for all blocks, as wide as the first one's cache. So the first block has an entry for
+    every token, and what counts positions by entries is refused: windows, caches of a fixed size. A token without an
+    entry is one that later tokens do not attend to in that block; the others keep their positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, anatomy: Anatomy, blocks: Iterable[Address]) -> None:
+        """InputError for a model whose caches cannot have gaps, and for its first block."""
+        self._model, self._blocks = model, {block.block: block for block in blocks}
+        self._stack = anatomy.stack(STACK)
+        found = kinds(model, anatomy)
+        widths = anatomy.outline.stack(STACK).blocks
+        if any(widths[number].sublayers["attention"].window for number in found):
+            raise InputError("entries of the cache cannot be left out where an attention has a window")
+        first = min(found, default=0)
+        if first in self._blocks:
+            raise InputError(f"no entry of block {first} can be left out: its cache says how many tokens were read")
+        self._gone: dict[int, list[int]] = {}
+        self._now: Pass | None = None
+
+    def fit(self, undo: Undo) -> None:
+        """Put the masks' way on the model; ``undo`` takes it off."""
+        for number in self._blocks:
+            attention = attention_of(self._stack.blocks[number].sublayers)
+            if attention is not None:
+                module = self._model.get_submodule(attention.module)
+                place(module, self._attending(module.forward, number, getattr(module, "layer_idx", number)), undo)
+
+    def begin(self, now: Pass, *, goes_on: bool) -> None:
+        """A pass begins; ``goes_on``: it continues the tokens seen last."""
+        self._now = now
+        if not goes_on:
+            self._gone.clear()
+
+    def leave(self, block: Address) -> None:
+        """The tokens of this pass get no entry in the cache of a block. InputError for a cache of a fixed size."""
+        now = self._now
+        assert now is not None
+        layers = getattr(now.cache, "layers", ())
+        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            raise InputError("entries can be left out of a cache that grows alone (cache_implementation dynamic)")
+        self._gone.setdefault(block.block, []).extend(range(now.past, now.past + now.tokens))
+
+    def _attending(self, original: Forward, number: int, layer: int) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            now, gone = self._now, self._gone.get(number, [])
+            if now is None or now.cache is None or not now.past:
+                return original(*args, **kwargs)
+            if int(now.cache.get_seq_length(layer)) != now.past - len(gone):
+                raise InputError("the cache has gaps that another run left in it; begin with the whole text")
+            if gone:
+                left = torch.ones(now.past + now.tokens, dtype=torch.bool)
+                left[gone] = False
+                kwargs |= {name: _of(kwargs[name], left) for name in BY_ENTRY if kwargs.get(name) is not None}
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _of(given: Any, left: Tensor) -> Tensor:
+    """The columns of a mask or a bias that are ``left``."""
+    if not isinstance(given, Tensor) or given.shape[-1] != len(left):
+        raise InputError("entries can be left out under attention that takes a mask of one column an entry alone")
+    return given[..., left.to(given.device)]
