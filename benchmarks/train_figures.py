@@ -6,8 +6,8 @@ and the exact answers of each probe: dense, cut, refitted and trained.
 
 RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that the dense model writes, or
 self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the method (rate=2e-3 rank=64
-rows=2 features=none); refit=N is how many tokens closed form reads (24576). Written text and closed form are kept in
-out/train_figures, so that a second run begins at once; an interrupted training goes on.
+rows=2 features=none); refit=N is how many tokens closed form reads (24576). Plan, written text and closed form are kept
+in out/train_figures, so that a second run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(
     b = bed()
     refit = next((change[6:] for change in changes if change.startswith("refit=")), "24576")
     training = changed(METHODS[method], tuple(change for change in changes if not change.startswith("refit=")))
-    plan = by_recipe(b, recipe, CALIBRATION)
+    plan = chosen(b, recipe)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     begun = time.perf_counter()
     start = refitted(b, plan, recipe, int(refit))
@@ -81,11 +81,18 @@ def changed(training: Training, changes: tuple[str, ...]) -> Training:
     return replace(training, **{key: kinds[key](value) for key, _, value in pairs})
 
 
+def chosen(b: Bed, recipe: str) -> Plan:
+    path = KEPT / f"plan-{recipe}.json"
+    if not path.exists():
+        KEPT.mkdir(parents=True, exist_ok=True)
+        by_recipe(b, recipe, CALIBRATION).write(path)
+    return Plan.read(path)
+
+
 def refitted(b: Bed, plan: Plan, recipe: str, tokens: int) -> Healing:
     path = KEPT / f"closed-form-{recipe}-{tokens}.safetensors"
     if not path.exists():
         found = closed_form(b.live, b.anatomy, plan, b.calibrated(tokens, LENGTH))
-        KEPT.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in found.tensors.items()}, path)
     return Healing(load_file(path), (), {}, 0, 0)
 
