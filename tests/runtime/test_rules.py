@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from families import FAMILIES, build
@@ -314,24 +315,90 @@ def test_tokens_of_cheap_steps_have_no_entry_and_nobody_attends_to_them(name: st
 
 
 def test_entries_that_cannot_be_left_out_are_refused() -> None:
-    for name, refused in (("mistral", "window"), ("t5", "decoder language model")):
+    for name, refused in (("mistral", "have windows; take writes=all"), ("t5", "no decoder language model")):
         with pytest.raises(InputError, match=refused):
             LoraDrop(blocks="2", writes="refresh").attach(build(name))
     model, anatomy, prompt = ready("llama")
-    with pytest.raises(InputError, match="no entry of block 0"):
-        LoraDrop(blocks="0-2", writes="refresh").attach(model, anatomy)
+    for period in (1, 2):
+        with pytest.raises(InputError, match="leave out block 0"):
+            LoraDrop(blocks="0-2", period=period, writes="refresh").attach(model, anatomy)
     policy = LoraDrop(blocks="1-2", writes="refresh")
-    with policy.attach(model, anatomy), pytest.raises(InputError, match="a cache that grows alone"):
+    with policy.attach(model, anatomy), pytest.raises(InputError, match="does not simply grow"):
         generate(model, prompt, cache_implementation="static")
-    with torch.no_grad(), policy.attach(model, anatomy):
-        _, cache = forward(model, IDS[:, :3])
-        for place in (3, 4):
-            _, cache = forward(model, IDS[:, place : place + 1], cache)
-        kept = copy.deepcopy(cache)
-        turn, _ = forward(model, IDS[:, 5:], cache)  # a second turn reads on over the gap
-        assert turn.isfinite().all()
-    with torch.no_grad(), policy.attach(model, anatomy), pytest.raises(InputError, match="gaps that another run left"):
-        forward(model, IDS[:, 5:], kept)
+
+
+@pytest.mark.parametrize("writes", ["all", "refresh"])
+def test_texts_in_turns_do_not_see_each_other(writes: str) -> None:
+    """Two caches of the same length, grown in turns and by pieces of other sizes, each as if it were alone."""
+    model, anatomy, _ = ready("bloom")  # where a wrong column shows without padding
+    texts = {"a": ([4, 1, 1, 1], IDS), "b": ([3, 1, 1, 1, 1], IDS.flip(1))}
+
+    def grown(names: str) -> dict[str, Tensor]:
+        caches: dict[str, Any] = dict.fromkeys(names)
+        logits: dict[str, list[Tensor]] = {name: [] for name in names}
+        for turn in range(5):
+            for name in names:
+                sizes, ids = texts[name]
+                if turn < len(sizes):
+                    part = ids.split(sizes, dim=1)[turn]
+                    given, caches[name] = forward(model, part, caches[name])
+                    logits[name].append(given)
+        for name in names:  # a second turn, over whatever gaps there are, of a copy
+            logits[name].append(forward(model, IDS[:, :3], copy.deepcopy(caches[name]))[0])
+        return {name: torch.cat(parts, dim=1) for name, parts in logits.items()}
+
+    with torch.no_grad(), LoraDrop(blocks="1-3", writes=writes).attach(model, anatomy) as attached:
+        alone = {name: grown(name)[name] for name in texts}
+        assert attached.counts.skipped
+        for name, logits in grown("ab").items():
+            assert torch.equal(logits, alone[name])
+
+
+def test_a_cache_that_was_filled_otherwise() -> None:
+    """Its steps count from where the policy came, its blocks run until there is a state; unknown gaps are refused."""
+    model, anatomy, _ = ready("llama")
+    with torch.no_grad():
+        _, cache = forward(model, IDS[:, :5])
+        with LoraDrop(blocks="1-3", writes="refresh").attach(model, anatomy) as attached:
+            for place in (5, 6):
+                _, cache = forward(model, IDS[:, place : place + 1], cache)
+            assert {str(unit) for unit in attached.counts.skipped} >= {"decoder.1.mlp", "decoder.3.attention"}
+            assert int(cache.get_seq_length(1)) == 6
+            bare = copy.deepcopy(cache)
+            vars(bare).pop("_billhook_turns")
+            with pytest.raises(InputError, match="gaps that are not known"):
+                forward(model, IDS[:, 5:], bare)
+            cache.crop(-1)
+            with pytest.raises(InputError, match="was cut back"):
+                forward(model, IDS[:, 5:], cache)
+
+
+def test_a_correction_works_where_the_weights_are_moved_about() -> None:
+    model, anatomy, prompt = ready("llama")
+    draw = torch.Generator().manual_seed(0)
+    names = {f"decoder.2.{part}": torch.randn(*s, generator=draw) / 9 for part, s in (("A", (36, 2)), ("B", (2, 36)))}
+    policy = LoraDrop(blocks="2", rank=2).with_tensors(names)
+    with policy.attach(model, anatomy):
+        wanted = generate(model, prompt)
+    moved = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with policy.attach(moved, anatomy):
+        assert equal(generate(moved, prompt), wanted)
+
+
+def test_corrections_that_do_not_fit_are_refused() -> None:
+    model, anatomy, _ = ready("llama")
+    a, b = torch.zeros(36, 2), torch.zeros(2, 36)
+    policy = LoraDrop(blocks="2", rank=2)
+    wrong = ({"decoder.2.A": a}, {"decoder.2.A": a, "decoder.2.B": a}, {"decoder.2.A": a[0], "decoder.2.B": b[:, 0]})
+    for tensors in (*wrong, {"x": a}, {"decoder.2.A": torch.zeros(36, 3), "decoder.2.B": torch.zeros(3, 36)}):
+        with pytest.raises(InputError, match="its tensors must be A"):
+            policy.with_tensors(tensors)
+    narrow = {"decoder.2.A": a[:30], "decoder.2.B": b[:, :30]}
+    for other in (policy.with_tensors(narrow), policy.with_tensors({"decoder.1.A": a, "decoder.1.B": b})):
+        with pytest.raises(InputError, match="for other blocks than these, or for another model"):
+            other.attach(model, anatomy)
+    with pytest.raises(InputError, match="the stream is 36 wide"):
+        LoraDrop(blocks="2", rank=37).fitted(model, anatomy, Windows.of(IDS, "text"))
 
 
 def test_lora_drop_never_reuses_the_state_of_another_text() -> None:

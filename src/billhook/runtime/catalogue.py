@@ -79,9 +79,12 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         stored = beside(path).read_bytes()
         if hashlib.sha256(stored).hexdigest() != content["tensors"]:
             raise InputError(f"{beside(path)} is not the file that belongs to {path.name}; tune the policy again")
-        return policy.with_tensors(load(stored))
+        tensors = load(stored)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{beside(path)} cannot be read: {error}") from error
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"{beside(path)} holds values that are not finite; tune the policy again")
+    return policy.with_tensors(tensors)
 
 
 def write_policy(policy: Policy, path: Path, tuned: dict[str, Any]) -> None:

@@ -39,7 +39,7 @@ class DepthRouters:
     def score(self, block: int, stream: Tensor) -> Tensor:
         """w . x / rms(x) for each token, [rows, tokens], float32."""
         x = stream.float()
-        return (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()) @ self.weight[block]
+        return (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()) @ self.weight[block].to(x.device)
 
     def level(self, block: int, ratio: float) -> float:
         """The score that a share ``ratio`` of tokens reaches; those between two quantiles by interpolation."""
@@ -53,9 +53,6 @@ class DepthRouters:
         weight = (1 + SCALE * score.tanh()).to(stream.dtype)[..., None]
         runs = runs.to(stream.dtype)[..., None]
         return runs * (stream + weight * (after - stream)) + (1 - runs) * weight * stream
-
-    def to(self, device: torch.device) -> DepthRouters:
-        return DepthRouters(self.weight.to(device), self.levels.to(device))
 
 
 def kept_shares(count: int, ratio: float, *, decay: bool) -> list[float]:

@@ -97,10 +97,11 @@ class FirstRouter(Policy):
                 f"policy first-router: its routers are for {routers.weight.shape[0]} blocks of width "
                 f"{routers.weight.shape[1]}, the decoder has {len(stack.blocks)} of {stack.hidden_size}"
             )
-        weight = next(model.parameters())
-        here = Routers(torch.zeros(0, 0), torch.zeros(0)) if routers is None else routers.to(weight.device)
         trigger = _Route(
-            here, self.threshold, routable(anatomy) if routers is not None else [], without_entries(anatomy)
+            routers or Routers(torch.zeros(0, 0), torch.zeros(0)),
+            self.threshold,
+            routable(anatomy) if routers is not None else [],
+            without_entries(anatomy),
         )
         return Attached(model, self, counts, Online(model, anatomy, trigger, ["decoder"], counts).fit, beams=False)
 

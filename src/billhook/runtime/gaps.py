@@ -31,15 +31,17 @@ class Gaps:
 
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, blocks: Iterable[Address]) -> None:
         """InputError for a model whose caches cannot have gaps, and for its first block."""
-        self._model, self._blocks = model, {block.block: block for block in blocks}
-        self._stack = anatomy.stack(STACK)
-        found = kinds(model, anatomy)
+        self._model, self._blocks = model, {block.block for block in blocks}
+        stacks = {stack.name: stack for stack in anatomy.stacks}
+        if "encoder" in stacks or not stacks[STACK].causal:
+            raise _refused("this is no decoder language model")
+        self._stack, found = stacks[STACK], kinds(model, anatomy)
         widths = anatomy.outline.stack(STACK).blocks
         if any(widths[number].sublayers["attention"].window for number in found):
-            raise InputError("entries of the cache cannot be left out where an attention has a window")
+            raise _refused("attentions of this model have windows")
         first = min(found, default=0)
         if first in self._blocks:
-            raise InputError(f"no entry of block {first} can be left out: its cache says how many tokens were read")
+            raise _refused(f"the cache of block {first} says how many tokens were read", f"leave out block {first}")
         self._gone: dict[int, list[int]] = {}
         self._now: Pass | None = None
 
@@ -51,19 +53,21 @@ class Gaps:
                 module = self._model.get_submodule(attention.module)
                 place(module, self._attending(module.forward, number, getattr(module, "layer_idx", number)), undo)
 
-    def begin(self, now: Pass, *, goes_on: bool) -> None:
-        """A pass begins; ``goes_on``: it continues the tokens seen last."""
-        self._now = now
-        if not goes_on:
-            self._gone.clear()
+    def begin(self, now: Pass, gone: dict[int, list[int]], *, whole: bool) -> None:
+        """A pass begins over a cache that has no entry for the positions ``gone`` of each block; more are added.
+        InputError if it is not ``whole``: cutting it back has taken other positions from these blocks."""
+        if gone and not whole:
+            raise _refused("the cache was cut back", "read the whole text again")
+        self._now, self._gone = now, gone
 
     def leave(self, block: Address) -> None:
-        """The tokens of this pass get no entry in the cache of a block. InputError for a cache of a fixed size."""
+        """The tokens of this pass get no entry in a block's cache. InputError for a cache that cannot have gaps."""
         now = self._now
         assert now is not None
         layers = getattr(now.cache, "layers", ())
-        if not layers or any(type(layer) is not DynamicLayer for layer in layers):
-            raise InputError("entries can be left out of a cache that grows alone (cache_implementation dynamic)")
+        grows = layers and all(type(layer) is DynamicLayer for layer in layers)
+        if not grows or getattr(now.cache, "offloading", False):  # which fetches a layer when the one before is written
+            raise _refused("its cache does not simply grow", "take cache_implementation dynamic")
         self._gone.setdefault(block.block, []).extend(range(now.past, now.past + now.tokens))
 
     def _attending(self, original: Forward, number: int, layer: int) -> Forward:
@@ -72,7 +76,7 @@ class Gaps:
             if now is None or now.cache is None or not now.past:
                 return original(*args, **kwargs)
             if int(now.cache.get_seq_length(layer)) != now.past - len(gone):
-                raise InputError("the cache has gaps that another run left in it; begin with the whole text")
+                raise _refused("the cache has gaps that are not known", "read the whole text again")
             if gone:
                 left = torch.ones(now.past + now.tokens, dtype=torch.bool)
                 left[gone] = False
@@ -85,5 +89,9 @@ class Gaps:
 def _of(given: Any, left: Tensor) -> Tensor:
     """The columns of a mask or a bias that are ``left``."""
     if not isinstance(given, Tensor) or given.shape[-1] != len(left):
-        raise InputError("entries can be left out under attention that takes a mask of one column an entry alone")
+        raise _refused("its attention takes no mask of one column an entry")
     return given[..., left.to(given.device)]
+
+
+def _refused(reason: str, remedy: str = "take writes=all") -> InputError:
+    return InputError(f"policy lora-drop, writes=refresh: {reason}; {remedy}")

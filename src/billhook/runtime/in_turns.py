@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from billhook.runtime.policy import Policy
 
 Reuse = Literal["update", "state"]
 Correction = Callable[[Tensor], Tensor]
+_MARK = "_billhook_turns"
 
 
 class Scheduled(Policy):
@@ -33,9 +35,9 @@ class Scheduled(Policy):
     before, y[t] = x[t] + (y[t-1] - x[t-1]); with "state" it hands on what it handed on then, y[t] = y[t-1].
 
     Keys and values: under a constant schedule what is left out has no entry for any token; in turns they are projected
-    from the stream as it comes into the block. State: the stream before and after each reused block at the last token.
-    Where there is none that fits (another cache, a shorter one, another batch) the block runs. Beam search moves rows
-    about without telling, so tables with ``reuse`` refuse it.
+    from the stream as it comes into the block. State: the stream before and after each reused block at the last token,
+    kept with the cache. Where there is none that fits (a cache filled otherwise, cut back, another batch) the block
+    runs. Beam search moves rows about without telling, so tables with ``reuse`` refuse it.
     """
 
     name: ClassVar[str] = "scheduled"
@@ -58,17 +60,15 @@ def attach_turns(
     policy: Policy,
     reuse: Reuse,
     corrections: dict[Address, Correction],
-    *,
-    entries: bool = True,
+    gaps: Gaps | None = None,
 ) -> Attached:
     """The model under tables that take turns. ``corrections`` maps a reused block to a function of x[t] - x[t-1]
-    [batch, 1, hidden] whose value is added to what is reused. Without ``entries`` a reused block makes no keys and
-    values (see ``Gaps``, also for what is refused then)."""
+    [batch, 1, hidden] whose value is added to what is reused. With ``gaps`` of the reused blocks these make no keys
+    and values."""
     check_schedule(schedule, anatomy.outline)
     counts = Counts()
     stacks = {site.unit.stack for table in schedule.tables for site in table}
-    reused = {site.unit for table in schedule.tables for site in table if site.verb == "reuse"}
-    gaps = None if entries else Gaps(model, anatomy, reused)
+    reusing = any(site.verb == "reuse" for table in schedule.tables for site in table)
     online = Online(model, anatomy, _Turns(schedule, reuse, corrections, gaps), stacks, counts)
 
     def fit(undo: Undo) -> None:
@@ -76,7 +76,19 @@ def attach_turns(
             gaps.fit(undo)  # before what may take an attention's forward away for a pass
         online.fit(undo)
 
-    return Attached(model, policy, counts, fit, beams=not reused)
+    return Attached(model, policy, counts, fit, beams=not reusing)
+
+
+@dataclass
+class _State:
+    """What is known of a sequence, kept with its cache: its length when generation ``began``, and at the ``end`` so
+    far; of each reused block the length at its ``last`` token, and the streams before and after it there; the positions
+    ``gone`` from its cache."""
+
+    began: int
+    end: int = 0
+    last: dict[Address, tuple[int, Tensor, Tensor]] = field(default_factory=dict)
+    gone: dict[int, list[int]] = field(default_factory=dict)
 
 
 class _Turns:
@@ -85,27 +97,27 @@ class _Turns:
     ) -> None:
         self._schedule, self._reuse, self._corrections, self._gaps = schedule, reuse, corrections, gaps
         self._reused = {site.unit for table in schedule.tables for site in table if site.verb == "reuse"}
-        self._last: dict[Address, tuple[Tensor, Tensor]] = {}
-        self._began = self._end = 0
+        self._state = _State(began=0)
 
     def begin(self, now: Pass) -> None:
+        known = vars(now.cache).get(_MARK) if now.cache is not None and now.past else None
+        self._state = known or _State(began=now.past, end=now.past)
+        if now.cache is not None:
+            vars(now.cache)[_MARK] = self._state
         if now.prompt:
-            self._began = now.past + now.tokens
-        goes_on = now.past == self._end and now.past > 0
-        if not goes_on:
-            self._last.clear()
+            self._state.began = now.past + now.tokens
         if self._gaps is not None:
-            self._gaps.begin(now, goes_on=goes_on)
-        self._end = now.past + now.tokens
+            self._gaps.begin(now, self._state.gone, whole=self._state.end == now.past)
+        self._state.end = now.past + now.tokens
 
     def decide(self, block: Block, stream: Tensor, now: Pass) -> Skip | None:
         if now.prompt:
             return None
-        step = now.past - self._began
+        step = now.past - self._state.began
         everything = frozenset(sub.kind for sub in block.sublayers)
         if block.address in self._schedule.reuses(step):
-            last = self._last.get(block.address)
-            if last is None or last[0].shape[0] != now.rows:
+            length, *last = self._state.last.get(block.address, (-1, stream, stream))
+            if length != now.past or last[0].shape[0] != now.rows:
                 return None
             if self._gaps is not None:
                 self._gaps.leave(block.address)
@@ -123,7 +135,9 @@ class _Turns:
 
     def saw(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
         if block.address in self._reused:
-            self._last[block.address] = (before[:, -1:], after[:, -1:])
+            # of a prompt a copy, which does not hold the rest of it
+            before, after = (x[:, -1:].clone() if now.tokens > 1 else x for x in (before, after))
+            self._state.last[block.address] = (now.past + now.tokens, before, after)
 
     def saw_mlp(self, block: Block, before: Tensor, after: Tensor, now: Pass) -> None:
         pass

@@ -15,6 +15,7 @@ from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.schedule import Schedule, Site
 from billhook.runtime.attached import Attached
+from billhook.runtime.gaps import Gaps
 from billhook.runtime.in_turns import Correction, Reuse, attach_turns
 from billhook.runtime.low_rank import Factors, fit_factors
 from billhook.runtime.numbers import read_numbers
@@ -41,7 +42,8 @@ class LoraDrop(Policy):
     x[t], so the cache has no gaps under any mask or cache type. With "refresh" it makes none, as the paper can, and
     later tokens do not attend to that token in that block: work and cache are saved as well. That takes a decoder
     language model without windows, a cache that grows, and leaves the first block alone (``Gaps`` says why).
-    State: x and y of the last token of each block; see ``in_turns`` for when it is dropped.
+    Such a cache is for this run alone: without the policy nothing makes masks that fit it. State: x and y of the last
+    token of each block; see ``in_turns`` for when it is dropped.
     """
 
     name: ClassVar[str] = "lora-drop"
@@ -71,9 +73,15 @@ class LoraDrop(Policy):
         return Schedule(tables=((), *[cheap] * (self.period - 1)))
 
     def fitted(self, model: PreTrainedModel, anatomy: Anatomy, windows: Windows) -> Self:
-        """With the corrections fitted on the windows, unless it has them; at rank 0 there is nothing to fit."""
+        """With the corrections fitted on the windows, unless it has them; at rank 0 there is nothing to fit. InputError
+        for a rank above the width of the stream."""
         if not self.rank or self._factors:
             return self
+        width = anatomy.outline.stack("decoder").hidden_size
+        if self.rank > width:
+            raise InputError(
+                f"policy lora-drop: the stream is {width} wide, a correction of rank {self.rank} is too much"
+            )
         units, residual = self.chosen(anatomy), self.reuse == "update"
         return self._with(fit_factors(model, anatomy, units, windows, rank=self.rank, residual=residual))
 
@@ -85,8 +93,18 @@ class LoraDrop(Policy):
         return {f"{unit}.{part}": t for unit, pair in self._factors.items() for part, t in zip("AB", pair, strict=True)}
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
-        units = {Address.parse(name.rpartition(".")[0]) for name in tensors}
-        return self._with({unit: (tensors[f"{unit}.A"], tensors[f"{unit}.B"]) for unit in units})
+        found: dict[Address, Factors] = {}
+        for name, down in tensors.items():
+            unit, _, part = name.rpartition(".")
+            up = tensors.get(f"{unit}.B", torch.zeros(0))
+            if part == "A" and down.ndim == 2 and up.shape == down.shape[::-1] and down.shape[1] <= self.rank:
+                found[Address.parse(unit)] = down, up
+        if 2 * len(found) != len(tensors):
+            raise InputError(
+                f"policy lora-drop: its tensors must be A [hidden, rank] and B [rank, hidden] of each block, of rank "
+                f"{self.rank} at most"
+            )
+        return self._with(found)
 
     def _with(self, factors: dict[Address, Factors]) -> Self:
         return self.model_copy()._holding(factors)
@@ -100,12 +118,23 @@ class LoraDrop(Policy):
             raise InputError(
                 "policy lora-drop: a rank above 0 needs corrections fitted on text first (tune-policy does)"
             )
-        corrections = {unit: _correction(pair, model) for unit, pair in self._factors.items()}
-        schedule, entries = self.schedule(anatomy), self.writes == "all"
-        return attach_turns(model, anatomy, schedule, self, self.reuse, corrections, entries=entries)
+        chosen, width = self.chosen(anatomy), anatomy.outline.stack("decoder").hidden_size
+        if self._factors and (
+            self._factors.keys() != set(chosen) or any(len(down) != width for down, _ in self._factors.values())
+        ):
+            raise InputError("policy lora-drop: its corrections are for other blocks than these, or for another model")
+        corrections = {unit: _correction(pair) for unit, pair in self._factors.items()}
+        gaps = None if self.writes == "all" else Gaps(model, anatomy, chosen)
+        return attach_turns(model, anatomy, self.schedule(anatomy), self, self.reuse, corrections, gaps)
 
 
-def _correction(factors: Factors, model: torch.nn.Module) -> Correction:
-    weight = next(model.parameters())
-    out, into = (factor.to(weight) for factor in factors)
-    return lambda change: change @ into.T @ out.T
+def _correction(factors: Factors) -> Correction:
+    placed: dict[torch.device, Factors] = {}  # where the stream is, wherever a library keeps the weights
+
+    def correction(change: Tensor) -> Tensor:
+        if change.device not in placed:
+            placed[change.device] = factors[0].to(change), factors[1].to(change)
+        out, into = placed[change.device]
+        return change @ into.T @ out.T
+
+    return correction

@@ -142,9 +142,8 @@ class MixtureOfDepths(Policy):
                 f"policy {self.name}: its routers are for {routers.weight.shape[0]} blocks of width "
                 f"{routers.weight.shape[1]}, the decoder has {len(stack.blocks)} of {stack.hidden_size}"
             )
-        here = routers.to(next(model.parameters()).device)
         shares = dict(zip(blocks, kept_shares(len(blocks), self.ratio, decay=self.decay), strict=True))
-        depths = Depths(model, anatomy, here, shares, images if self.tokens == "vision" else None, counts)
+        depths = Depths(model, anatomy, routers, shares, images if self.tokens == "vision" else None, counts)
         return Attached(model, self, counts, depths.fit)
 
 

@@ -31,9 +31,6 @@ class Routers:
     weight: Tensor
     bias: Tensor
 
-    def to(self, device: torch.device) -> Routers:
-        return Routers(self.weight.to(device), self.bias.to(device))
-
     def logit(self, block: int, stream: Tensor, real: Tensor | None) -> Tensor:
         """[rows], from the stream of a prompt [rows, tokens, hidden] and which of its tokens are real [rows, tokens]:
         w . mean of x / rms(x) + b. Each token counts alike, however large its stream."""
@@ -44,7 +41,7 @@ class Routers:
         else:
             share = real.to(x) / real.sum(-1, keepdim=True).clamp(min=1)
             mean = (x * share[..., None]).sum(1)
-        return mean @ self.weight[block] + self.bias[block]
+        return mean @ self.weight[block].to(mean.device) + self.bias[block].to(mean.device)
 
     def worth(self, block: int, stream: Tensor, real: Tensor | None) -> Tensor:
         """The probability that the block should run, [rows]."""
