@@ -373,6 +373,33 @@ def test_a_cache_that_was_filled_otherwise() -> None:
                 forward(model, IDS[:, 5:], cache)
 
 
+def test_a_state_that_does_not_fit_is_not_reused() -> None:
+    """Tokens that the policy did not see, and rows that were taken from the cache."""
+    model, anatomy, _ = ready("llama")
+    policy = LoraDrop(blocks="1-3", period=9)
+
+    def begun() -> Any:
+        cache = None
+        for part in IDS[:, :5].split([4, 1], dim=1):
+            _, cache = forward(model, part, cache)
+        return cache
+
+    with torch.no_grad():
+        with policy.attach(model, anatomy) as attached:
+            forward(model, IDS[:, 5:6], begun())
+            assert attached.counts.skipped
+        with policy.attach(model, anatomy) as attached:
+            cache = begun()
+            cache.batch_select_indices(torch.tensor([0]))
+            forward(model, IDS[:1, 5:6], cache)
+            assert not attached.counts.skipped
+            cache = begun()
+        _, cache = forward(model, IDS[:, 5:6], cache)
+        with policy.attach(model, anatomy) as attached:
+            forward(model, IDS[:, 6:], cache)
+            assert not attached.counts.skipped
+
+
 def test_a_correction_works_where_the_weights_are_moved_about() -> None:
     model, anatomy, prompt = ready("llama")
     draw = torch.Generator().manual_seed(0)
