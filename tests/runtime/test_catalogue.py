@@ -59,6 +59,10 @@ def test_a_file_round_trips_with_its_tensors(tmp_path: Path) -> None:
             (tmp_path / "p.safetensors").write_bytes(other)
         with pytest.raises(InputError, match=r"p\.safetensors"):
             read_policy(tmp_path / "p.json")
+    broken = policy.with_tensors({**tensors, "decoder.2.A": torch.full((4, 1), torch.nan)})
+    write_policy(broken, tmp_path / "p.json", {})
+    with pytest.raises(InputError, match=r"p\.safetensors holds values that are not finite"):
+        read_policy(tmp_path / "p.json")
     write_policy(policy_of("chain"), tmp_path / "p.json", {})
     assert not (tmp_path / "p.safetensors").exists()
 
