@@ -58,9 +58,10 @@ def measured(source: str, tokens: int, name: str) -> Cost:
     b = bed(source)
     b.live.float()
     windows = b.calibrated(tokens)
+    unit = "neuron" if name == "feature-merging" else "width"  # which is of neurons alone
     words = {"score": {"word": name}, "choice": {"word": "widths", "allocation": "global"}}
-    recipe = Recipe.model_validate({"name": "bench", "title": name, "unit": "width", **words})
-    problem = pose_width(b.anatomy.outline, BUDGET, "width", stack="decoder")
+    recipe = Recipe.model_validate({"name": "bench", "title": name, "unit": unit, **words})
+    problem = pose_width(b.anatomy.outline, BUDGET, unit, stack="decoder")
     begun = now()
     with observing(b.live):
         for inputs in batches_of(windows, b.live):
