@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from families import build
 from running import GENERATING, equal, generate, ready, state
+from transformers import StaticCache
 
 from billhook.anatomy import discover
 from billhook.plan.errors import InputError
@@ -103,12 +105,58 @@ def test_a_plan_with_a_schedule_is_simulated_and_applied_as_drops() -> None:
         assert equal(under, generate(model, prompt))
 
 
-def test_it_compiles_whole_and_runs_with_a_static_cache() -> None:
-    model, anatomy, prompt = ready("llama")
-    with policy_of("chain:blocks=0-2+2+4").attach(model, anatomy):
-        plain = generate(model, prompt)
-        assert torch.equal(generate(model, prompt, cache_implementation="static")[0], plain[0])
-        ids = torch.tensor([[5, 9, 33, 12]])
-        with torch.no_grad():
+SCHEDULES = (
+    "static-skip:units=decoder.1+decoder.2.attention+decoder.3.mlp",
+    "even-skip:speedup=1.5",
+    "chain:blocks=0+2+2",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("phi3", SCHEDULES[0]),  # queries, keys and values in one linear
+        ("gpt_neox", SCHEDULES[1]),  # parallel
+        ("mixtral", SCHEDULES[2]),
+        ("gemma2", SCHEDULES[0]),  # norms around every sublayer, a window in every other block
+        ("bloom", SCHEDULES[2]),
+        ("olmo2", SCHEDULES[2]),  # norms behind sublayers
+    ],
+)
+def test_it_compiles_whole(name: str, policy: str) -> None:
+    """No family here fails to compile without a policy; one schedule each, since compiling takes seconds."""
+    model, anatomy, _ = ready(name)
+    ids = torch.tensor([[5, 9, 33, 12]])
+    torch.compiler.reset()
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        with policy_of(policy).attach(model, anatomy):
+            under = model(input_ids=ids, use_cache=False).logits
             compiled = torch.compile(model, backend="eager", fullgraph=True)(input_ids=ids, use_cache=False).logits
-            torch.testing.assert_close(compiled, model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(compiled, under)
+    assert not torch.allclose(compiled, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("policy", [SCHEDULES[0], SCHEDULES[2]])
+def test_compiled_it_decodes_with_a_static_cache(policy: str) -> None:
+    """Prompt and step are a graph each: no further step compiles again."""
+    model, anatomy, _ = ready("llama")
+    prompt = torch.tensor([[5, 9, 33, 12]])
+    torch.compiler.reset()
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    with policy_of(policy).attach(model, anatomy), torch.no_grad():
+        ids, logits = generate(model, {"input_ids": prompt})
+        assert torch.equal(generate(model, {"input_ids": prompt}, cache_implementation="static")[0], ids)
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        step, given = torch.compile(model, backend=backend, fullgraph=True), prompt
+        for expected, token in zip(logits, ids[0, prompt.shape[1] :], strict=True):
+            found = step(input_ids=given, past_key_values=cache).logits[:, -1]
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            given = token[None, None]
+    assert graphs == 2

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from drafting import EAGER, write
-from scipy.stats import chisquare
+from scipy.stats import chi2_contingency, chisquare
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.anatomy import Anatomy, discover
+from billhook.plan.plan import Plan
+from billhook.runtime.draft_report import Report
 from billhook.runtime.speculate import speculate
+from billhook.surgery import simulate
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +49,58 @@ def test_sampling_keeps_the_distribution(settings: dict[str, Any]) -> None:
     assert chisquare(*zip(*pairs, strict=True), sum_check=False).pvalue > 0.01
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 3}])
+def test_whole_continuations_are_distributed_as_the_models_own(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samples, of the model with and without speculation, where every token depends on all before it. What is not
+    the model's own is told apart by as many texts: another temperature, and the draft alone."""
+    monkeypatch.setattr(Report, "wants_plain", False)  # draft at once, not after three plain steps
+    model, anatomy, vocabulary = reader()
+    skips = ["decoder.1"]
+    torch.manual_seed(1)
+    plain = counted(sampled(model, 8000, **settings), vocabulary)
+    with speculate(model, anatomy, skips, confidence=EAGER, give_up=False) as speculating:
+        rows = torch.cat([sampled(model, 1, **settings) for _ in range(TEXTS)])
+    drafted = sum(report.drafted for report in speculating.reports)
+    accepted = sum(report.accepted for report in speculating.reports)
+    assert 0.2 < accepted / drafted < 0.9
+    assert same(counted(rows, vocabulary), plain) > 0.01
+    hotter = settings | {"temperature": 2 * settings.get("temperature", 1.0)}
+    assert same(counted(sampled(model, TEXTS, **hotter), vocabulary), plain) < 1e-3
+    with simulate(model, anatomy, Plan.of(skips)):
+        assert same(counted(sampled(model, TEXTS, **settings), vocabulary), plain) < 1e-3
+
+
+TEXTS = 300
+NEW = 4
+
+
+def sampled(model: PreTrainedModel, texts: int, **settings: Any) -> Tensor:
+    """Continuations [texts, NEW] of one prompt."""
+    settings = {
+        "do_sample": True,
+        "eos_token_id": None,
+        "max_new_tokens": NEW,
+        "num_return_sequences": texts,
+    } | settings
+    return write(model, torch.tensor([[1, 4, 2]]), **settings)[:, -NEW:]
+
+
+def counted(rows: Tensor, vocabulary: int) -> Tensor:
+    """How often each continuation was written."""
+    numbers = rows @ vocabulary ** torch.arange(NEW)
+    return torch.bincount(numbers, minlength=vocabulary**NEW).double()
+
+
+def same(some: Tensor, many: Tensor) -> float:
+    """The p-value of both samples having one distribution; continuations too rare for the test are one."""
+    table = torch.stack([some, many])
+    rare = table.sum(0) * float(some.sum() / table.sum()) < 5
+    table = torch.cat([table[:, ~rare], table[:, rare].sum(1, keepdim=True)], dim=1)
+    return float(chi2_contingency(table[:, table.sum(0) > 0]).pvalue)
+
+
 def processed(logits: Tensor, settings: dict[str, Any]) -> Tensor:
     """Temperature, top-k and top-p worked out by hand."""
     logits = logits / settings.get("temperature", 1.0)
@@ -71,3 +126,15 @@ def chain() -> tuple[PreTrainedModel, Anatomy, int]:
             model.get_parameter(write_).zero_()
     model.generation_config.top_k = None
     return model, anatomy, 7
+
+
+@cache
+def reader() -> tuple[PreTrainedModel, Anatomy, int]:
+    """A model whose next token depends on all tokens so far."""
+    from families import _decoder, randomise
+
+    model = _decoder("LlamaForCausalLM", blocks=3, vocab_size=7).build()
+    randomise(model, seed=3)
+    model.get_output_embeddings().weight.mul_(0.8)  # several continuations are likely
+    model.generation_config.top_k = None
+    return model, discover(model), 7

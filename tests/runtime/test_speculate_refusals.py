@@ -11,7 +11,10 @@ from drafting import SOME, dense, mild, prompt, untouched, write
 from families import build
 
 from billhook.anatomy import discover
+from billhook.plan.address import Address
 from billhook.plan.errors import InputError
+from billhook.plan.plan import HiddenChannels, Keep, Plan
+from billhook.plan.schedule import Schedule
 from billhook.runtime.draft_search import SkipSearch
 from billhook.runtime.speculate import Speculating, speculate
 
@@ -50,6 +53,13 @@ def test_drafts_and_models_that_it_cannot_use() -> None:
         speculate(model, anatomy, ["decoder.9"])
     with speculate(model, anatomy, SOME), pytest.raises(InputError, match="attached"):
         speculate(model, anatomy, SOME)
+    for plan in (
+        Plan.of(SOME, keeps=[Keep(unit=Address.parse("decoder.0.mlp"), inner="neuron", indices=tuple(range(24)))]),
+        Plan.of(SOME, channels=[HiddenChannels(stack="decoder", indices=tuple(range(30)))]),
+        Plan.of(SOME).model_copy(update={"schedule": Schedule.chain([0, 2, 2, 4])}),
+    ):
+        with pytest.raises(InputError, match="only skip whole blocks and sublayers, and this plan does more"):
+            speculate(model, anatomy, plan)
     assert untouched(model)
     for name in ("t5", "bart", "bert", "vit"):
         other = build(name)

@@ -22,7 +22,7 @@ from billhook.anatomy.stubs import STUBS
 from billhook.plan.address import Address
 from billhook.plan.check import check, normalise
 from billhook.plan.errors import InputError
-from billhook.plan.plan import Plan
+from billhook.plan.plan import Drop, Plan
 
 STACK = "decoder"
 
@@ -30,9 +30,9 @@ STACK = "decoder"
 class Draft:
     """What to step around in ``model``, and which cache slots the draft fills.
 
-    ``skips``: any plan, or the units that it drops. Whole blocks hand the stream on; single sublayers are silenced by
-    the cuts of the anatomy. Raises InputError for units that cannot be dropped, and for models other than decoders.
-    Nothing is changed until ``skipping``.
+    ``skips``: a plan that drops units and does nothing else, or the units. Whole blocks hand the stream on; single
+    sublayers are silenced by the cuts of the anatomy. Raises InputError for units that cannot be dropped, for plans
+    that do more, and for models other than decoders. Nothing is changed until ``skipping``.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, skips: Plan | Iterable[Address | str]) -> None:
@@ -95,6 +95,11 @@ def skips_of(anatomy: Anatomy, skips: Plan | Iterable[Address | str]) -> frozens
         raise InputError(f"self-speculation needs a decoder language model; this is a {anatomy.family} model")
     plan = skips if isinstance(skips, Plan) else Plan.of(skips)
     check(plan, anatomy.outline)
+    if plan.schedule is not None or any(not isinstance(edit, Drop) for edit in plan.edits):
+        raise InputError(
+            "a draft can only skip whole blocks and sublayers, and this plan does more; apply it, and give the result "
+            "to generate as assistant_model"
+        )
     drops = normalise(plan.drops, anatomy.outline)
     foreign = sorted(str(a) for a in drops if a.stack != STACK)
     if foreign:

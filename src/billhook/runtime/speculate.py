@@ -46,7 +46,7 @@ def speculate(
 ) -> Speculating:
     """Let ``model.generate`` speculate, in a ``with`` block or until ``detach``.
 
-    ``skips``: what the draft leaves out, any plan or the units that it drops; or a search, which goes on from one call
+    ``skips``: what the draft leaves out, a plan that only drops or the units; or a search, which goes on from one call
     of ``generate`` to the next while nothing else is carried over. ``give_up``: decode plainly for the rest of a call
     once rounds have been slower than plain steps, which are timed in the same run. The clock then decides when random
     numbers are drawn: switch it off where sampled text has to repeat from its seed.
