@@ -224,10 +224,8 @@ def _real(mask: Any, past: int, rows: int, tokens: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.shape[0] != rows:
         return None
     if mask.ndim == 2:
-        first = (
-            past if mask.shape[1] >= past + tokens else mask.shape[1] - tokens
-        )  # it may be as long as a static cache
-        return mask[:, first : first + tokens].bool()
+        end = min(past + tokens, mask.shape[1])  # it may be as long as a static cache
+        return mask[:, end - tokens : end].bool()
     if mask.ndim != 4 or mask.shape[2] != tokens or mask.shape[3] < past + tokens:
         return None
     itself = mask[:, 0, :, past : past + tokens].diagonal(dim1=1, dim2=2)
