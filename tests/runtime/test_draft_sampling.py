@@ -49,7 +49,7 @@ def test_sampling_keeps_the_distribution(settings: dict[str, Any]) -> None:
     assert chisquare(*zip(*pairs, strict=True), sum_check=False).pvalue > 0.01
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "top_k": 3}])
+@pytest.mark.parametrize("settings", [{"temperature": 0.6}, {"temperature": 0.8, "top_k": 3}])
 def test_whole_continuations_are_distributed_as_the_models_own(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +57,7 @@ def test_whole_continuations_are_distributed_as_the_models_own(
     the model's own is told apart by as many texts: another temperature, and the draft alone."""
     monkeypatch.setattr(Report, "wants_plain", False)  # draft at once, not after three plain steps
     model, anatomy, vocabulary = reader()
-    skips = ["decoder.1"]
+    skips = ["decoder.1", "decoder.2.mlp"]
     torch.manual_seed(1)
     plain = counted(sampled(model, 8000, **settings), vocabulary)
     with speculate(model, anatomy, skips, confidence=EAGER, give_up=False) as speculating:
@@ -72,7 +72,7 @@ def test_whole_continuations_are_distributed_as_the_models_own(
         assert same(counted(sampled(model, TEXTS, **settings), vocabulary), plain) < 1e-3
 
 
-TEXTS = 300
+TEXTS = 400
 NEW = 4
 
 
@@ -135,6 +135,6 @@ def reader() -> tuple[PreTrainedModel, Anatomy, int]:
 
     model = _decoder("LlamaForCausalLM", blocks=3, vocab_size=7).build()
     randomise(model, seed=3)
-    model.get_output_embeddings().weight.mul_(0.8)  # several continuations are likely
+    model.get_output_embeddings().weight.mul_(0.5)  # several continuations are likely
     model.generation_config.top_k = None
     return model, discover(model), 7
