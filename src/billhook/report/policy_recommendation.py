@@ -22,9 +22,9 @@ def policy_recommendation(comparison: PolicyComparison) -> list[str]:
     sentences += [_unchanged(entry) for entry in free]
     sentences += [_at(comparison, budget) for budget in budgets]
     lazy = [e for e in _looking(comparison) if e.savings and e.asked.partition("=")[0] != "kv_bytes"]
-    slow = [f"{_called(e)} ({number(e.speedup)}×)" for e in lazy if not _faster(e)]
+    slow = [f"{_called(e)} ({_range(e)})" for e in lazy if not _faster(e)]
     if slow:
-        sentences.append(f"Leaves out work and saves no time here: {', '.join(slow)}.")
+        sentences.append(f"Leaves out work and is not certain to save time here: {', '.join(slow)}.")
     idle = _idle(comparison)
     if idle:
         sentences.append(f"No better than skipping blocks evenly: {', '.join(idle)}.")
@@ -82,6 +82,13 @@ def _at(comparison: PolicyComparison, budget: str) -> str:
 def _faster(entry: PolicyEntry) -> bool:
     """In three of four rounds at least."""
     return entry.timing is not None and entry.timing.speedup.low > 1
+
+
+def _range(entry: PolicyEntry) -> str:
+    if entry.timing is None:
+        return "not timed"
+    found = entry.timing.speedup
+    return f"{number(found.value)}×, quartiles {number(found.low)} to {number(found.high)}"
 
 
 def _looking(comparison: PolicyComparison) -> list[PolicyEntry]:
