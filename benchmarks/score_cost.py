@@ -1,8 +1,9 @@
 """What each score of width costs on SmolLM2-135M: time, and memory beside the model.
 
-    python benchmarks/score_cost.py [MODEL] [TOKENS]      (default: demo 2048)
+    python benchmarks/score_cost.py [MODEL] [TOKENS] [SCORE ...]      (default: demo 2048 all)
 
-Every score of inner units in a process of its own, in float32, on all neurons and KV groups; the text is read before
+Every score of inner units in a process of its own, in float32, on all neurons and KV groups, or those of the two that
+it is for; the text is read before
 the clock starts. Printed: the passes it makes over the text, seconds, these as a multiple of one plain pass over the
 same text (so that machines compare), and the highest resident memory of the process over what it was after such a pass
 (Linux). Minutes on two idle cores."""
@@ -13,11 +14,13 @@ import multiprocessing
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from heal_memory import resident
 from protocol import bed
+from pydantic import ValidationError
 
 from billhook.measure.batches import batches_of
 from billhook.measure.patch import observing
@@ -42,26 +45,40 @@ class Cost:
     beside: float
 
 
-def main(source: str = "demo", tokens: str = "2048") -> None:
+def main(source: str = "demo", tokens: str = "2048", *names: str) -> None:
     print(f"{source}, float32, {tokens} tokens")
-    print(f"{'score':<28} {'needs':<9} {'passes':>6} {'seconds':>8} {'plain passes':>13} {'MB beside':>10}", flush=True)
-    for name in sorted(name for name, score in SCORES.items() if score.wide):
+    print(
+        f"{'score':<28} {'units':<7} {'needs':<9} {'passes':>6} {'seconds':>8} {'plain passes':>13} {'MB beside':>10}",
+        flush=True,
+    )
+    for name in names or sorted(name for name, score in SCORES.items() if score.wide):
+        recipe = recipe_of(name)
+        if recipe is None:
+            continue  # one of experts
         with multiprocessing.get_context("spawn").Pool(1) as alone:
             cost = alone.apply(measured, (source, int(tokens), name))
         figures = (
             f"{cost.passes:>6.1f} {cost.seconds:>8.1f} {cost.seconds / cost.plain:>13.2f} {cost.beside / MB:>10.0f}"
         )
-        print(f"{name:<28} {SCORES[name].needs:<9} {figures}", flush=True)
+        print(f"{name:<28} {recipe.unit:<7} {SCORES[name].needs:<9} {figures}", flush=True)
+
+
+def recipe_of(name: str) -> Recipe | None:
+    """Of neurons and groups, or of those alone that the score is for."""
+    words = {"score": {"word": name}, "choice": {"word": "widths", "allocation": "global"}}
+    for unit in ("width", "neuron", "group"):
+        with suppress(ValidationError):
+            return Recipe.model_validate({"name": "bench", "title": name, "unit": unit, **words})
+    return None
 
 
 def measured(source: str, tokens: int, name: str) -> Cost:
     b = bed(source)
     b.live.float()
     windows = b.calibrated(tokens)
-    unit = "neuron" if name == "feature-merging" else "width"  # which is of neurons alone
-    words = {"score": {"word": name}, "choice": {"word": "widths", "allocation": "global"}}
-    recipe = Recipe.model_validate({"name": "bench", "title": name, "unit": unit, **words})
-    problem = pose_width(b.anatomy.outline, BUDGET, unit, stack="decoder")
+    recipe = recipe_of(name)
+    assert recipe is not None
+    problem = pose_width(b.anatomy.outline, BUDGET, recipe.unit, stack="decoder")
     begun = now()
     with observing(b.live):
         for inputs in batches_of(windows, b.live):
