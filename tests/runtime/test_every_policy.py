@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from families import FAMILIES
@@ -223,6 +224,25 @@ def test_a_forward_that_a_library_put_there_comes_back() -> None:
         generate(model, prompt)
     assert calls
     assert vars(mlp)["forward"] is own
+
+
+def test_weights_may_be_moved_about_meanwhile() -> None:
+    """accelerate keeps them elsewhere and fetches a module's for its call."""
+    model, anatomy, prompt = ready("llama")
+    wanted = []
+    for policy in loud(anatomy):
+        with policy.attach(model, anatomy):
+            wanted.append(generate(model, prompt))
+    moved = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for policy, found in zip(loud(anatomy), wanted, strict=True):
+        if policy.name == "neuron-experts":
+            before = state(moved)
+            with pytest.raises(InputError, match="experts are copies of neurons"):
+                policy.attach(moved, anatomy)
+            assert state(moved) == before
+            continue
+        with policy.attach(moved, anatomy):
+            assert equal(generate(moved, prompt), found), policy
 
 
 def test_beam_search_is_refused_where_rows_are_remembered() -> None:

@@ -54,7 +54,13 @@ def run_fewer(model: PreTrainedModel, neurons: Inner, kept: Tensor, route: Route
     restored. ``kept`` is [experts, neurons kept], so that what stands between the linears works on one tensor.
 
     The weights of every expert are copied: its rows of the linears that read, its columns of the one that writes.
+    InputError where a library keeps the weights elsewhere between calls, so that there is nothing to copy.
     """
+    if any(model.get_parameter(s.parameter).is_meta for s in neurons.slices):
+        raise InputError(
+            "experts are copies of neurons, and the weights of this model are kept elsewhere between calls "
+            "(offloaded); load it whole"
+        )
     for path in dict.fromkeys(s.parameter.rpartition(".")[0] for s in neurons.slices):
         module = model.get_submodule(path)
         slices = [s for s in neurons.slices if s.parameter.rpartition(".")[0] == path]
