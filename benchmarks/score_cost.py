@@ -3,10 +3,9 @@
     python benchmarks/score_cost.py [MODEL] [TOKENS] [SCORE ...]      (default: demo 2048 all)
 
 Every score of inner units in a process of its own, in float32, on all neurons and KV groups, or those of the two that
-it is for; the text is read before
-the clock starts. Printed: the passes it makes over the text, seconds, these as a multiple of one plain pass over the
-same text (so that machines compare), and the highest resident memory of the process over what it was after such a pass
-(Linux). Minutes on two idle cores."""
+it is for; the text is read before the clock starts. Printed: the passes it makes over the text, seconds, these as a
+multiple of one plain pass over the same text (so that machines compare), and the highest resident memory of the process
+over what it was after such a pass (Linux). Half an hour on an idle core, most of it knockout's."""
 
 from __future__ import annotations
 
@@ -54,7 +53,8 @@ def main(source: str = "demo", tokens: str = "2048", *names: str) -> None:
     for name in names or sorted(name for name, score in SCORES.items() if score.wide):
         recipe = recipe_of(name)
         if recipe is None:
-            continue  # one of experts
+            print(f"{name:<28} is no score of neurons or groups")
+            continue
         with multiprocessing.get_context("spawn").Pool(1) as alone:
             cost = alone.apply(measured, (source, int(tokens), name))
         figures = (

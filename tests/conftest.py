@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every xdist worker has one core
 
@@ -57,20 +56,31 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_lm(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random causal model: 5 blocks, tied, float32, with tokenizer and chat template.
 
     Read only: load it afresh in each test.
     """
     folder = tmp_path_factory.mktemp("models") / "tiny-lm"
-    model = build("llama")
-    model.resize_token_embeddings(len(tiny_tokenizer))
-    randomise(model)
-    model.config.max_position_embeddings = 512
-    model.generation_config.eos_token_id = model.config.eos_token_id = tiny_tokenizer.eos_token_id
-    model.save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    return save_tiny("llama", tokenizer, folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random mixture of experts, with a tokenizer. Read only, as the one above."""
+    return save_tiny("mixtral", make_tokenizer(), tmp_path_factory.mktemp("models") / "tiny-mixture")
+
+
+def save_tiny(family: str, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    """A tiny random model of a family that speaks the tokenizer's tokens, and the tokenizer."""
+    model = build(family)
+    model.resize_token_embeddings(len(tokenizer))
+    randomise(model)
+    model.config.max_position_embeddings = 512
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

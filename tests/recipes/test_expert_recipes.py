@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
-from families import FAMILIES, build, randomise
+from families import FAMILIES, build
 
 import billhook
 from billhook.anatomy import discover
@@ -146,19 +145,6 @@ def test_unequal_mixtures_make_no_balancing_loss() -> None:
         model(**inputs)
     assert model.config.output_router_logits
     assert not apply(model, anatomy, Plan.of([], keeps=keeps)).config.output_router_logits
-
-
-@pytest.fixture(scope="module")
-def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-mixture"
-    model, tokenizer = build("mixtral"), make_tokenizer()
-    model.resize_token_embeddings(len(tokenizer))
-    randomise(model)
-    model.config.max_position_embeddings = 512
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("recipe", ["expert-frequency", "m-smoe"])

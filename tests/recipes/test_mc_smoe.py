@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_tokenizer
-from families import build, randomise
 from modules_cache import modules_cache  # noqa: F401
 
 import billhook
@@ -21,20 +19,12 @@ from billhook.recipes.catalogue import load
 from billhook.recipes.schema import Recipe
 
 
-def test_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_the_way(tiny_mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result is what the record says, loads in plain transformers, and is not healed, cut on disk or made for an
     engine that cannot have it."""
     monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
-    source, out = tmp_path / "tiny", tmp_path / "out"
-    model, tokenizer = build("mixtral"), make_tokenizer()
-    model.resize_token_embeddings(len(tokenizer))
-    randomise(model)
-    model.config.max_position_embeddings = 512
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(source)
-    tokenizer.save_pretrained(source)
-
-    run = billhook.compress(source, budget="params=0.6", out=out, recipe="mc-smoe", max_new_tokens=2)
+    out = tmp_path / "out"
+    run = billhook.compress(tiny_mixture, budget="params=0.6", out=out, recipe="mc-smoe", max_new_tokens=2)
     assert run.plan.factors and run.plan.keeps and 0.5 < run.realised["params"] <= 0.6
     assert run.search.steps[-1].realised["params"] == pytest.approx(run.realised["params"])
     assert run.healing is not None and run.healing.method == "merge"
@@ -51,10 +41,10 @@ def test_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="experts in two parts cannot be healed"):
         heal_walk.heal(out, out=tmp_path / "healed", method="closed-form")
     with pytest.raises(InputError, match="on a loaded model"):
-        apply(source, out, out=tmp_path / "applied")
+        apply(tiny_mixture, out, out=tmp_path / "applied")
     with pytest.raises(InputError, match="target uniform cannot carry experts in two parts"):
-        billhook.compress(source, budget="params=0.6", out=tmp_path / "no", recipe="mc-smoe", target="uniform")
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out", "tiny"]
+        billhook.compress(tiny_mixture, budget="params=0.6", out=tmp_path / "no", recipe="mc-smoe", target="uniform")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["out"]
 
 
 def test_only_merged_experts_are_taken_apart() -> None:

@@ -7,8 +7,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from families import build, randomise
 
 from billhook import compress, load
 from billhook.plan.heals import Heal
@@ -27,19 +25,6 @@ DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture(scope="session")
-def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-moe"
-    model, tokenizer = build("mixtral"), make_tokenizer()
-    model.resize_token_embeddings(len(tokenizer))
-    randomise(model)
-    model.config.max_position_embeddings = 512
-    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def cut(source: Path, out: Path, recipe: str, way: Heal = "none") -> Any:
     return compress(
         source,
@@ -53,8 +38,8 @@ def cut(source: Path, out: Path, recipe: str, way: Heal = "none") -> Any:
 
 
 @pytest.mark.parametrize("name", [n for n in catalogue.names() if not catalogue.load(n).returns])
-def test_what_a_recipe_makes_loads_on_the_cpu(name: str, tiny_lm: Path, tiny_moe: Path, tmp_path: Path) -> None:
-    source = tiny_moe if catalogue.load(name).unit == "expert" else tiny_lm
+def test_what_a_recipe_makes_loads_on_the_cpu(name: str, tiny_lm: Path, tiny_mixture: Path, tmp_path: Path) -> None:
+    source = tiny_mixture if catalogue.load(name).unit == "expert" else tiny_lm
     run = cut(source, tmp_path / "there", name)
     reopened = load(tmp_path / "there")
     assert all(p.device.type == "cpu" for p in reopened.model.parameters())

@@ -17,8 +17,7 @@ class Savings(_Record):
     ``blocks``: executions, a block that is left out in part counting by its parameters. ``flops``: as fraction of the
     plain model's, by the cost model, head included; an attention that only makes its keys and values is charged for
     these and for its mixing. What a policy computes to decide or to correct is not in them; measured times hold it.
-    ``kv_bytes``: cache a token, as fraction. ``sublayers``: executions a token of each one
-    that did not simply run once.
+    ``kv_bytes``: cache a token, as fraction. ``sublayers``: executions a token of those that did not simply run once.
     """
 
     blocks: float

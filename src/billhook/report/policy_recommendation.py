@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
+from billhook.plan.record import Interval
 from billhook.report.numbers import number, percent
 
 LIKELY = 1.1
@@ -22,7 +23,7 @@ def policy_recommendation(comparison: PolicyComparison) -> list[str]:
     sentences += [_unchanged(entry) for entry in free]
     sentences += [_at(comparison, budget) for budget in budgets]
     lazy = [e for e in _looking(comparison) if e.savings and e.asked.partition("=")[0] != "kv_bytes"]
-    slow = [f"{_called(e)} ({_range(e)})" for e in lazy if not _faster(e)]
+    slow = [f"{_called(e)} ({_range(e.timing.speedup)})" for e in lazy if e.timing and not _faster(e)]
     if slow:
         sentences.append(f"Leaves out work and is not certain to save time here: {', '.join(slow)}.")
     idle = _idle(comparison)
@@ -84,11 +85,8 @@ def _faster(entry: PolicyEntry) -> bool:
     return entry.timing is not None and entry.timing.speedup.low > 1
 
 
-def _range(entry: PolicyEntry) -> str:
-    if entry.timing is None:
-        return "not timed"
-    found = entry.timing.speedup
-    return f"{number(found.value)}×, quartiles {number(found.low)} to {number(found.high)}"
+def _range(speedup: Interval) -> str:
+    return f"{number(speedup.value)}×, quartiles {number(speedup.low)} to {number(speedup.high)}"
 
 
 def _looking(comparison: PolicyComparison) -> list[PolicyEntry]:

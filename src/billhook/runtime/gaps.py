@@ -77,10 +77,11 @@ class Gaps:
                 return original(*args, **kwargs)
             if int(now.cache.get_seq_length(layer)) != now.past - len(gone):
                 raise _refused("the cache has gaps that are not known", "read the whole text again")
-            if gone:
+            given = [name for name in BY_ENTRY if kwargs.get(name) is not None]  # one token alone often needs no mask
+            if gone and given:
                 left = torch.ones(now.past + now.tokens, dtype=torch.bool)
                 left[gone] = False
-                kwargs |= {name: _of(kwargs[name], left) for name in BY_ENTRY if kwargs.get(name) is not None}
+                kwargs |= {name: _of(kwargs[name], left) for name in given}
             return original(*args, **kwargs)
 
         return forward
