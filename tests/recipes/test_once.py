@@ -20,7 +20,7 @@ from billhook.recipes.once import Once
 
 WINDOWS = Windows.of(torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0)), "text")
 ONE_PASS = ("flap", "cfsp", "svd-llm", "hidden-channels", "block-influence", "angular-span")
-MORE = ("interchange-heads", "loraprune", "m-smoe")
+MORE = ("interchange-heads", "loraprune", "m-smoe", "measured-widths", "comp")
 
 
 @pytest.mark.parametrize("name", [*ONE_PASS, *MORE])
@@ -51,3 +51,15 @@ def test_a_second_look_runs_no_block_and_costs_nothing(name: str, tmp_path: Path
     second = look("params=0.95", once)
     assert (passes, second.record.work) == (0, 0)
     assert second.plan(recipe.aim) == alone.plan(recipe.aim)
+
+
+def test_each_look_can_be_charged_in_full() -> None:
+    taken: list[int] = []
+
+    def take() -> tuple[str, int]:
+        taken.append(1)
+        return "figures", 7
+
+    once = Once(each=True)
+    assert [once("key", take), once("key", take)] == [("figures", 7), ("figures", 7)]
+    assert taken == [1]

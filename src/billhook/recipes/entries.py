@@ -21,6 +21,7 @@ from billhook.recipes.choices import Baseline
 from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.find import Choice, find, pose_for
 from billhook.recipes.heal import applied, new_weights
+from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened, Stopwatch
 from billhook.recipes.schema import Recipe
 from billhook.recipes.settings import COMPARED_NEW_TOKENS
@@ -60,8 +61,9 @@ def entries_of(
     entries: list[Entry] = []
     cut: list[Any] = []
     healed: list[Any] = []
+    once = Once(each=True)  # each entry says what its search alone would have cost
     for budget in budgets:
-        entry, choice = _searched(recipe, budget, seed, model, texts, seen, place, progress)
+        entry, choice = _searched(recipe, budget, seed, model, texts, seen, once, place, progress)
         if choice is not None:
             try:
                 acted = _acted(recipe, model, choice, texts.windows, progress)
@@ -89,6 +91,7 @@ def _searched(
     model: Opened,
     texts: Texts,
     seen: Trace,
+    once: Once,
     place: Path,
     progress: Progress | None,
 ) -> tuple[Entry, Choice | None]:
@@ -113,6 +116,7 @@ def _searched(
                 progress=progress,
                 survey=texts.survey,
                 lessons=texts.drill,
+                once=once,
             )
     except InputError as error:
         return entry.model_copy(update={"refused": str(error)}), None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from billhook.data import Windows
 from billhook.heal import Healing
@@ -37,7 +39,7 @@ from billhook.search.blind_widths import even_widths, random_widths
 from billhook.search.coarse import coarse
 from billhook.search.exchanged import Exchanged
 from billhook.search.group_sparse import group_sparse, names_of
-from billhook.search.levels import prices
+from billhook.search.levels import levels_of, prices
 from billhook.search.shares import sigmoid_shares
 from billhook.search.width import WidthProblem, allocate
 
@@ -102,9 +104,10 @@ def narrow(
         work += once("angular", lambda: (None, seen.work))[1]
     priced = None
     if choice.screen is not None:
-        ablator = Ablator(model.model, model.anatomy, windows.share(choice.screen), "kl", progress=progress)
-        priced = prices(problem, scores, ablator.narrowed, progress)
-        work += ablator.work
+        short = windows.share(choice.screen)
+        levels = tuple((space.address, *levels_of(space)) for space in problem.spaces)
+        priced, paid = once(("prices", levels), lambda: _prices(model, problem, scores, short, progress))
+        work += paid
     keeps, costs = allocate(problem, scores, choice.allocation, per=choice.per, shares=shares, prices=priced)
     record = _record(recipe, problem, keeps, costs, score.name, work, steps)
     drops = frozenset(Address.parse(unit) for step in steps for unit in step.units)
@@ -145,6 +148,14 @@ def _record(
     narrowed = tuple(str(keep.unit) for keep in keeps)
     step = Step(units=narrowed, score=None, objective=None, realised=realised(costs, problem.dense), work=work)
     return SearchRecord(recipe=recipe.name, objective=objective, steps=(*before, step), work=work, evaluations=0)
+
+
+def _prices(
+    model: Opened, problem: WidthProblem, scores: Mapping[Address, Tensor], windows: Windows, progress: Progress | None
+) -> tuple[dict[Address, Tensor], int]:
+    """With the work behind them."""
+    ablator = Ablator(model.model, model.anatomy, windows, "kl", progress=progress)
+    return prices(problem, scores, ablator.narrowed, progress), ablator.work
 
 
 def _measured(
