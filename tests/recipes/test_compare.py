@@ -19,6 +19,7 @@ from billhook.data import Windows, evaluation
 from billhook.evaluate import evidence
 from billhook.evaluate.generations import repetition
 from billhook.evaluate.probes import answers, paired, posed
+from billhook.measure.channels import channels
 from billhook.plan.address import Address
 from billhook.plan.budget import split_budgets
 from billhook.plan.comparison import Comparison
@@ -79,6 +80,26 @@ def test_a_figure_is_what_the_evidence_says_of_that_plan(whole: tuple[Comparison
     assert paired(answers(dense, asked), answers(smaller, asked)) == entry.probes
     written = [repetition(side, tokenizer, max_new_tokens=COMPARED_NEW_TOKENS) for side in (dense, smaller)]
     assert entry.repeated == tuple(written)
+
+
+def test_what_budgets_share_is_measured_once_and_charged_to_each(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return channels(*given)
+
+    monkeypatch.setattr("billhook.recipes.widths.channels", counted)
+    found = compare(tiny_lm, budgets="params=0.95,0.9", out=tmp_path / "both", recipes=["cfsp"])
+    assert looks == 1
+    alone = compare(tiny_lm, budgets="params=0.9", out=tmp_path / "one", recipes=["cfsp"])
+    (expected,) = (entry for entry in alone.entries if entry.recipe == "cfsp")
+    first, second = (entry for entry in found.entries if entry.recipe == "cfsp")
+    assert first.work == second.work == expected.work > 0
+    assert second.keeps == expected.keeps
 
 
 def test_what_was_written_is_what_was_returned(whole: tuple[Comparison, Path]) -> None:
