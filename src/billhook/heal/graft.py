@@ -90,8 +90,8 @@ def survivors(fit: Moments, prior: Tensor, own: int, always: int) -> Tensor:
         harm = weights.square().sum(-1) / inverse.diagonal()
         harm[len(alive) - always :] = float("inf")
         surplus = len(alive) - always - own
-        gone, stays = harm.argsort().split([-(-surplus // left), len(alive) - -(-surplus // left)])
-        stays = stays.sort().values
+        order, many = harm.argsort(), -(-surplus // left)
+        gone, stays = order[:many], order[many:].sort().values
         alive = alive[stays]
         if left == 1:
             break
