@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.heal import closed_form
-from billhook.heal.graft import choose, donors, part, survivors
+from billhook.heal.graft import PENALTY, ROUNDS, choose, donors, part, survivors
 from billhook.heal.places import places
 from billhook.heal.pool import Pool, rows
 from billhook.heal.reads import reads_of
@@ -71,6 +71,32 @@ def test_a_part_of_the_moments_is_that_of_a_part_of_the_inputs() -> None:
     torch.testing.assert_close(found.inputs, expected.inputs, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(found.cross, expected.cross, rtol=1e-4, atol=1e-3)
     assert found.energy == pytest.approx(expected.energy, rel=1e-4)
+
+
+@pytest.mark.parametrize(("own", "always", "seed"), [(4, 0, 0), (9, 1, 1), (17, 1, 2)])
+def test_the_least_harmful_go_a_quarter_at_a_time(own: int, always: int, seed: int) -> None:
+    """Harm by what it is: how much higher the least error is once the input is missing and the others are refitted."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 2 * own + always
+    mixed = torch.randn(n, n, generator=generator)
+    h = torch.randn(300, n, generator=generator) @ mixed
+    fit = moments(h, h @ torch.randn(n, 3, generator=generator) + torch.randn(300, 3, generator=generator))
+    prior = torch.randn(n, 3, generator=generator)
+    a = fit.inputs.double()
+    strength = PENALTY * a.diagonal().mean()
+    a = a + strength * torch.eye(n)
+    goal = fit.cross.double() + strength * prior.double()
+
+    def spared(inputs: list[int]) -> float:
+        return float((goal[inputs] * torch.linalg.solve(a[inputs][:, inputs], goal[inputs])).sum())
+
+    alive = list(range(n))
+    for left in range(ROUNDS, 0, -1):
+        surplus = len(alive) - always - own
+        harm = {j: spared(alive) - spared([i for i in alive if i != j]) for j in alive if j < n - always}
+        for j in sorted(harm, key=harm.__getitem__)[: -(-surplus // left)]:
+            alive.remove(j)
+    assert survivors(fit, prior, own, always).tolist() == [j for j in alive if j < n - always]
 
 
 def test_constants_survive() -> None:
