@@ -20,7 +20,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: setup
-	$(BIN)/billhook compress demo --budget params=0.8 --recipe cfsp --out out/demo --overwrite
+	$(BIN)/billhook compress demo --budget params=0.8 --out out/demo --overwrite
 
 test: setup
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

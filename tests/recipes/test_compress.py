@@ -124,8 +124,8 @@ def test_refused_before_the_model_is_even_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "budget", "recipe"),
     [
-        (None, "params=0.7", "cfsp"),
-        ("deci", "params=0.7", "cfsp"),
+        (None, "params=0.7", "angular-widths"),
+        ("deci", "params=0.7", "angular-widths"),
         (None, "params=0.2", "sublayer-greedy"),  # less than the attentions have
         (None, "kv_bytes=0.7", "sublayer-greedy"),
         ("uniform", "params=0.7", "block-greedy"),

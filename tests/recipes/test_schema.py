@@ -39,7 +39,7 @@ def test_the_recipes_that_come_along() -> None:
         "comp",
         "foldgpt",
         *("flap", "cfsp", "wanda-structured", "magnitude-neurons", "peak-magnitude-neurons", "amp", "fisher-width"),
-        *("measured-widths", "evopress-widths"),
+        *("angular-widths", "measured-widths", "evopress-widths"),
         *("magnitude-sparse", "magnitude-2-4", "wanda", "wanda-2-4", "sparsegpt", "sparsegpt-2-4", "ecoflap"),
         *("svd", "asvd", "svd-llm", "low-rank", "maestro"),
         *("maskllm", "pst", "gradient-flow", "hesso", "feature-merging"),
@@ -86,7 +86,7 @@ def test_a_recipe_of_the_user(tmp_path: Path) -> None:
 
 def test_an_unknown_name_gets_the_list() -> None:
     with pytest.raises(
-        InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of cfsp, sublayer-greedy"
+        InputError, match=r"recipe .shortgpt. is unknown; use a \.yaml file or one of angular-widths, sublayer-greedy"
     ):
         load("shortgpt")
 

@@ -14,7 +14,8 @@ from billhook.plan.errors import InputError
 if TYPE_CHECKING:
     from billhook.recipes.schema import Recipe
 
-DEFAULTS = ("cfsp", "sublayer-greedy")  # the first that can meet the budget: neurons alone hold no keys and values
+#: The first that can meet the budget: neurons alone hold no keys and values.
+DEFAULTS = ("angular-widths", "sublayer-greedy")
 DEFAULTS_UNIFORM = ("block-greedy",)
 _SUFFIXES = (".yaml", ".yml")
 
