@@ -71,9 +71,10 @@ def compare(
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 
-    Cost: each search, one pass of the dense model and one of each result over the evaluation text, and the probes and
-    one batch of short continuations once for the dense model and once for each result. Healing costs each result about
-    as much as two passes of the dense model over the healing text, and its regressions: more than most searches, so it
+    Cost: each search (what does not depend on the budget once for all budgets, though each entry is charged for it),
+    one pass of the dense model and one of each result over the evaluation text, and the probes and one batch of short
+    continuations once for the dense model and once for each result. Healing costs each result about as much as two
+    passes of the dense model over the healing text, and its regressions: more than most searches, so it
     is asked for.
     """
     check_out(out, overwrite, source)
