@@ -25,11 +25,11 @@ from billhook.plan.budget import split_budgets
 from billhook.plan.comparison import Comparison
 from billhook.plan.errors import InputError
 from billhook.plan.target import Target
-from billhook.recipes import catalogue
+from billhook.recipes import catalogue, entries
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
-from billhook.recipes.texts import Texts
+from billhook.recipes.texts import Texts, healing_text
 from billhook.recipes.workplace import workplace
 from billhook.surgery import apply
 
@@ -172,6 +172,24 @@ def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "--left:" in page
     assert "neurons kept" in page
     assert "<th>healed<small>" not in (tmp_path / "bare" / "comparison.html").read_text()
+
+
+def test_acts_fit_weights_to_as_much_text_as_compress_gives_them(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Windows] = []
+    fitted = entries.new_weights
+
+    def watched(model: Any, plan: Any, act: str, windows: Windows, *rest: Any) -> Any:
+        read.append(windows)
+        return fitted(model, plan, act, windows, *rest)
+
+    monkeypatch.setattr(entries, "new_weights", watched)
+    found = compare(tiny_lm, budgets="params=0.6", out=tmp_path / "out", recipes=["branch-gains"])
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    expected = healing_text(model, "builtin", 0, None)
+    assert [windows.fingerprint for windows in read] == [expected.fingerprint]
+    assert found.surveyed == expected.tokens > found.tokens
 
 
 def test_all_that_come_along_take_part_but_those_of_single_weights(tiny_lm: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def _damage(evidence: tuple[TextEvidence, ...]) -> float:
 class Comparison(_Record):
     """Every recipe at every budget, on one model and one calibration. ``recipes`` and ``dtype``: as they were asked
     for; none are all that come along, and "" is the dtype of the model. None: not on record. ``surveyed``: tokens of
-    the longer text that statistics of one pass were taken of, 0 where no method rests on any."""
+    the longer text that statistics of one pass were taken of and acts fitted weights to, 0 where no method did."""
 
     schema_version: Literal[1] = 1
     model: str

@@ -64,10 +64,10 @@ def compare(
 
     ``budgets`` as in "params=0.9,0.8,0.7": a number without a kind is one more budget of the kind before it. The
     random baseline is drawn several times. By default nothing is healed, so that methods are judged by what they cut;
-    those whose act combines blocks do so on the calibration text. With ``heal`` closed-form every result whose act is
-    to drop or narrow, baselines included, is judged as cut and again after healing, on the same passes of the dense
-    model, and what is said of methods goes by the healed ones. ``told`` hears of each entry when it is done. A recipe
-    that cannot meet a budget on this model is an entry that says why.
+    those whose act makes new weights do so on as much text as ``compress`` gives them. With ``heal`` closed-form every
+    result whose act is to drop or narrow, baselines included, is judged as cut and again after healing, on the same
+    passes of the dense model, and what is said of methods goes by the healed ones. ``told`` hears of each entry when it
+    is done. A recipe that cannot meet a budget on this model is an entry that says why.
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 
@@ -179,7 +179,7 @@ def _texts(
     """All that the methods read, and what judges them, which none of them has read."""
     windows = calibration_text(model, calibration, seed, progress)
     survey = drill = longer = None
-    if any(recipe.surveys for recipe in recipes):
+    if any(recipe.surveys or recipe.combines for recipe in recipes):
         survey = healing_text(model, calibration, seed, progress)
     if heal != "none":
         longer = healing_text(model, calibration, seed, progress, tokens=COMPARED_HEALING_TOKENS)
@@ -207,7 +207,7 @@ def _key(
         "model": fingerprint(model.model),
         "environment": environment(model),
         "calibration": texts.windows.fingerprint,
-        "surveyed": texts.survey.fingerprint if texts.survey is not None and recipe.surveys else "",
+        "surveyed": texts.survey.fingerprint if texts.survey and (recipe.surveys or recipe.combines) else "",
         "trained on": texts.drill.fingerprint if texts.drill is not None and recipe.trains else "",
         "texts": [text.fingerprint for _, text in texts.judged],
         "questions": COMPARED_QUESTIONS,

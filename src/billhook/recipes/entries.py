@@ -66,7 +66,7 @@ def entries_of(
         entry, choice = _searched(recipe, budget, seed, model, texts, seen, once, place, progress)
         if choice is not None:
             try:
-                acted = _acted(recipe, model, choice, texts.windows, progress)
+                acted = _acted(recipe, model, choice, texts.survey or texts.windows, progress)
                 if longer is not None:
                     plan = choice.plan(recipe.aim)
                     healed.append(applied(model, plan, new_weights(model, plan, "closed-form", longer, progress)))
@@ -103,7 +103,7 @@ def _searched(
     try:
         with clock.step("search"):
             problem = pose_for(recipe, model.anatomy.outline, Budget.parse(budget), recipe.aim)
-            if recipe.act not in ("drop", "share"):
+            if recipe.combines:
                 require_healable(model.anatomy)
             choice = find(
                 recipe,
@@ -140,14 +140,14 @@ def _searched(
 
 
 def _acted(recipe: Recipe, model: Opened, choice: Choice, windows: Windows, progress: Progress | None) -> Any:
-    """The cut model; with the new weights that came with the choice, or that an act which combines blocks makes of the
-    calibration text."""
+    """The cut model; with the new weights that came with the choice, or that an act which combines blocks makes of
+    ``windows``."""
     plan = choice.plan(recipe.aim)
     if choice.healing is not None:
         return applied(model, plan, choice.healing)
-    if recipe.act in ("drop", "share"):
-        return apply(model.model, model.anatomy, plan)
-    return applied(model, plan, new_weights(model, plan, recipe.act, windows, progress))
+    if recipe.combines:
+        return applied(model, plan, new_weights(model, plan, recipe.act, windows, progress))
+    return apply(model.model, model.anatomy, plan)
 
 
 def _probed(model: Opened, compressed: Any, dense: Reference, progress: Progress | None) -> dict[str, object]:

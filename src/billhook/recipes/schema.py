@@ -204,6 +204,11 @@ class Recipe(Words):
         return self.score is not None and named(self.score.word).needs in SURVEYED
 
     @property
+    def combines(self) -> bool:
+        """Whether the act makes new weights for what stays, instead of only leaving something out."""
+        return self.act not in ("drop", "share")
+
+    @property
     def makes(self) -> str:
         """What new weights that come with the choice are called in a record."""
         return "nested-ranks" if self.learns_ranks else self.choice.word if self.trains else "second-order"

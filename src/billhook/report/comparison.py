@@ -214,7 +214,7 @@ def _command(comparison: Comparison) -> str:
 
 def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     judged = next((entry.evidence for entry in comparison.entries if entry.evidence), ())
-    surveyed = f"; {comparison.surveyed:,} for statistics of one pass" if comparison.surveyed else ""
+    surveyed = f"; {comparison.surveyed:,} for statistics of one pass and new weights" if comparison.surveyed else ""
     found = [
         ("command", _command(comparison)),
         ("healing", _HEALING[comparison.heal]),
