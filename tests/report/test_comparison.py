@@ -148,6 +148,17 @@ def test_apart_on_one_text_is_apart(ratios: tuple[tuple[float, float], ...]) -> 
     assert "95%" not in recommendation(found.model_copy(update={"entries": entries}))[1]
 
 
+def test_what_chance_was_refused_is_said_once() -> None:
+    found = comparison()
+    refused = found.entries[-1].model_copy(update={"recipe": "random", "baseline": True})
+    entries = (*found.entries, *(refused.model_copy(update={"seed": seed}) for seed in range(3)))
+    assert comparison_page(found.model_copy(update={"entries": entries})).count("<b>random</b> does not apply") == 1
+
+
+def test_the_page_does_not_claim_a_single_sitting() -> None:
+    assert "in one sitting or, where it was interrupted, in several" in " ".join(comparison_page(comparison()).split())
+
+
 def test_as_good_as_evenly_spaced_is_no_better() -> None:
     found = comparison().model_copy(update={"budgets": ("params=0.8",)})
     even, own = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("evenly-spaced", "block-greedy"))
