@@ -178,6 +178,30 @@ def test_the_best_overall_must_have_met_every_budget() -> None:
     assert recommendation(found.model_copy(update={"entries": lost}))[0].startswith("Use block-greedy: ")
 
 
+def test_where_no_method_met_every_budget_the_one_that_met_most_is_named() -> None:
+    found = comparison()
+
+    def without(*lost: tuple[str, str]) -> str:
+        entries = tuple(
+            e.model_copy(update={"refused": "no", "evidence": ()}) if (e.recipe, e.asked) in lost else e
+            for e in found.entries
+            if e.baseline or e.recipe in ("sublayer-greedy", "block-greedy")
+        )
+        lucky = tuple(with_damage(e, 1.01) if e.recipe == "random" and e.evidence else e for e in entries)
+        return recommendation(found.model_copy(update={"entries": lucky}))[0]
+
+    low, high = "params=0.8", "params=0.9"
+    rest = "no method that looks at the model met every budget."
+    half = without(("sublayer-greedy", low), ("block-greedy", low))
+    assert half == f"Use sublayer-greedy at params=0.9; {rest}"
+    assert without(("sublayer-greedy", low), ("block-greedy", high)).startswith("Use sublayer-greedy at params=0.9;")
+    most = without(("sublayer-greedy", low), ("sublayer-greedy", high), ("block-greedy", high))
+    assert most == f"Use block-greedy at params=0.8; {rest}"
+    assert without(*((who, at) for who in ("sublayer-greedy", "block-greedy") for at in (low, high))) == (
+        "No method that looks at the model met any of these budgets."
+    )
+
+
 def test_no_method_at_all() -> None:
     found = only(comparison(), "attention-drop")
     assert recommendation(found) == ["No method could meet any of these budgets on this model."]
