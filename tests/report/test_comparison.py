@@ -77,7 +77,7 @@ def test_entries_stand_in_the_order_of_their_damage_and_the_refused_apart() -> N
     assert damages == sorted(damages)
     assert len(damages) == 7
     page = comparison_page(found)
-    assert "attention-drop</b> does not apply: budget params=0.8 cannot be met" in page
+    assert "attention-drop</b> has no result: budget params=0.8 cannot be met" in page
 
 
 def test_the_front_is_the_best_at_each_budget_however_it_rounds() -> None:
@@ -152,7 +152,7 @@ def test_what_chance_was_refused_is_said_once() -> None:
     found = comparison()
     refused = found.entries[-1].model_copy(update={"recipe": "random", "baseline": True})
     entries = (*found.entries, *(refused.model_copy(update={"seed": seed}) for seed in range(3)))
-    assert comparison_page(found.model_copy(update={"entries": entries})).count("<b>random</b> does not apply") == 1
+    assert comparison_page(found.model_copy(update={"entries": entries})).count("<b>random</b> has no result") == 1
 
 
 def test_the_page_does_not_claim_a_single_sitting() -> None:
