@@ -14,7 +14,7 @@ import pytest
 from report.example import comparison, example_run, inspection, two_stacks
 from terminal import billhook, fake_recipe
 
-from billhook.plan.record import Run
+from billhook.plan.record import Interval, Run
 from billhook.plan.target import Target
 from billhook.recipes.catalogue import load
 from billhook.recipes.generate import Answer
@@ -200,6 +200,41 @@ def test_compare_fills_a_table_while_it_works(monkeypatch):
     assert "1.48 (1.48 cut)" in rows[1] and rows[1].split()[-1] == "3,000,000"
     assert rows[2].endswith("budget params=0.8 cannot be met")
     assert {len(heading), len(rows[0]), len(rows[1])} == {78}
+
+
+def test_what_compare_tells_fits_80_columns(monkeypatch):
+    """Long names, a long reason and what is damaged a million times, as cut and healed."""
+    plain = comparison()
+    reason = " ".join(["budget params=0.8 cannot be met:", *["so much cannot go"] * 12])
+    long = next(e for e in plain.entries if e.recipe == "random" and e.evidence)
+    long = long.model_copy(update={"recipe": "random-channels", "repeated": (0.1, 1.0)})
+    names = [long.model_copy(update={"seed": seed}) for seed in (0, 1)]
+    refused = plain.entries[-1].model_copy(update={"refused": reason})
+    ratio = Interval(value=4e6, low=3e6, high=5e6)
+    broken = long.model_copy(
+        update={"evidence": tuple(text.model_copy(update={"perplexity_ratio": ratio}) for text in long.evidence)}
+    )
+    for heal, entries in {
+        "none": (*plain.entries[:-1], *names, broken, refused),
+        "closed-form": tuple(e.model_copy(update={"healed": e.evidence}) for e in (*plain.entries[:-1], *names)),
+    }.items():
+        found = plain.model_copy(update={"entries": entries, "heal": heal})
+
+        def walk(*args, told, found=found, **rest):
+            for entry in found.entries:
+                told(entry)
+            return found
+
+        monkeypatch.setattr(importlib.import_module("billhook.recipes.compare"), "compare", walk)
+        result = billhook("compare", "m", "--budget", "params=0.9", "--out", "o")
+        live = result.stderr.splitlines()
+        assert max(map(len, live)) <= 80
+        assert any(line.startswith("random-channels (seed 0) params=0.9 ") for line in live)
+        tables = result.stdout.partition("Use ")[0]
+        assert "…" not in tables and max(map(len, tables.splitlines())) <= 80
+        assert {"docstrings", "answers", "4-grams", "passes"} <= set(tables.split())
+        if heal == "none":
+            assert reason in " ".join(" ".join(live).split())
 
 
 def test_the_words_for_healing_are_those_of_the_methods():

@@ -95,6 +95,16 @@ def test_impossible_places_are_refused(tmp_path: Path) -> None:
         check_out(tmp_path / "file" / "out")
 
 
+def test_nothing_is_put_into_the_model_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for out in (tmp_path / "model" / "out", tmp_path / "model" / "deep" / ".." / "er" / "out"):
+        with pytest.raises(InputError, match="lies inside the model that is read"):
+            check_out(out, source=tmp_path / "model")
+    (tmp_path / "model.gguf").touch()
+    for source in ("model", "model.gguf", "no/such"):
+        check_out(tmp_path / "out", source=tmp_path / source)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_parent_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from billhook.anatomy import discover
 from billhook.data import Windows, evaluation
-from billhook.evaluate import evidence
+from billhook.evaluate import evidence, logits
 from billhook.evaluate.generations import repetition
 from billhook.evaluate.probes import answers, paired, posed
 from billhook.measure.channels import channels
@@ -27,6 +30,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.target import Target
 from billhook.recipes import catalogue, entries
 from billhook.recipes.compare import BASELINES, RANDOM_SEEDS, _distinct, _key, compare
+from billhook.recipes.entries import _acted
 from billhook.recipes.opened import opened
 from billhook.recipes.settings import COMPARED_LENGTH, COMPARED_NEW_TOKENS, COMPARED_QUESTIONS, COMPARED_TOKENS
 from billhook.recipes.texts import Texts, healing_text
@@ -150,6 +154,45 @@ def test_a_method_that_a_model_has_no_place_for_does_not_end_the_comparison(
         assert entries[name].evidence and not entries[name].refused
     for name in ("fusegpt", "block-influence", *BASELINES):
         assert entries[name].refused and not entries[name].evidence
+
+
+def test_a_result_that_cannot_be_judged_does_not_end_the_comparison(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it cost the others another pass of the dense model."""
+    seen = []
+
+    def broken(recipe: Any, model: Any, choice: Any, *rest: Any) -> Any:
+        made = _acted(recipe, model, choice, *rest)
+        if recipe.name == "first" and len(choice.found.drops) == 1:
+            made = copy.deepcopy(made)
+            made.get_output_embeddings().weight.data[5] = math.nan
+        return made
+
+    def counted(model: Any, ids: Any, *rest: Any) -> Any:
+        seen.append(model)
+        return logits.logits_by_slice(model, ids, *rest)
+
+    monkeypatch.setattr("billhook.recipes.entries._acted", broken)
+    monkeypatch.setattr(importlib.import_module("billhook.evaluate.evidence"), "logits_by_slice", counted)
+    found = compare(tiny_lm, budgets=BUDGETS, out=tmp_path / "out", recipes=["first"])
+    (lost,) = (entry for entry in found.entries if entry.refused)
+    assert (lost.recipe, lost.asked) == ("first", "params=0.9")
+    assert "the compressed model's log-likelihood of window 0 of" in lost.refused and not lost.evidence
+    windows = sum(text.windows for text in found.entries[1].evidence)
+    assert sum(model is seen[0] for model in seen) == windows, "the dense model ran again"
+
+
+def test_healing_that_fails_is_what_the_refusal_names(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> Any:
+        raise InputError("its regression has no solution")
+
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
+    monkeypatch.setattr("billhook.recipes.entries.new_weights", fail)
+    found = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["first"], heal="closed-form")
+    assert {entry.refused for entry in found.entries} == {"healing failed: its regression has no solution"}
 
 
 def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,15 +77,46 @@ def test_entries_stand_in_the_order_of_their_damage_and_the_refused_apart() -> N
     assert damages == sorted(damages)
     assert len(damages) == 7
     page = comparison_page(found)
-    assert "attention-drop</b> does not apply: budget params=0.8 cannot be met" in page
+    assert "attention-drop</b> has no result: budget params=0.8 cannot be met" in page
 
 
-def test_nothing_is_below_the_front() -> None:
+def test_the_front_is_the_best_at_each_budget_however_it_rounds() -> None:
     found = comparison()
-    best = front(found)
-    assert [entry.recipe for entry in best] == ["sublayer-greedy", "sublayer-greedy"]
-    for entry in (e for e in found.entries if e.evidence):
-        assert any(kept(b) <= kept(entry) and b.damage <= entry.damage for b in best)
+    assert [(e.recipe, e.asked) for e in front(found)] == [("sublayer-greedy", b) for b in found.budgets]
+    less = {"params": found.at("params=0.8")[0].realised["params"] - 1e-5}
+    far_worse = with_damage(found.at("params=0.8")[1].model_copy(update={"realised": less}), 66_000.0)
+    entries = tuple(far_worse if e == found.at("params=0.8")[1] else e for e in found.entries)
+    rounded = found.model_copy(update={"entries": entries})
+    assert front(rounded) == front(found)
+    assert comparison_page(rounded).count("●") == 2
+
+
+def test_what_is_broken_is_not_on_the_front() -> None:
+    found = comparison()
+    entries = tuple(with_damage(e, 2 * USABLE) if e.evidence and e.asked == "params=0.8" else e for e in found.entries)
+    broken = found.model_copy(update={"entries": entries})
+    assert front(broken) == broken.at("params=0.9")[:1]
+    (drawn,) = quality(broken)
+    thick = drawn.spec["data"][-1]
+    assert thick["line"]["width"] == 4 and len(thick["x"]) == 1
+    assert [note["text"].split()[0] for note in drawn.spec["layout"]["annotations"]] == ["sublayer-greedy"]
+
+
+def test_budgets_of_several_kinds_are_drawn_along_the_first() -> None:
+    """The table of each budget says what is kept of its own."""
+    found = comparison()
+    entries = tuple(
+        e.model_copy(update={"asked": "blocks=24", "realised": {"params": 0.7, "blocks": 0.8}})
+        if e.asked == "params=0.8"
+        else e
+        for e in found.entries
+    )
+    mixed = found.model_copy(update={"budgets": ("params=0.9", "blocks=24"), "entries": entries})
+    (drawn,) = quality(mixed)
+    assert drawn.spec["layout"]["xaxis"]["title"]["text"] == "block parameters kept"
+    assert {x for trace in drawn.spec["data"] for x in trace["x"]} == {0.896, 0.7}
+    assert {kept(entry) for entry in mixed.at("blocks=24")} == {0.8}
+    assert [entry.asked for entry in front(mixed)] == ["params=0.9", "blocks=24"]
 
 
 def test_the_advice_names_the_best_and_the_best_that_loads_anywhere() -> None:
@@ -117,6 +148,17 @@ def test_apart_on_one_text_is_apart(ratios: tuple[tuple[float, float], ...]) -> 
     assert "95%" not in recommendation(found.model_copy(update={"entries": entries}))[1]
 
 
+def test_what_chance_was_refused_is_said_once() -> None:
+    found = comparison()
+    refused = found.entries[-1].model_copy(update={"recipe": "random", "baseline": True})
+    entries = (*found.entries, *(refused.model_copy(update={"seed": seed}) for seed in range(3)))
+    assert comparison_page(found.model_copy(update={"entries": entries})).count("<b>random</b> has no result") == 1
+
+
+def test_the_page_does_not_claim_a_single_sitting() -> None:
+    assert "in one sitting or, where it was interrupted, in several" in " ".join(comparison_page(comparison()).split())
+
+
 def test_as_good_as_evenly_spaced_is_no_better() -> None:
     found = comparison().model_copy(update={"budgets": ("params=0.8",)})
     even, own = (next(e for e in found.at("params=0.8") if e.recipe == r) for r in ("evenly-spaced", "block-greedy"))
@@ -134,6 +176,30 @@ def test_the_best_overall_must_have_met_every_budget() -> None:
         for e in found.entries
     )
     assert recommendation(found.model_copy(update={"entries": lost}))[0].startswith("Use block-greedy: ")
+
+
+def test_where_no_method_met_every_budget_the_one_that_met_most_is_named() -> None:
+    found = comparison()
+
+    def without(*lost: tuple[str, str]) -> str:
+        entries = tuple(
+            e.model_copy(update={"refused": "no", "evidence": ()}) if (e.recipe, e.asked) in lost else e
+            for e in found.entries
+            if e.baseline or e.recipe in ("sublayer-greedy", "block-greedy")
+        )
+        lucky = tuple(with_damage(e, 1.01) if e.recipe == "random" and e.evidence else e for e in entries)
+        return recommendation(found.model_copy(update={"entries": lucky}))[0]
+
+    low, high = "params=0.8", "params=0.9"
+    rest = "no method that looks at the model met every budget."
+    half = without(("sublayer-greedy", low), ("block-greedy", low))
+    assert half == f"Use sublayer-greedy at params=0.9; {rest}"
+    assert without(("sublayer-greedy", low), ("block-greedy", high)).startswith("Use sublayer-greedy at params=0.9;")
+    most = without(("sublayer-greedy", low), ("sublayer-greedy", high), ("block-greedy", high))
+    assert most == f"Use block-greedy at params=0.8; {rest}"
+    assert without(*((who, at) for who in ("sublayer-greedy", "block-greedy") for at in (low, high))) == (
+        "No method that looks at the model met any of these budgets."
+    )
 
 
 def test_no_method_at_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -91,6 +92,9 @@ def _rows() -> Callable[[Entry], None]:
 
 
 def _line(method: str, budget: str, *cells: str) -> str:
-    """The last cell of a method that was refused, and its only one, says why."""
-    start = f"{method:<24}{budget:<13}"
-    return start + cells[0] if len(cells) == 1 else start + "".join(map("{:>{}}".format, cells, (15, 9, 17)))
+    """At most 78 columns; the last cell of a method that was refused, and its only one, says why in as many lines as it
+    takes."""
+    start = f"{method:<24} {budget:<14} "
+    if len(cells) > 1:
+        return start + "".join(map("{:>{}}".format, cells, (15, 8, 15)))
+    return textwrap.fill(cells[0], 78, initial_indent=start, subsequent_indent="    ", break_on_hyphens=False)

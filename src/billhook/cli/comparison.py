@@ -24,7 +24,7 @@ def row(entry: Entry) -> tuple[str, ...]:
     drawn = entry.baseline and entry.recipe.startswith("random")
     who = f"{entry.recipe} (seed {entry.seed})" if drawn else entry.recipe
     if entry.refused:
-        return who, entry.asked, f"  {entry.refused}"
+        return who, entry.asked, entry.refused
     cut = f" ({number(entry.damage_as_cut)} cut)" if entry.healed else ""
     return who, entry.asked, f"{number(entry.damage)}{cut}", exact_answers(entry), f"{entry.work:,}"
 
@@ -37,29 +37,27 @@ def advice(comparison: Comparison, out: Path) -> Text:
 
 def _table(comparison: Comparison, budget: str) -> Table:
     entries = comparison.at(budget)
+    figures = f"perplexity × dense, {'as cut' if comparison.heal == 'none' else 'cut → healed'}"
     table = Table(
-        title=Text(f"keeping {budget_in_words(budget)}", style="bold"),
+        title=Text.assemble((f"keeping {budget_in_words(budget)}", "bold"), (f"  {figures}", "dim")),
         title_justify="left",
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         pad_edge=False,
         header_style="dim",
     )
     table.add_column("method", no_wrap=True)
     table.add_column("kept", justify="right")
     for text in entries[0].evidence:
-        table.add_column(f"perplexity ×\n{text.name}", justify="right")
-        if comparison.heal != "none":
-            table.add_column("\nhealed", justify="right")
+        table.add_column(Text(text.name), justify="right", overflow="fold")
     table.add_column("exact\nanswers", justify="right")
     table.add_column("repeated\n4-grams", justify="right")
     table.add_column("search\npasses", justify="right")
     for entry in entries:
         ratios = []
         for i, text in enumerate(entry.evidence):
-            ratios.append(number(text.perplexity_ratio.value))
-            if comparison.heal != "none":
-                ratios.append(number(entry.healed[i].perplexity_ratio.value) if entry.healed else "–")
+            healed = f" → {number(entry.healed[i].perplexity_ratio.value)}" if entry.healed else ""
+            ratios.append(f"{number(text.perplexity_ratio.value)}{healed}")
         style = "dim" if entry.baseline else ""
         found = [*ratios, exact_answers(entry), repeated(entry), number(passes(entry, comparison), 2)]
         cells = [name(entry, comparison), percent(kept(entry)), *found]

@@ -22,14 +22,16 @@ def check_out(
     """The absolute path of ``out``; InputError if a result could not or must not be put there.
 
     An existing folder is only replaced with ``overwrite``, and only if it is empty or holds a model or a result of
-    Billhook; never with one that is, or holds, the ``source`` that is read. Nothing is made; what a killed run had
-    moved aside is put back first.
+    Billhook; never with one that is, or holds, the ``source`` that is read, and nothing is put into that. Nothing is
+    made; what a killed run had moved aside is put back first.
     """
     path = Path(out).absolute()
     put_back(path)
     origin = Path(source).expanduser().resolve() if source is not None else None
     if origin is not None and origin.exists() and path.resolve() in (origin, *origin.parents):
         raise InputError(f"output folder {out} holds the model that is read; name another folder")
+    if origin is not None and origin.is_dir() and origin in path.resolve().parents:
+        raise InputError(f"output folder {out} lies inside the model that is read; name another folder")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"output {out} exists and is not a folder; name a new folder")
     if path.is_dir() and not overwrite:

@@ -21,13 +21,13 @@ class Entry(_Record):
     """One recipe at one budget: what it dropped, kept in part, made sparse, took apart, which ``channels`` of a stream
     it kept, or had share weights (``schedule``), what finding that took, and how well the model works without it.
 
-    ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model,
-    ``refused`` says why and there is nothing else. ``evidence`` is of the model as it was cut, ``healed`` of the same
-    after healing in closed form, empty where nothing was healed; ``probes`` are answered by the healed one
-    where there is one; ``repeated`` is the share of 4-grams that came before in the same greedy continuation, of the
-    dense model and of the one that answers (None where it was not measured). ``work`` counts block-token forwards of
-    the search alone; ``seconds`` are those of the search in this run, fewer where another recipe had paid for the same
-    figures.
+    ``baseline`` marks a choice that looks at nothing. Where the recipe cannot meet the budget on this model, or its
+    result cannot be made, healed or judged, ``refused`` says why and there is no evidence. ``evidence`` is of the model
+    as it was cut, ``healed`` of the same after healing in closed form, empty where nothing was healed; ``probes`` are
+    answered by the healed one where there is one; ``repeated`` is the share of 4-grams that came before in the same
+    greedy continuation, of the dense model and of the one that answers (None where it was not measured). ``work``
+    counts block-token forwards of the search alone; ``seconds`` are those of the search in this run, fewer where
+    another recipe had paid for the same figures.
     """
 
     recipe: str

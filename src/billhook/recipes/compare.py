@@ -67,7 +67,8 @@ def compare(
     those whose act makes new weights do so on as much text as ``compress`` gives them. With ``heal`` closed-form every
     result whose act is to drop or narrow, baselines included, is judged as cut and again after healing, on the same
     passes of the dense model, and what is said of methods goes by the healed ones. ``told`` hears of each entry when it
-    is done. A recipe that cannot meet a budget on this model is an entry that says why.
+    is done. A recipe that cannot meet a budget on this model, or whose result cannot be healed or judged, is an entry
+    that says why.
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
     evaluation; recipes with the same objective share their figures.
 

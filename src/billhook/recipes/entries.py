@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from billhook.measure.sums import Trace
 from billhook.plan.budget import Budget
 from billhook.plan.comparison import Entry
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.recipes.choices import Baseline
 from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.find import Choice, find, pose_for
@@ -53,35 +53,26 @@ def entries_of(
     place: Path,
     progress: Progress | None,
 ) -> list[Entry]:
-    """The entries of one recipe, one a budget; where it cannot be carried out, one that says why.
+    """The entries of one recipe, one a budget; where it cannot be carried out or the result not judged, one that says
+    why.
 
     Healed on ``texts.longer`` and judged once more, where there is such text and healing fits the method."""
     healable = recipe.act == "drop" and recipe.unit != "weight" and not (recipe.trains or recipe.learns_ranks)
     longer = texts.longer if healable else None
     entries: list[Entry] = []
-    cut: list[Any] = []
-    healed: list[Any] = []
     once = Once(each=True)  # each entry says what its search alone would have cost
     for budget in budgets:
         entry, choice = _searched(recipe, budget, seed, model, texts, seen, once, place, progress)
         if choice is not None:
             try:
-                acted = _acted(recipe, model, choice, texts.survey or texts.windows, progress)
+                results = [_acted(recipe, model, choice, texts.survey or texts.windows, progress)]
                 if longer is not None:
-                    plan = choice.plan(recipe.aim)
-                    healed.append(applied(model, plan, new_weights(model, plan, "closed-form", longer, progress)))
-                cut.append(acted)
-            except InputError as error:  # one method that cannot be carried out does not end the comparison
+                    results.append(_healed(model, choice.plan(recipe.aim), longer, progress))
+                entry = entry.model_copy(update=_proof(model, results, texts, dense, progress))
+            except InputError as error:  # one result that cannot be made or judged does not end the comparison
                 entry = entry.model_copy(update={"refused": str(error)})
         entries.append(entry)
-    if not cut:
-        return entries
-    found = evidence_of_each(model.model, [*cut, *healed], texts.judged, of_dense=dense.of_text, progress=progress)
-    proofs = zip_longest(found[: len(cut)], found[len(cut) :], healed or cut, fillvalue=())
-    proven = (
-        {"evidence": one, "healed": other, **_probed(model, best, dense, progress)} for one, other, best in proofs
-    )
-    return [entry if entry.refused else entry.model_copy(update=next(proven)) for entry in entries]
+    return entries
 
 
 def _searched(
@@ -150,10 +141,23 @@ def _acted(recipe: Recipe, model: Opened, choice: Choice, windows: Windows, prog
     return apply(model.model, model.anatomy, plan)
 
 
-def _probed(model: Opened, compressed: Any, dense: Reference, progress: Progress | None) -> dict[str, object]:
-    """What probes and continuations say of a result beside the dense model."""
-    repeated = repetition(compressed, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)
+def _healed(model: Opened, plan: Plan, longer: Windows, progress: Progress | None) -> Any:
+    try:
+        return applied(model, plan, new_weights(model, plan, "closed-form", longer, progress))
+    except InputError as error:
+        raise InputError(f"healing failed: {error}") from error
+
+
+def _proof(
+    model: Opened, results: Sequence[Any], texts: Texts, dense: Reference, progress: Progress | None
+) -> dict[str, object]:
+    """What text, probes and continuations say beside the dense model: text of the cut model and of the healed one where
+    there is one, the others of the last of them."""
+    best = results[-1]
+    evidence, *healed = evidence_of_each(model.model, results, texts.judged, of_dense=dense.of_text, progress=progress)
     return {
-        "probes": paired(dense.answers, answers(compressed, dense.asked, progress)),
-        "repeated": (dense.repeated, repeated),
+        "evidence": evidence,
+        "healed": healed[0] if healed else (),
+        "probes": paired(dense.answers, answers(best, dense.asked, progress)),
+        "repeated": (dense.repeated, repetition(best, model.tokenizer, max_new_tokens=COMPARED_NEW_TOKENS)),
     }

@@ -161,7 +161,7 @@ def _part(comparison: Comparison, budget: str) -> dict[str, Any]:
             )
             for entry in entries
         ],
-        "refused": [(e.recipe, e.refused) for e in comparison.entries if e.asked == budget and e.refused],
+        "refused": dict.fromkeys((e.recipe, e.refused) for e in comparison.entries if e.asked == budget and e.refused),
     }
 
 

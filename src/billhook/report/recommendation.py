@@ -29,7 +29,7 @@ def recommendation(comparison: Comparison) -> list[str]:
 def _overall(comparison: Comparison, budgets: list[str]) -> str:
     best = _best_over(comparison, budgets, None)
     if best is None:
-        return f"Use {name(comparison.at(budgets[0])[0], comparison)}; no method met every budget."
+        return _in_part(comparison, budgets)
     words = f"Use {best}: over these budgets its perplexity is the lowest on average among those that look at the model"
     plain = _best_over(comparison, budgets, Target.UNIFORM)
     if plain is not None and plain != best:
@@ -37,16 +37,30 @@ def _overall(comparison: Comparison, budgets: list[str]) -> str:
     return f"{words}."
 
 
+def _in_part(comparison: Comparison, budgets: list[str]) -> str:
+    """Where no method met every budget: the one that met most of them, of several the one with the least damage."""
+    met = _damages(comparison, budgets, None)
+    if not met:
+        return "No method that looks at the model met any of these budgets."
+    best = min(met, key=lambda who: (-len(met[who]), sum(met[who].values()), who))
+    return f"Use {best} at {' and '.join(met[best])}; no method that looks at the model met every budget."
+
+
 def _best_over(comparison: Comparison, budgets: list[str], target: Target | None) -> str | None:
-    """The method with the least damage at the geometric mean over all budgets, of those that look at something; None if
-    none of them met them all."""
-    damages: dict[str, list[float]] = {}
+    """The method with the least damage at the geometric mean over all budgets; None if none met them all."""
+    damages = _damages(comparison, budgets, target)
+    complete = {who: sum(logs.values()) for who, logs in damages.items() if len(logs) == len(budgets)}
+    return min(complete, key=lambda who: (complete[who], who)) if complete else None
+
+
+def _damages(comparison: Comparison, budgets: list[str], target: Target | None) -> dict[str, dict[str, float]]:
+    """The log of the damage at each budget that it met, for every method that looks at something."""
+    damages: dict[str, dict[str, float]] = {}
     for budget in budgets:
         for entry in comparison.at(budget):
             if target in (None, entry.target) and not entry.baseline:
-                damages.setdefault(name(entry, comparison), []).append(math.log(entry.damage))
-    complete = {who: sum(logs) for who, logs in damages.items() if len(logs) == len(budgets)}
-    return min(complete, key=lambda who: (complete[who], who)) if complete else None
+                damages.setdefault(name(entry, comparison), {})[budget] = math.log(entry.damage)
+    return damages
 
 
 def _at(comparison: Comparison, budget: str) -> str:
