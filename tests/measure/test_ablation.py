@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pytest
@@ -88,6 +89,18 @@ def test_stream_error_of_a_known_change() -> None:
     real, stream = ablator.replay.real[0], ablator.replay.final[0]
     tripled = [torch.where(real[..., None], 3 * stream, 7)]
     assert ablator._judge(tripled) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_a_broken_model_is_infinitely_far(kind: Kind, value: float) -> None:
+    model = build("llama")
+    ablator = Ablator(model, discover(model), WINDOWS, kind)
+    broken = [stream.clone() for stream in ablator.replay.final]
+    broken[0][0, 2] = value
+    assert ablator._judge(broken) == math.inf
+    broken = [torch.full_like(stream, value) for stream in ablator.replay.final]
+    assert ablator._judge(broken) == math.inf
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -52,6 +52,32 @@ def test_closed_is_dropped_and_slopes_are_those_of_the_loss(name: str) -> None:
         assert slopes[unit] == pytest.approx(rise / (2 * step), rel=0.05, abs=5e-3)
 
 
+@pytest.mark.parametrize("kind", ["block", "sublayer"])
+@pytest.mark.parametrize("make", [None, LowRank, Adapters])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_what_is_shut_does_not_run(name: str, make: Any, kind: str) -> None:
+    model = build(name)
+    gates = gated(model, kind, stand_in=make and make(4))
+    shut = gates.units[1:4]
+    inside = [s for u in shut for s in discover(model).block(u).sublayers if u.sublayer in (None, s.address.sublayer)]
+    ran: list[str] = []
+    writes = {w.rpartition(".")[0] for s in inside for w in s.writes}
+    for path in sorted(writes):
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, path=path: ran.append(path))
+    nearly, before = gates.loss(dict.fromkeys(shut, 1e-9), 0), gates.work
+    assert ran, "what is let through at all runs"
+    ran.clear()
+    assert gates.loss(dict.fromkeys(shut, 0.0), 0) == pytest.approx(nearly, abs=1e-5)
+    whole = {"block": 3, "sublayer": 1}[kind]
+    assert (ran, gates.work - before) == ([], (len(discover(model).stack("decoder").blocks) - whole) * IDS.shape[1])
+
+
+def test_linears_without_a_module_around_them_run_and_count() -> None:
+    gates = gated(build("opt"), "block")
+    gates.loss(dict.fromkeys(gates.units[1:4], 0.0), 0)
+    assert gates.work == len(discover(gates.model).stack("decoder").blocks) * IDS.shape[1]
+
+
 def test_the_model_is_left_as_it_was_and_work_is_counted() -> None:
     model = build("llama").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.measure.ablation import Ablator
+from billhook.measure.ablation import Ablator, Kind
 from billhook.measure.sums import Trace
 from billhook.measure.trace import trace
 from billhook.plan.address import Address
@@ -155,3 +155,15 @@ def test_until_the_cliff_needs_a_path(name: str) -> None:
     with pytest.raises(InputError, match=f"recipe {name} .* has none: use a greedy or one-shot recipe"):
         require_path(load(name), Budget.parse("until=cliff"))
     require_path(load(name), Budget.parse("params=0.8"))
+
+
+def test_until_the_cliff_is_counted_in_nats() -> None:
+    def by(objective: Any) -> Recipe:
+        return Recipe(name="mine", title="Mine", unit="block", objective=objective, choice=Greedy(word="greedy"))
+
+    for objective in ("kl", "loss"):
+        require_path(by(objective), Budget.parse("until=cliff"))
+    for objective in set(get_args(Kind)) - {"kl", "loss"}:
+        with pytest.raises(InputError, match=f"the objectives kl and loss, and recipe mine goes by {objective}:"):
+            require_path(by(objective), Budget.parse("until=cliff"))
+        require_path(by(objective), Budget.parse("params=0.8"))

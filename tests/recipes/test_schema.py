@@ -8,6 +8,7 @@ from billhook.recipes.choices import Greedy
 from billhook.scores import SCORES
 
 GOOD = "name: mine\ntitle: Mine\nunit: sublayer\nobjective: kl\nchoice: {word: greedy}\n"
+EVOLVE = GOOD.replace("{word: greedy}", "{{word: evolve, generations: 2, offspring: 8, patience: 1, screens: [{}]}}")
 
 
 def test_the_recipes_that_come_along() -> None:
@@ -126,8 +127,26 @@ def test_an_unknown_name_gets_the_list() -> None:
         ),
         (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
         (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),
-        ("- a\n- b\n", "the top level: Input should be"),
-        ("", "the top level: Input should be"),
+        ("- a\n- b\n", "the top level: should be words with values, such as unit: block"),
+        ("", "the top level: should be words with values, such as unit: block"),
+        (GOOD.replace("greedy}", "greedy, per: unit, refine: 1}"), "refine goes with per budget"),
+        (GOOD.replace("greedy}", "greedy, refine: .inf}"), "choice.greedy.refine: Input should be a finite number"),
+        (
+            GOOD.replace("kl", "loss").replace("greedy}", "bandit, rounds: 4, rate: .inf}"),
+            "choice.bandit.rate: Input should be a finite number",
+        ),
+        (
+            GOOD.replace("objective: kl", "act: scale").replace("greedy}", "graded, first: 0, last: .inf}"),
+            "choice.graded.last: Input should be a finite number",
+        ),
+        (
+            GOOD.replace("objective: kl", "score: {word: angular}").replace("greedy}", "one-shot}"),
+            "score angular is one of whole blocks: unit must be block, not sublayer",
+        ),
+        (EVOLVE.format("{share: 0.5, survivors: 4}, {share: 0.2, survivors: 2}"), "takes a larger share than the one"),
+        (EVOLVE.format("{share: 0.2, survivors: 2}, {share: 0.2, survivors: 2}"), "takes a larger share than the one"),
+        (EVOLVE.format("{share: 0.2, survivors: 2}, {share: 0.5, survivors: 4}"), "lets no more survive than came"),
+        (EVOLVE.format("{share: 0.2, survivors: 9}"), "lets no more survive than came"),
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from billhook.data import Windows
 from billhook.plan.address import Address
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
+from billhook.plan.plan import Plan
 from billhook.plan.record import Run, Step
 from billhook.recipes import apply as apply_walk
 from billhook.recipes import compare as side_by_side
@@ -65,14 +67,20 @@ def test_a_copy_runs_with_the_weights_of_its_twin_and_a_silent_block_goes() -> N
     assert (left.drops, schedule) == ({Address("decoder", 1)}, None)
 
 
-def test_a_group_consists_of_neighbours() -> None:
-    """Block 2 is a copy of 4 and block 3 one of 1: both at once would run 4 before 1."""
+def test_a_group_consists_of_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks 2 and 3 between 1 and 4: that the one runs with the weights of 4 and the other of 1 is never tried."""
+    tried = []
+
+    def divergences(model: Any, anatomy: Any, plan: Plan, *rest: Any) -> list[float]:
+        order = plan.schedule.order("decoder", 5) if plan.schedule else [0, 1, 4]
+        tried.append(order)
+        return [-order.count(1) - 10.0 * (order != sorted(order))]
+
+    monkeypatch.setattr(sys.modules[share.__module__], "divergences", divergences)
     model = build("llama")
-    copied(model, 2, 4)
-    copied(model, 3, 1)
     _, schedule = share(model, discover(model), found(2, 3), WINDOWS)
-    order = schedule.order("decoder", 5) if schedule else []
-    assert order == sorted(order)
+    assert schedule is not None and schedule.order("decoder", 5) == [0, 1, 1, 1, 4]
+    assert tried == [[0, 1, 4], [0, 1, 1, 4], [0, 1, 4, 4], [0, 1, 1, 1, 4]]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +27,16 @@ def test_flat_and_then_ruinous() -> None:
     assert cliff(path([0.1] * 8 + [40.0, 60.0])) == 8
     assert cliff(path([5.0] * 8 + [40.0])) == 8
     assert cliff(path([2.0, 2.1, 1.9, 2.4, 2.6, 30.0, 3.0])) == 5
+
+
+def test_what_is_usual_is_the_median_of_the_steps_before() -> None:
+    """Growths of 1, 2, 4 and then 7: the usual one is 2 without the last, and would be 3 with it."""
+    assert cliff(path([1.0, 1.0, 2.0, 8.0, 56.0])) == 4
+    assert cliff(path([1.0, 1.0, 2.0, 8.0, 47.0])) is None
+
+
+def test_where_it_begins_does_not_matter() -> None:
+    assert cliff(path([2.0, 2.2, 2.0, 2.5, 30.0], start=1e6)) == 4
 
 
 def test_back_to_what_a_step_cost_before_is_no_cliff_however_cheap_the_last_ones_were() -> None:
@@ -106,10 +115,3 @@ def test_steps_without_figures_or_that_give_back_are_passed_over() -> None:
     back = steps[3].model_copy(update={"units": (), "restored": ("decoder.0",), "objective": 3.0, "score": None})
     assert cliff([*steps[:4], back]) is None
     assert cliff([s.model_copy(update={"objective": None}) for s in steps]) is None
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_the_scale_of_what_is_free_goes_with_the_objective(scale: float) -> None:
-    rates = [scale * r for r in (2.0, 2.2, 2.0, 2.5, 30.0)]
-    assert cliff(path(rates), free=scale) == 4
-    assert cliff(path(rates, start=1e6 * scale), free=scale) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from synthetic import Synthetic, kept, problem
 
 from billhook.plan.address import Address
+from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.search import Found, Ledger, Memo, Stage, at_random, evolve, greedy
-from billhook.search.evolve import _mutant
+from billhook.search.evolve import _mutant, lineage
 
 BLOCKS = 10
 
@@ -133,3 +135,26 @@ def test_a_mutation_switches_one_to_three_units_most_often_one() -> None:
     back = [len(parent - mutant) for mutant in mutants]
     assert len(mutants) == 60 and set(back) == {1, 2, 3} and all(len(mutant) == len(parent) for mutant in mutants)
     assert back.count(1) > back.count(2) > back.count(3)
+
+
+def test_patience_is_counted_from_the_last_progress() -> None:
+    """The fourth mutant of all is better; each after it is worse than the one before."""
+
+    class Fourth(Synthetic):
+        def figure(self, drops: object) -> float:
+            (unit,) = drops
+            return -1.0 if unit.block == 4 else float(unit.block)
+
+    numbers = count(1)
+    memo = Memo(Fourth(1))
+    parents = lineage(
+        frozenset({Address("decoder", 0)}),
+        [Stage(memo, 1)],
+        lambda parent: frozenset({Address("decoder", next(numbers))}),
+        budget=Budget.parse("params=0.8"),
+        generations=50,
+        offspring=2,
+        patience=3,
+    )
+    assert [value for _, value in parents] == [0.0, -1.0]
+    assert memo.evaluations == 1 + 2 * (2 + 3), "two generations up to there, and three in vain"

@@ -67,7 +67,7 @@ def test_the_cheap_units_are_found(word: str) -> None:
     assert found.drops == EASY
     assert max(worth[u] for u in EASY) < min(worth[u] for u in BLOCKS if u not in EASY)
     assert found.work == bowl.work
-    assert bowl.texts == sorted(bowl.texts), "a text after the other"
+    assert bowl.texts == list(range(30 if word == "gates" else 60)), "a text after the other"
 
 
 @pytest.mark.parametrize("word", ["gates", "sampled", "bandit"])

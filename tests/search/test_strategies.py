@@ -31,6 +31,7 @@ from billhook.search import (
     pose,
     span,
 )
+from billhook.search.one_shot import Per
 
 Strategy = Callable[[Problem, Synthetic], Found]
 STRATEGIES: dict[str, Strategy] = {
@@ -231,3 +232,15 @@ def test_progress_ends_at_its_total() -> None:
     ends = {label: (done, total) for label, done, total in heard}
     assert all(done == total for done, total in ends.values())
     assert len(ends) == 3
+
+
+@pytest.mark.parametrize("per", ["unit", "budget"])
+def test_greedy_puts_back_what_a_later_unit_makes_superfluous(per: Per) -> None:
+    class Early(Synthetic):
+        def weight(self, unit: Address) -> float:
+            return {"decoder.1.attention": 0.01, "decoder.2.mlp": 0.2}.get(str(unit), 9.0)
+
+    found = greedy(problem(5, "params=0.86"), Memo(Early(5)), per=per)
+    assert [step.units for step in found.steps] == [("decoder.1.attention",), ("decoder.2.mlp",), ()]
+    assert found.steps[-1].restored == ("decoder.1.attention",)
+    assert found.drops == {Address("decoder", 2, "mlp")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import pairwise
 
 import pytest
 from outlines import outline
@@ -64,6 +65,8 @@ def test_a_ranking_is_followed_to_the_cliff_of_the_objective(unit: str) -> None:
     assert cliff(found.steps) == 4 == len(found.steps) - 1
     assert found.evaluations == 6, "the dense model and one a step"
     assert found.steps[0].work > 1000
+    rises = [after.objective - before.objective for before, after in pairwise(found.steps)]
+    assert [step.score for step in found.steps] == pytest.approx([found.steps[0].objective, *rises]), "dense is 0"
 
 
 def test_a_bad_ranking_falls_off_early() -> None:
@@ -78,7 +81,7 @@ def test_a_bad_ranking_falls_off_early() -> None:
 def test_a_model_that_gets_worse_evenly_is_refused(seed: int) -> None:
     posed = problem(BLOCKS, "until=cliff", "block")
     objective = Synthetic(BLOCKS, seed, pairs=0.1)
-    message = "none of the 7 possible steps costs out of proportion to those before it, so there is no cliff"
+    message = "of the 7 possible steps none after the first 3 costs out of proportion to those before it, so there is"
     with pytest.raises(InputError, match=message):
         greedy_until_cliff(posed, Memo(objective))
     with pytest.raises(InputError, match=message):
@@ -95,8 +98,28 @@ def test_a_model_that_breaks_has_its_cliff_there() -> None:
     assert found.drops == attentions({1, 2, 5, 6})
     ranking = {u: Cliff({1, 2, 5, 6}).weight(u) for u in posed.candidates}
     assert ranked_until_cliff(posed, ranking, Memo(Broken({1, 2, 5, 6}))).drops == found.drops
-    with pytest.raises(InputError, match="none of the 0 possible steps"):
+    with pytest.raises(InputError, match="the first step breaks the model already, so nothing may go"):
         greedy_until_cliff(posed, Memo(Broken(set())))
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_a_ranking_ends_before_the_step_that_breaks_the_model(at: int) -> None:
+    class Broken(Synthetic):
+        def weight(self, unit: Address) -> float:
+            return 1.0
+
+        def figure(self, drops: Iterable[Address]) -> float:
+            return super().figure(drops) if len(set(drops)) <= at else math.inf
+
+    posed = problem(BLOCKS, "until=cliff", "attention")
+    scores = {unit: float(unit.block) for unit in posed.candidates}
+    if at == 0:
+        with pytest.raises(InputError, match="the first step breaks the model already, so nothing may go"):
+            ranked_until_cliff(posed, scores, Memo(Broken(BLOCKS)))
+        return
+    found = ranked_until_cliff(posed, scores, Memo(Broken(BLOCKS)))
+    assert found.drops == attentions(range(at))
+    assert len(found.steps) == at and found.evaluations == at + 2, "what breaks it is not on record"
 
 
 def test_where_nothing_may_go_alone_there_is_nothing_to_search() -> None:

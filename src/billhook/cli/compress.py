@@ -15,7 +15,8 @@ _BUDGET = (
     "What the result may cost: a fraction of dense (params=0.8) or a number with its unit (size=100MB). "
     "Kinds: params, size, memory, flops, kv_bytes, blocks; several with commas between. "
     "Or latency=0.8: the time of decoding, measured. "
-    "Or until=cliff: cut until the next step costs out of proportion."
+    "Or until=cliff: cut until a step from the fourth on costs, for what it frees, over 3 times as much as any before "
+    "it; where costs climb steadily, over 3 times the usual (median) climb."
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -22,7 +23,8 @@ Kind = Literal["kl", "loss", "stream", "turn", "angle", "euclidean", "jensen-sha
 
 
 class Ablator:
-    """One figure for how far a model is from dense as units are dropped, over fixed inputs. Low is good.
+    """One figure for how far a model is from dense as units are dropped, over fixed inputs. Low is good, infinite where
+    the stream or the output is not finite.
 
     - ``kl``: mean divergence of its next-token distributions from the dense ones, nats a token (see Teacher);
     - ``loss``: mean negative log-likelihood of the text, nats a token;
@@ -112,7 +114,7 @@ def _stream_error(replay: Replay) -> Callable[[list[Tensor]], float]:
     def error(streams: list[Tensor]) -> float:
         now = (stream[real].float() for stream, real in zip(streams, replay.real, strict=True))
         distances = (torch.dist(a, b).double().square().item() for a, b in zip(now, dense, strict=True))
-        return sum(distances) / energy
+        return _finite(sum(distances) / energy)
 
     return error
 
@@ -126,6 +128,11 @@ def _turn(replay: Replay) -> Callable[[list[Tensor]], float]:
         cosines = (
             torch.cosine_similarity(a, b, dim=-1).sum(dtype=torch.float64) for a, b in zip(now, dense, strict=True)
         )
-        return 1 - sum(cosine.item() for cosine in cosines) / count
+        return _finite(1 - sum(cosine.item() for cosine in cosines) / count)
 
     return turn
+
+
+def _finite(figure: float) -> float:
+    """A broken model is infinitely far from dense, never NaN."""
+    return figure if math.isfinite(figure) else math.inf

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.stubs import STUBS
-from billhook.anatomy.types import Anatomy
+from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.anatomy.undo import frozen
 from billhook.data import Windows
-from billhook.measure.patch import Forward, hooked, stream_in, stream_out
+from billhook.measure.patch import Forward, hooked, overridden, silencers, stream_in, stream_out
 from billhook.measure.stand_ins import Nothing, StandIn
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -26,7 +26,8 @@ class Gates:
     are fixed, the model is changed within calls only. With a ``stand_in`` (see ``measure.stand_ins``) its small
     weights are trained by each call of ``slopes``, one step of Adam.
 
-    ``work`` counts block-token forwards; a backward pass counts as one forward more (weights get no gradient).
+    ``work`` counts block-token forwards; a backward pass counts as one forward more (weights get no gradient), a block
+    that does not run as none.
     Memory: one window's activations in all blocks, and three times its logits.
     """
 
@@ -47,16 +48,20 @@ class Gates:
         self.windows = len(windows.ids)
         self.work = 0
         self._ids = windows.ids.to(next(model.parameters()).device)
-        self._blocks = len(stack.blocks)
+        self._blocks = stack.blocks
         self._stand_in = stand_in or Nothing()
         self._rate, self._adam = rate, torch.optim.Adam([torch.zeros(())], lr=rate)
         self._begun = False
 
     def loss(self, gates: Mapping[Address, float], window: int) -> float:
-        """The loss on a window (numbers wrap around) with these gates; those not given are 1."""
-        with torch.no_grad():
+        """The loss on a window (numbers wrap around) with these gates; those not given are 1. Sublayers that are shut
+        do not run, where a module of their own holds them."""
+        shut = {unit for unit in self.units if gates.get(unit) == 0}
+        within = [s for b in self._blocks for s in b.sublayers if {b.address, s.address} & shut and _is_module(s)]
+        with torch.no_grad(), overridden(silencers(self.model, within)):
             value, _ = self._forward(gates, window)
-        self._count(1)
+        silent = {sublayer.address for sublayer in within}
+        self._count(1, sum(any(s.address not in silent for s in block.sublayers) for block in self._blocks))
         return value.item()
 
     def slopes(self, gates: Mapping[Address, float], window: int) -> tuple[float, dict[Address, float]]:
@@ -67,7 +72,7 @@ class Gates:
         with torch.enable_grad():
             value, given = self._forward(gates, window)
             value.backward()  # type: ignore[no-untyped-call]
-        self._count(2)
+        self._count(2, len(self._blocks))
         slopes = {unit: gate.grad.item() for unit, gate in given.items() if gate.grad is not None}
         if not (value.isfinite() and all(slope - slope == 0 for slope in slopes.values())):
             raise InputError("the loss or its slopes are not finite: the weights or the calibration are damaged")
@@ -110,8 +115,13 @@ class Gates:
         self._adam.step()
         self._adam.zero_grad()
 
-    def _count(self, passes: int) -> None:
-        self.work += passes * self._blocks * self._ids.shape[1]
+    def _count(self, passes: int, blocks: int) -> None:
+        self.work += passes * blocks * self._ids.shape[1]
+
+
+def _is_module(sublayer: Sublayer) -> bool:
+    """Whether its stub stands for a module, and not for its linears one by one, to which stand-ins are hooked."""
+    return not any(f"{cut.path}.weight" in sublayer.writes for cut in sublayer.cuts)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Tensor:

@@ -64,6 +64,10 @@ def _parse(text: str, source: str) -> Recipe:
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"recipe {source} is not YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"recipe {source} is not valid: the top level: should be words with values, such as unit: block"
+        )
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:

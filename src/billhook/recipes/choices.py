@@ -15,9 +15,9 @@ from billhook.search.width import Allocation
 
 
 class Words(BaseModel):
-    """Nothing but what is said here, and it stays."""
+    """Nothing but what is said here, in finite numbers, and it stays."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Per = Literal["unit", "budget"]
@@ -52,7 +52,7 @@ class Greedy(Words):
     """Drop the unit that hurts the objective least, look again, and so on. ``lazy``: only at units whose old figure
     puts them on top. What hurts is counted ``per`` unit, or for what a unit gains of the budget. ``screen``: every unit
     is looked at first on this share of the calibration only, and on all of it when it comes out on top. ``refine``:
-    exchanges afterwards, for at most so many times the work spent until then."""
+    exchanges afterwards, for at most so many times the work spent until then; they go by the budget."""
 
     word: Literal["greedy"]
     lazy: bool = True
@@ -61,9 +61,11 @@ class Greedy(Words):
     refine: Annotated[float, Field(ge=0, le=10)] = 0.0
 
     @model_validator(mode="after")
-    def _screens_only_where_lazy(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.screen < 1 and not self.lazy:
             raise ValueError("plain greedy looks at every unit again each time: it has no use for screen")
+        if self.refine > 0 and self.per == "unit":
+            raise ValueError("exchanges go by what a unit gains of the budget: refine goes with per budget")
         return self
 
 
@@ -86,6 +88,14 @@ class Evolve(Words):
     patience: Annotated[int, Field(ge=1)]
     screens: tuple[Screen, ...] = ()
     start: Greedy | None = None
+
+    @model_validator(mode="after")
+    def _looks_closer_at_fewer(self) -> Self:
+        shares = [screen.share for screen in self.screens]
+        counts = [self.offspring, *(screen.survivors for screen in self.screens)]
+        if shares != sorted(set(shares)) or counts != sorted(counts, reverse=True):
+            raise ValueError("each screen takes a larger share than the one before, and lets no more survive than came")
+        return self
 
 
 class Trained(Words):

@@ -267,11 +267,19 @@ def require_cut(recipe: Recipe) -> None:
 
 
 def require_path(recipe: Recipe, budget: Budget) -> None:
-    """InputError for ``until=cliff`` with a choice that does not go one unit at a time by what it knows of them."""
-    if budget.until_cliff and not isinstance(recipe.choice, Greedy | OneShot):
+    """InputError for ``until=cliff`` with a choice that does not go one unit at a time by what it knows of them, or
+    with an objective that is not in nats, as the rule of the cliff is."""
+    if not budget.until_cliff:
+        return
+    if not isinstance(recipe.choice, Greedy | OneShot):
         raise InputError(
             f"budget {budget} follows a path of single steps; recipe {recipe.name} ({recipe.choice.word}) has none: "
             f"use a greedy or one-shot recipe, or give an amount"
+        )
+    if recipe.objective not in (None, "kl", "loss"):
+        raise InputError(
+            f"budget {budget} is read off the objectives kl and loss, and recipe {recipe.name} goes by "
+            f"{recipe.objective}: use another recipe, or give an amount"
         )
 
 

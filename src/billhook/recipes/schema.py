@@ -151,6 +151,8 @@ class Recipe(Words):
             raise ValueError("group-sparse trains neurons and groups, and what is left: it goes with heal none")
         if self.score is not None and named(self.score.word).wide != self.wide:
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s")
+        if self.score is not None and named(self.score.word).of_blocks and self.unit != "block":
+            raise ValueError(f"score {self.score.word} is one of whole blocks: unit must be block, not {self.unit}")
         if self.score is not None and (named(self.score.word).needs == "routing") != (self.unit == "expert"):
             raise ValueError(f"score {self.score.word} is not one of {self.unit}s: experts have those of their router")
         if self.score is not None and named(self.score.word).needs == "knockouts" and self.unit != "group":

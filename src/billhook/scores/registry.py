@@ -49,6 +49,11 @@ class Score:
         """Whether it is a criterion of width."""
         return self.needs in WIDE
 
+    @property
+    def of_blocks(self) -> bool:
+        """Whether it is a criterion of whole blocks alone."""
+        return self.needs == "angular"
+
     def __call__(self, trace: Trace | WidthTrace, anatomy: Anatomy, **parameters: Any) -> dict[Address, Any]:
         """Importance of each unit that the calibration reached, high is important, in order of address."""
         scores = self.function(trace, anatomy, **self.check(parameters))

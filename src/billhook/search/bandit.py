@@ -36,7 +36,8 @@ def bandit(
     Source: dynamic architecture skipping (arXiv 2309.01479), which takes modules for the arms of a bandit and adds
     adapters where they are skipped. In its code draws of a round differ, a module is drawn by the sigmoid of its worth,
     whose slope scales the step, and the step is that of the reward itself, not of its share of the mean.
-    Cost: ``draws`` + 2 forward passes over one window a round. Returns what is found, and the worths.
+    Cost: ``draws`` + 2 forward passes over one window a round, those of the draws without what they skip. Returns what
+    is found, and the worths.
     """
     draw = random.Random(seed)
     worth = dict.fromkeys(shares(problem), 0.0)

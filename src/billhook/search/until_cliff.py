@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 from billhook.plan.errors import InputError
-from billhook.search.cliff import cliff
+from billhook.search.cliff import LEAST, cliff
 from billhook.search.descend import descend
 from billhook.search.ledger import Memo
 from billhook.search.objective import Progress
@@ -48,7 +49,8 @@ def ranked_until_cliff(
     work: int = 0,
     progress: Progress | None = None,
 ) -> Found:
-    """The order of ``one_shot`` up to the cliff of the objective along it; the score of a step on record is its rise.
+    """The order of ``one_shot`` up to the cliff of the objective along it, or to the unit that breaks the model; the
+    score of a step on record is its rise.
 
     Cost: besides the ``work`` of the scores one evaluation of the objective a step. Otherwise as the greedy one.
     """
@@ -56,6 +58,8 @@ def ranked_until_cliff(
     rank = ranking(path, scores, per)
     while cliff(path.steps) is None and (unit := lowest(path, rank)) is not None:
         before, after = memo.at(path.drops), memo.at(path.drops | {unit}, path.drops)
+        if after == math.inf:
+            return _cut_back(path, len(path.steps), work + memo.work, memo.evaluations, progress)
         path.step([unit], score=after - before, objective=after, work=work + memo.work)
         if progress is not None:
             progress("search", round(1000 * path.progress), 1000)
@@ -63,10 +67,12 @@ def ranked_until_cliff(
 
 
 def _cut_back(path: Path, edge: int | None, work: int, evaluations: int, progress: Progress | None) -> Found:
-    if not edge:
+    if edge == 0:
+        raise InputError(f"budget {path.problem.budget}: the first step breaks the model already, so nothing may go")
+    if edge is None:
         raise InputError(
-            f"budget {path.problem.budget}: none of the {len(path.steps)} possible steps costs out of proportion to "
-            f"those before it, so there is no cliff to stop at; give an amount, such as params=0.8"
+            f"budget {path.problem.budget}: of the {len(path.steps)} possible steps none after the first {LEAST} costs "
+            f"out of proportion to those before it, so there is no cliff to stop at; give an amount, such as params=0.8"
         )
     if progress is not None:
         progress("search", 1000, 1000)
