@@ -194,8 +194,19 @@ def test_restoring_blocks_and_scaling_updates() -> None:
         ("model.norm.weight", 1.0),
     ):
         torch.testing.assert_close(scaled[name], base.get_parameter(name) + share, atol=1e-5, rtol=1e-5)
+    old = tuned.lm_head.weight
+    with healed(tuned, Healing(scaled, (), {}, 0, 0)):
+        assert tuned.lm_head.weight is tuned.model.embed_tokens.weight is not old, "they are tied"
+    assert tuned.lm_head.weight is tuned.model.embed_tokens.weight is old
     same = scale_updates(tuned, anatomy, base, alpha=1.0, beta=0.0).tensors
     assert all(torch.allclose(same[name], parameter, atol=1e-6) for name, parameter in tuned.named_parameters())
+
+
+def test_positions_are_embeddings_whatever_they_are_called() -> None:
+    base, tuned = build("gpt2"), build("gpt2")
+    torch.nn.init.ones_(tuned.transformer.wpe.weight)
+    scaled = scale_updates(tuned, discover(tuned), base).tensors
+    torch.testing.assert_close(scaled["transformer.wpe.weight"], base.transformer.wpe.weight)
 
 
 def test_what_is_refused() -> None:

@@ -33,6 +33,9 @@ def test_a_budget_without_a_solution_is_refused_before_the_search(budget: str, u
 def test_targets_are_checked_first() -> None:
     with pytest.raises(InputError, match="no sublayer of this paper model can be dropped for target uniform"):
         pose(outline(4), Budget.parse("params=0.8"), "sublayer", Target.UNIFORM)
+    pins = {"decoder.1.mlp": "it is lent", **{f"decoder.{i}": "all of one piece" for i in range(4)}}
+    with pytest.raises(InputError, match="no block of this paper model can be dropped for target uniform: all of one"):
+        pose(outline(4, pinned=pins), Budget.parse("params=0.8"), "block", Target.UNIFORM)
     barred = outline(4, refused={Target.DECI: "of its norms"})
     with pytest.raises(InputError, match="target deci is not possible for this paper model: of its norms"):
         pose(barred, Budget.parse("params=0.8"), "block", Target.DECI)

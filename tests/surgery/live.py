@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from families import FAMILIES, Padding, tokens
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -93,6 +96,16 @@ def assert_cache_is_exact(name: str, model: PreTrainedModel) -> tuple[Tensor, Te
     torch.testing.assert_close(with_cache[1], without[1], atol=FAMILIES[name].tolerance, rtol=0)
     assert torch.equal(with_cache[0], without[0])
     return with_cache
+
+
+def stock_load(folder: Path) -> PreTrainedModel:
+    """What someone without Billhook does: the stock class, or the Auto class with the code in the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    auto = sorted(config.get("auto_map") or {})
+    loader = getattr(transformers, auto[0] if auto else config["architectures"][0])
+    model, info = loader.from_pretrained(folder, trust_remote_code=bool(auto), output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from apart import plan_of
 from families import FAMILIES, build, params
-from live import assert_cache_is_exact, generate, inputs_of, logits, possible, snapshot
+from live import assert_cache_is_exact, generate, inputs_of, logits, possible, snapshot, stock_load
 from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -52,16 +50,6 @@ def mixed(anatomy: Anatomy, seed: int) -> Plan:
             if possible([*gone, unit], anatomy.outline):
                 gone.append(unit)
     return plan_of(anatomy, seed, gone)
-
-
-def stock_load(folder: Path) -> PreTrainedModel:
-    """What someone without Billhook does."""
-    auto = sorted(json.loads((folder / "config.json").read_text())["auto_map"])
-    model, info = getattr(transformers, auto[0]).from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
 
 
 def same(name: str, model: PreTrainedModel, other: PreTrainedModel) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES, build, params
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from live import drops, generate, inputs_of, logits
+from live import drops, generate, inputs_of, logits, stock_load
 from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -63,16 +62,6 @@ def same(name: str, model: PreTrainedModel, other: PreTrainedModel) -> None:
     if FAMILIES[name].generates:
         for a, b in zip(generate(name, model, use_cache=True), generate(name, other, use_cache=True), strict=True):
             assert torch.equal(a, b)
-
-
-def stock_load(folder: Path) -> PreTrainedModel:
-    """What someone without Billhook does: the stock class, or the Auto class with the code in the folder."""
-    config = json.loads((folder / "config.json").read_text())
-    auto = sorted(config.get("auto_map") or {})
-    loader = getattr(transformers, auto[0] if auto else config["architectures"][0])
-    model, info = loader.from_pretrained(folder, trust_remote_code=bool(auto), output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", params)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, build, params
-from live import generate, inputs_of, logits
+from live import generate, inputs_of, logits, stock_load
 from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -60,16 +60,6 @@ def same(name: str, model: PreTrainedModel, other: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
     for batch, padding in inputs_of(name)[-1:]:
         assert torch.equal(logits(name, model, batch, padding), logits(name, other, batch, padding))
-
-
-def stock_load(folder: Path) -> PreTrainedModel:
-    """What someone without Billhook does."""
-    config = json.loads((folder / "config.json").read_text())
-    auto = sorted(config.get("auto_map") or {})
-    loader = getattr(transformers, auto[0] if auto else config["architectures"][0])
-    model, info = loader.from_pretrained(folder, trust_remote_code=bool(auto), output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    return model.eval()
 
 
 def mixed(anatomy: Anatomy, seed: int) -> Plan:

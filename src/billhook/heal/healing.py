@@ -64,8 +64,14 @@ def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
     """
     undo = Undo()
     try:
+        before = dict(model.named_parameters(remove_duplicate=False))
         for name, tensor in healing.tensors.items():
             put(model, name, tensor, undo)
+        new = {id(before[name]): model.get_parameter(name) for name in healing.tensors if name in before}
+        for name, old in before.items():  # an embedding may be the head too
+            if id(old) in new:
+                path, _, leaf = name.rpartition(".")
+                undo.set(model.get_submodule(path), leaf, new[id(old)])
         yield model
     finally:
         undo.restore()

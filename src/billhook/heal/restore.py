@@ -39,19 +39,18 @@ def scale_updates(
     """What training changed, scaled by depth: W = W_base + s (W - W_base), with s = alpha + beta l / (L - 1) in block
     l of L, so that early blocks stay near the base and late ones keep what they learned.
 
-    Source: LiNeS (arXiv 2410.17146), eq. 2. What lies before the blocks (embeddings) is scaled as the first block, all
-    else outside of them (last norm, head) as the last; an embedding that is the head too, as the first. Each stack has
-    a depth of its own. Cost: the weights once. InputError unless both models have the same parameters.
+    Source: LiNeS (arXiv 2410.17146), eq. 2. Embeddings (of tokens, positions, patches) are scaled as the first block,
+    all else outside of the blocks (last norm, head) as the last; an embedding that is the head too, as the first. Each
+    stack has a depth of its own. Cost: the weights once. InputError unless both models have the same parameters.
     """
     require_same(model, base)
     share: dict[str, float] = {}
     for address, kept in shares(anatomy, alpha, beta).items():
         path = anatomy.block(address).path
         share |= {f"{path}.{name}": kept for name, _ in model.get_submodule(path).named_parameters()}
-    embedding = f"{anatomy.embedding}." if anatomy.embedding else None
     tensors = {}
     for name, parameter in model.named_parameters():
-        kept = share.get(name, alpha if _before(name, embedding) else alpha + beta)
+        kept = share.get(name, alpha if _embeds(model, name) else alpha + beta)
         origin = base.get_parameter(name).detach().float()
         change = parameter.detach().float() - origin
         tensors[name] = (origin + kept * change).to(parameter.dtype)
@@ -67,8 +66,9 @@ def shares(anatomy: Anatomy, alpha: float = 0.0, beta: float = 1.0) -> dict[Addr
     }
 
 
-def _before(name: str, embedding: str | None) -> bool:
-    return (embedding is not None and name.startswith(embedding)) or "embed" in name.rpartition(".")[0]
+def _embeds(model: nn.Module, name: str) -> bool:
+    path = name.rpartition(".")[0]
+    return isinstance(model.get_submodule(path), nn.Embedding) or "embed" in path
 
 
 def require_same(model: nn.Module, base: nn.Module) -> None:

@@ -55,7 +55,7 @@ def require_fitting(
 ) -> None:
     """InputError for what a recipe, a way to heal and a target cannot make of a model together, before anything is
     measured."""
-    if way != "none":
+    if way != "none" and (recipe.act, recipe.unit) != ("merge", "neuron"):  # those go by the weights alone
         require_healable(model.anatomy)
     if way == "gains":
         require_gains(model.anatomy)

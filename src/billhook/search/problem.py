@@ -65,7 +65,9 @@ def pose(
     candidates = tuple(a for a in units(outline, unit, target) if stack in (None, a.stack))
     where = f"this {outline.family} model" if stack is None else f"stack {stack} of this {outline.family} model"
     if not candidates:
-        raise InputError(f"no {unit} of {where} can be dropped for target {target}; try unit block or another target")
+        held = [why for place, why in outline.pinned.items() if (Address.parse(place).sublayer or "block") == unit]
+        more = f": {held[0]}" if held else "; try unit block or another target"
+        raise InputError(f"no {unit} of {where} can be dropped for target {target}{more}")
     costs = CostModel(outline, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
     problem = Problem(outline, budget, costs, budget.ceilings(costs.dense), candidates)
     least = costs.of(_all_that_can_go(problem))

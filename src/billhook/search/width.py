@@ -106,8 +106,13 @@ def pose_width(
             spaces.append(Space(address, kind, inner.count, left, inner.parts, saving))
     where = f"this {outline.family} model" if stack is None else f"stack {stack} of this {outline.family} model"
     if not any(len(space.left) > 1 for space in spaces):
-        reasons = sorted({f" ({s.rigid})" for _, s in outline.sublayers() if s.rigid}) or [""]
-        raise InputError(f"no {asked} of {where} can go for target {target}{reasons[0]}")
+        parts = {"attention" if kind == "group" else "mlp" for kind in kinds}
+        inside = [sublayer for address, sublayer in outline.sublayers() if address.sublayer in parts]
+        units = [s.inner[kind] for s in inside for kind in kinds if kind in s.inner]
+        whole = {f"all {unit.count} must stay" for unit in units if unit.least == unit.count}
+        reasons = sorted({s.rigid for s in inside if s.rigid} | whole)
+        more = f" ({reasons[0]})" if reasons else ""
+        raise InputError(f"no {asked} of {where} can go for target {target}{more}")
     problem = WidthProblem(
         outline, budget, dense, dense, budget.ceilings(dense), tuple(spaces), target is Target.UNIFORM
     )
