@@ -17,9 +17,10 @@ def position_weighted(
     """The damage ``of`` dropping a unit alone (kl or stream, see ``divergence``) times (n - i) / n for block i of n: of
     two units that hurt alike the deeper one goes.
 
-    Source: HierarchicalPrune (arXiv 2508.04663), which removes late blocks and protects early ones. Its weights are not
-    in the abstract; these are the share of the stack that still runs. Only for damage that is never negative, since a
-    weight would turn the order of negative figures round. Cost: the ablation, n(n - 1)/2 block forwards for n blocks.
+    Source: HierarchicalPrune (arXiv 2508.04663), which removes late blocks and protects early ones. Neither its
+    abstract nor its code has weights; these are the share of the stack that still runs. Only for damage that is never
+    negative, since a weight would turn the order of negative figures round. Cost: the ablation, n(n - 1)/2 block
+    forwards for n blocks.
     """
     lengths = {stack.name: len(stack.blocks) for stack in anatomy.outline.stacks}
     damage = of_kind(trace.means(of), unit)
