@@ -99,7 +99,7 @@ def test_needs_and_costs() -> None:
     assert said["joint-drop"] == said["attention-drop"] == ("data", "2")
     assert said["additive-knapsack"] == said["position-weighted"] == ("data", "½ a unit")
     assert said["sublayer-greedy"] == said["finercut"] == ("data", "1 a unit")
-    assert said["evopress"] == ("data", "149") and said["evopress-widths"] == ("data", "298")
+    assert said["evopress"] == ("data", "149") and said["evopress-widths"] == ("data", "142")
     assert said["block-greedy"] == ("data", "½ a unit/step")
     assert said["restore-layers"] == ("base", "⅔ a run") and said["lines"] == ("base", "0")
     assert {need for need, _ in said.values()} == {"nothing", "data", "gradients", "training", "base"}
