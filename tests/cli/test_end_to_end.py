@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from terminal import billhook
 from transformers import AutoModelForCausalLM
 
-from billhook.evaluate.questions import PROBES
+from billhook.data.questions import PROBES
 from billhook.plan.plan import Plan
 from billhook.plan.record import Run
 

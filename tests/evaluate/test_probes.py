@@ -11,11 +11,11 @@ from families import build
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from billhook.anatomy import discover
+from billhook.data.questions import ITEMS, PROBES
 from billhook.evaluate import probes
 from billhook.evaluate.exact import Expected
 from billhook.evaluate.intervals import mean_interval
 from billhook.evaluate.probes import answers, paired, posed
-from billhook.evaluate.questions import ITEMS, PROBES
 from billhook.models import load
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from billhook.anatomy import discover
 from billhook.data import Windows, calibration
 from billhook.data.calibrate import evaluation
+from billhook.data.questions import PROBES
 from billhook.evaluate.exact import Expected, exact
 from billhook.evaluate.policy_probes import answers_step_by_step
 from billhook.evaluate.policy_quality import Judge
-from billhook.evaluate.questions import PROBES
 from billhook.evaluate.turn_policy import turned_to
 from billhook.plan.errors import InputError
 from billhook.plan.policy_comparison import PolicyComparison
@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
     "billhook.recipes.compare_policies.RANDOM_SEEDS": 2,
     "billhook.recipes.compare_policies.ROUNDS": 1,
     "billhook.evaluate.turn_policy.STEPS": 4,
-    "billhook.evaluate.questions.ITEMS": 2,
+    "billhook.data.questions.ITEMS": 2,
     "billhook.runtime.voids.GENERATED": 3,
 }
 SHORT = Workload(name="generate", batch=1, prompt_tokens=8, new_tokens=6)
@@ -69,7 +69,7 @@ walk.compare_policies(sys.argv[1], out=sys.argv[2], budgets=test.BUDGET, policie
 def shrink(patch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         patch.setattr(name, value)
-    patch.setattr("billhook.evaluate.questions.PROBES", {n: PROBES[n] for n in ("counting on", "recall by key")})
+    patch.setattr("billhook.data.questions.PROBES", {n: PROBES[n] for n in ("counting on", "recall by key")})
     for module, name in ((first_router, "train_routers"), (mixture_of_depths, "train_depth_routers")):
         train = getattr(module, name)
         patch.setattr(module, name, lambda *args, train=train, **kwargs: train(*args, **{**kwargs, "steps": 2}))

@@ -233,7 +233,7 @@ def test_text_is_selected_and_the_record_says_how(
 def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path) -> None:
     def refused(source: Path, message: str, **options: Any) -> None:
         with pytest.raises(InputError, match=message) as error:
-            heal(source, out=tmp_path / "out", calibration=str(words), **options)
+            heal(source, out=tmp_path / "out", **{"calibration": str(words), **options})
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()
 
@@ -242,6 +242,7 @@ def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words
     refused(cut, "selection best is unknown; --select takes none, distinct, dsir", select="best")
     refused(cut, "closed-form does not train", select="paser", method="closed-form")
     refused(cut, "--select loss has no target; leave out :some.txt", select="loss:some.txt")
+    refused(cut, r"chooses within one text; leave out \+exercises", select="loss", calibration="builtin+exercises")
     refused(cut, "text nothing.txt does not exist", select="dsir:nothing.txt")
     refused(cut, "has nothing to choose from: the training reads 6250 windows", select="paser", tokens=400_000)
     refused(cut, "does not exist", against=str(tmp_path / "nowhere.gguf"))

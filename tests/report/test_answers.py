@@ -4,7 +4,7 @@ import pytest
 from example import example_run
 
 from billhook.plan.record import Generation, Interval
-from billhook.report.answers import accuracy, repetition, sentence
+from billhook.report.answers import accuracy, of_run, repetition, sentence
 
 
 def test_the_mean_over_the_probes() -> None:
@@ -18,6 +18,14 @@ def test_only_what_is_measurably_worse_is_named() -> None:
     assert sentence(probes[2:]).endswith("in no probe does the whole interval lie below 0.")
     assert sentence([p.model_copy(update={"difference": lost}) for p in probes]).endswith("worse in: every probe.")
     assert sentence(()) == ""
+
+
+def test_it_is_said_where_such_questions_were_practised() -> None:
+    run = example_run()
+    assert run.measures is not None and of_run(run) == sentence(run.probes)
+    practised = run.model_copy(update={"measures": run.measures.model_copy(update={"calibration": "self+exercises"})})
+    assert of_run(practised).startswith(sentence(run.probes)) and "read exercises" in of_run(practised)
+    assert of_run(practised.model_copy(update={"probes": ()})) == ""
 
 
 def test_repetition_is_the_mean_where_it_was_measured() -> None:

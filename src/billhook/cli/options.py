@@ -94,7 +94,8 @@ Select = Annotated[
 ]
 CALIBRATION_HELP = (
     "The text: a .txt, .txt.gz, .jsonl or .jsonl.gz file, a folder, a hub data set, builtin, self (written by the "
-    "model), or self:TEXT (going on from pieces of TEXT)."
+    "model), or self:TEXT (going on from pieces of TEXT); with +exercises behind it, an eighth is questions with exact "
+    "answers."
 )
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from billhook.data.builtin import builtin, docstrings
+from billhook.data.exercises import SUFFIX, with_exercises
 from billhook.data.overlap import check_overlap
 from billhook.data.source import read
 from billhook.data.text import Text
@@ -37,11 +38,23 @@ def calibration(
 
     ``source``: a ``.txt``, ``.txt.gz``, ``.jsonl`` or ``.jsonl.gz`` file, a folder of them, a hub data set,
     ``builtin``, ``self`` (text that ``model`` samples; takes ``length`` decode steps), ``self:`` and one of the others
-    (the same, going on from pieces of that text), or a ``Text``. The text is
-    tokenised in one go with nothing between its lines; every window begins with BOS exactly where the tokenizer puts
-    one by itself. The same source, tokenizer and seed give the same windows. InputError where the text is missing,
-    unreadable or too short.
+    (the same, going on from pieces of that text), any of these with ``+exercises`` behind it (see ``with_exercises``),
+    or a ``Text``. The text is tokenised in one go with nothing between its lines; every window begins with BOS exactly
+    where the tokenizer puts one by itself. The same source, tokenizer and seed give the same windows. InputError where
+    the text is missing, unreadable or too short.
     """
+    if is_exercised(source):
+        plain = calibration(
+            plain_source(source),
+            tokenizer,
+            tokens=tokens,
+            length=length,
+            seed=seed,
+            model=model,
+            fewest=fewest,
+            progress=progress,
+        )
+        return with_exercises(plain, tokenizer, seed)
     if is_written(source):
         return _written(source, model, tokenizer, tokens, length, seed, progress)
     return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed, fewest=fewest)
@@ -65,6 +78,7 @@ def evaluation(
 
     InputError if a text of ``calibrated_on`` holds more than 5% of their runs of tokens.
     """
+    source = plain_source(source)
     if source == "self":
         held_back = _written(source, model, tokenizer, tokens, length, _HELD_BACK_SEED + seed, progress)
         name = "self"
@@ -72,7 +86,8 @@ def evaluation(
         text = _prompts(source) or read(source)
         held_back = spread(text.split()[1], tokenizer, tokens=tokens, length=length)
         name = text.name
-    read_too = (known.removeprefix(_PROMPTED) for known in read_before)  # its pieces stand in what was written
+    # what the model went on from stands in what it wrote
+    read_too = (known.removesuffix(SUFFIX).removeprefix(_PROMPTED) for known in read_before)
     other = docstrings() if builtin().name in (name, *read_too) else builtin()
     found: list[tuple[Domain, Windows]] = [
         ("calibration", held_back),
@@ -90,8 +105,19 @@ def windows(source: Source, tokenizer: Any, *, tokens: int, length: int, skip: i
     return first(read(source), tokenizer, tokens=tokens, length=length, skip=skip)
 
 
+def is_exercised(source: Source) -> bool:
+    """Whether exercises are to stand among the text."""
+    return isinstance(source, str) and source.endswith(SUFFIX)
+
+
+def plain_source(source: Source) -> Source:
+    """The source without exercises."""
+    return source.removesuffix(SUFFIX) if isinstance(source, str) else source
+
+
 def is_written(source: Source) -> bool:
     """Whether the model itself is to write the text: ``self``, or ``self:`` and what it goes on from."""
+    source = plain_source(source)
     return isinstance(source, str) and (source == "self" or source.startswith(_PROMPTED))
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from billhook.data import check_tokenizer
+from billhook.data.questions import ITEMS, questions
 from billhook.evaluate.causal import positions, require_causal
 from billhook.evaluate.exact import Expected, exact, expected
 from billhook.evaluate.intervals import mean_interval
-from billhook.evaluate.questions import ITEMS, questions
 from billhook.plan.errors import InputError
 from billhook.plan.record import ProbeEvidence
 

@@ -36,7 +36,7 @@ from billhook.recipes.once import Once
 from billhook.recipes.opened import Opened, Stopwatch, environment, opened, versions
 from billhook.recipes.proof import judged_on, proven, write_down
 from billhook.recipes.schema import Recipe
-from billhook.recipes.selection import Asked, asked
+from billhook.recipes.selection import Asked, asked, require_one_text
 from billhook.recipes.settings import TRAINING_TOKENS
 from billhook.recipes.settled import posed_first, require_fitting, settled, way_of
 from billhook.recipes.texts import Texts, calibration_text, healing_text
@@ -98,6 +98,7 @@ def compress(
         )
     way = way_of(candidates[0], heal)  # the default recipes are at one in this
     wanted = asked(select, way)
+    require_one_text(wanted, calibration)
     device = processes.local(device)
     require_sharable(way)
     begins = None if prior is None else Plan.read(prior)

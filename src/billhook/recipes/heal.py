@@ -52,7 +52,7 @@ from billhook.recipes.costs import costs_of, of_dense
 from billhook.recipes.evaluate import calibrated_with, pair, recorded
 from billhook.recipes.opened import Opened, Stopwatch, environment
 from billhook.recipes.proof import judged_on, proven, write_down
-from billhook.recipes.selection import asked
+from billhook.recipes.selection import asked, require_one_text
 from billhook.recipes.settings import TRAINING_TOKENS
 from billhook.recipes.texts import healing_text
 from billhook.recipes.together import shared
@@ -145,6 +145,7 @@ def heal(
     calibrated_on = calibrated_with(source)[0]
     text_name = calibration or calibrated_on
     wanted = asked(select, method, calibrated_on, text_name)
+    require_one_text(wanted, text_name)
     done_before = known.healing.steps if known.healing else ()
     step = HealStep(
         method=method,

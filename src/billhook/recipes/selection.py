@@ -7,6 +7,8 @@ from typing import get_args
 
 from billhook.data import Windows
 from billhook.data import calibration as windows_of
+from billhook.data.calibrate import is_exercised
+from billhook.data.exercises import SUFFIX
 from billhook.plan.errors import InputError
 from billhook.plan.heals import TRAINED
 from billhook.plan.record import Select
@@ -43,6 +45,12 @@ def asked(select: str, method: str, calibrated_on: str = "", text: str = "") -> 
     if not target and calibrated_on == text:
         raise InputError(f"--select {word} needs a target other than the text itself: --select {word}:SOURCE")
     return Asked(found, target or calibrated_on)
+
+
+def require_one_text(wanted: Asked | None, source: str) -> None:
+    """InputError where exercises stand among the text that is to be selected from."""
+    if wanted is not None and is_exercised(source):
+        raise InputError(f"--select {wanted.word} chooses within one text; leave out {SUFFIX}")
 
 
 def target_text(model: Opened, wanted: Asked, length: int, seed: int) -> Windows | None:

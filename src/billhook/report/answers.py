@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from billhook.plan.record import Generation, ProbeEvidence
+from billhook.data.exercises import SUFFIX
+from billhook.plan.record import Generation, ProbeEvidence, Run
 from billhook.report.numbers import percent
 
 
@@ -24,6 +25,15 @@ def sentence(probes: Sequence[ProbeEvidence]) -> str:
         return f"{words}; in no probe does the whole interval lie below 0."
     where = "every probe" if len(worse) == len(probes) else "; ".join(worse)
     return f"{words}; measurably worse in: {where}."
+
+
+def of_run(run: Run) -> str:
+    """The sentence, and one more where such questions were practised."""
+    steps = run.healing.steps if run.healing else ()
+    read = [run.measures.calibration if run.measures else "", *(step.text for step in steps)]
+    if not run.probes or not any(text.endswith(SUFFIX) for text in read):
+        return sentence(run.probes)
+    return f"{sentence(run.probes)} It read exercises of these kinds before, none of these questions among them."
 
 
 def repetition(generations: Sequence[Generation]) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ def card(run: Run) -> str:
         title=headline.title(run),
         verdict=headline.verdict(run),
         summary=cuts.summary(run),
-        probe_sentence=answers.sentence(run.probes),
+        probe_sentence=answers.of_run(run),
         repetition=answers.repetition(run.generations),
         loading=loading.loading(run),
         commands=loading.commands(run),

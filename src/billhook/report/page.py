@@ -86,7 +86,7 @@ def _context(run: Run) -> dict[str, Any]:
         "columns": columns,
         "kinds": list(dict.fromkeys(cell.kind for c in columns for row in c.rows for cell in row.cells)),
         "summary": cuts.summary(run) if not run.plan.empty else cuts.parts(run),
-        "probe_sentence": answers.sentence(run.probes),
+        "probe_sentence": answers.of_run(run),
         "repetition": answers.repetition(run.generations),
         "pictures": pictures,
         "importance_sentence": f"{figures.importance_sentence(run)} {figures.complexity_sentence(run)}".strip(),

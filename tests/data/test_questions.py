@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from billhook.evaluate.questions import ITEMS, PROBES, SHOTS, questions
+from billhook.data.questions import ITEMS, PROBES, SHOTS, questions
 
 ASKED = questions()
 
@@ -97,7 +97,7 @@ def test_the_last_opening_bracket_is_no_clue_to_all_that_must_close() -> None:
 
 
 def test_a_seed_repeats_in_another_process_and_another_seed_differs() -> None:
-    code = "from billhook.evaluate.questions import questions; print(questions())"
+    code = "from billhook.data.questions import questions; print(questions())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(ASKED)
     assert all(questions(1)[name] != ASKED[name] for name in PROBES)

@@ -29,6 +29,11 @@ class Item:
     prompt: str
     answer: str
 
+    @property
+    def lines(self) -> list[str]:
+        """The examples and the question, each with its answer."""
+        return (self.prompt + self.answer).splitlines()
+
 
 def addition(draw: Random, digits: int) -> tuple[str, str]:
     """``17 + 25 = 42``, both numbers of so many digits."""
