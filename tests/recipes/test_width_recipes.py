@@ -129,7 +129,7 @@ def test_evolved_widths_are_no_ordinary_checkpoint_and_come_with_a_ledger(tiny_l
     first, last = sorted(tmp_path.glob("*.jsonl"), key=lambda file: len(file.read_bytes().splitlines()))
     assert found.record.objective == "divergence from dense" and found.record.steps[0].objective > 0
     looks = sum(len(file.read_bytes().splitlines()) - 1 for file in (first, last))
-    assert found.record.evaluations == looks > 2 * 16
+    assert found.record.evaluations == looks > 2 * load("evopress-widths").choice.offspring
     assert found.record.work > looks * 12, "at least a block on one window a look"
 
 
