@@ -43,21 +43,12 @@ def calibration(
     where the tokenizer puts one by itself. The same source, tokenizer and seed give the same windows. InputError where
     the text is missing, unreadable or too short.
     """
-    if is_exercised(source):
-        plain = calibration(
-            plain_source(source),
-            tokenizer,
-            tokens=tokens,
-            length=length,
-            seed=seed,
-            model=model,
-            fewest=fewest,
-            progress=progress,
-        )
-        return with_exercises(plain, tokenizer, seed)
-    if is_written(source):
-        return _written(source, model, tokenizer, tokens, length, seed, progress)
-    return spread(read(source).split()[0], tokenizer, tokens=tokens, length=length, seed=seed, fewest=fewest)
+    plain = plain_source(source)
+    if is_written(plain):
+        found = _written(plain, model, tokenizer, tokens, length, seed, progress)
+    else:
+        found = spread(read(plain).split()[0], tokenizer, tokens=tokens, length=length, seed=seed, fewest=fewest)
+    return with_exercises(found, tokenizer, seed) if is_exercised(source) else found
 
 
 def evaluation(
