@@ -6,8 +6,9 @@ and the exact answers of each probe: dense, cut, refitted and trained.
 
 RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that the dense model writes, or
 self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the method (rate=2e-3 rank=64
-rows=2 features=none); refit=N is how many tokens closed form reads (24576). Plan, written text and closed form are kept
-in out/train_figures, so that a second run begins at once; an interrupted training goes on.
+rows=2 features=none); refit=N is how many tokens closed form reads (24576), laps=N how often the training reads the
+text (once). Plan, written text and closed form are kept in out/train_figures, so that a second run begins at once; an
+interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ def main(
     *changes: str,
 ) -> int:
     b = bed()
-    refit = next((change[6:] for change in changes if change.startswith("refit=")), "24576")
-    training = changed(METHODS[method], tuple(change for change in changes if not change.startswith("refit=")))
+    own = {"refit": "24576", "laps": "1"} | dict(change.split("=", 1) for change in changes if "=" in change)
+    refit, laps = own["refit"], int(own["laps"])
+    training = changed(METHODS[method], tuple(c for c in changes if not c.startswith(("refit=", "laps="))))
     plan = chosen(b, recipe)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     begun = time.perf_counter()
@@ -66,7 +68,7 @@ def main(
             print(f"  {label} {done}/{total} {time.perf_counter() - begun:.0f} s", flush=True)
 
     healing, record = train(
-        b.live, b.anatomy, plan, start, windows, training, tokens=int(tokens), state=state, progress=progress
+        b.live, b.anatomy, plan, start, windows, training, tokens=laps * int(tokens), state=state, progress=progress
     )
     seconds = time.perf_counter() - begun
     print("held back: " + " ".join(f"{look.step}:{look.held:.4f}" for look in record.curve), f"best {record.best}")

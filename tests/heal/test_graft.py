@@ -12,7 +12,7 @@ from torch import Tensor
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.heal import closed_form
+from billhook.heal import Healing, closed_form
 from billhook.heal.graft import PENALTY, ROUNDS, choose, donors, part, survivors
 from billhook.heal.places import places
 from billhook.heal.pool import Pool, rows
@@ -111,18 +111,28 @@ def test_donors_lie_beside_the_gap() -> None:
     stack = anatomy.stack("decoder")
     last = len(stack.blocks) - 1
 
-    def found(*texts: str) -> dict[str, str]:
+    def found(*texts: str) -> dict[str, list[str]]:
         drops = normalise([Address.parse(text) for text in texts], anatomy.outline)
-        return {str(into): str(donor.address) for into, donor in donors(model, places(stack), drops).items()}
+        all_of_them = donors(model, places(stack), drops).items()
+        return {str(into): [str(donor.address) for donor in of_it] for into, of_it in all_of_them}
 
-    assert found("decoder.1") == {"decoder.0.mlp": "decoder.1.mlp"}
-    assert found("decoder.1.mlp") == {"decoder.2.mlp": "decoder.1.mlp"}, "attention 1 reads before the gap"
+    assert found("decoder.1") == {"decoder.0.mlp": ["decoder.1.mlp"]}
+    assert found("decoder.1.mlp") == {"decoder.2.mlp": ["decoder.1.mlp"]}, "attention 1 reads before the gap"
     assert found("decoder.1", "decoder.2") == {
-        "decoder.0.mlp": "decoder.1.mlp",
-        **({"decoder.3.mlp": "decoder.2.mlp"} if last >= 3 else {}),
+        "decoder.0.mlp": ["decoder.1.mlp", "decoder.2.mlp"],
+        **({"decoder.3.mlp": ["decoder.2.mlp"]} if last >= 3 else {}),
     }
     assert found("decoder.1.attention") == {}
-    assert found(f"decoder.{last}") == {f"decoder.{last - 1}.mlp": f"decoder.{last}.mlp"}
+    assert found(f"decoder.{last}") == {f"decoder.{last - 1}.mlp": [f"decoder.{last}.mlp"]}
+
+
+def test_a_long_gap_lends_what_lies_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.heal.graft.DONORS", 1)
+    model = build("llama")
+    anatomy = discover(model)
+    drops = normalise([Address("decoder", 1), Address("decoder", 2)], anatomy.outline)
+    lent = donors(model, places(anatomy.stack("decoder")), drops)[Address("decoder", 0, "mlp")]
+    assert [str(donor.address) for donor in lent] == ["decoder.1.mlp"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -172,3 +182,29 @@ def test_a_graft_makes_the_model_better_and_is_on_record() -> None:
     (refit,) = (r for r in healing.refits if r.weight == "model.layers.0.mlp.down_proj.weight")
     assert refit.after < 0.25
     assert healing.healed is not None and healing.cut is not None and healing.healed < 0.5 * healing.cut
+
+
+def test_all_of_a_gap_lend_and_what_is_left_of_each_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    model.model.layers[0].mlp.down_proj.weight.mul_(0.3)
+    for i in (1, 2):
+        model.model.layers[i].self_attn.o_proj.weight.mul_(0.01)
+    ids = torch.randint(3, 90, (64, 24), generator=torch.Generator().manual_seed(5))
+    drops = [Address("decoder", 1), Address("decoder", 2)]
+
+    def found() -> tuple[Healing, float]:
+        healing = closed_form(model, anatomy, drops, Windows.of(ids, "test"))
+        (refit,) = (r for r in healing.refits if r.weight == "model.layers.0.mlp.down_proj.weight")
+        return healing, refit.after
+
+    healing, error = found()
+    grafts = [graft for graft in healing.grafts if graft.into == "decoder.0.mlp"]
+    assert [graft.source for graft in grafts] == ["decoder.1.mlp", "decoder.2.mlp"]
+    name = "model.layers.0.mlp.gate_proj.weight"
+    old = model.get_parameter(name)
+    own = sum(any(torch.equal(row, mine) for mine in old) for row in healing.tensors[name])
+    assert own + sum(graft.neurons for graft in grafts) == len(old)
+    monkeypatch.setattr("billhook.heal.graft.DONORS", 1)
+    _, error_of_one = found()
+    assert error < error_of_one

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from billhook.data.decoding import forward
+from billhook.data.one_query import one_query_at_a_time
 from billhook.data.sampling import drawn
 from billhook.data.text import Text
 from billhook.data.windows import Windows, count_of, prefix_of, spread
@@ -54,7 +55,8 @@ def written(
     training = model.training
     model.eval()
     try:
-        rest = _sample(model, first, length - known.shape[1], generator, progress)
+        with one_query_at_a_time():
+            rest = _sample(model, first, length - known.shape[1], generator, progress)
     finally:
         model.train(training)
     return Windows.of(torch.cat([known, rest], dim=1), f"{name}, seed {seed}")

@@ -16,26 +16,29 @@ from billhook.plan.address import Address
 
 PENALTY = 0.3  # relative to the mean energy of an input, while neurons are chosen
 ROUNDS = 4
+DONORS = 6  # MLPs of one gap; what they were given is held until the gap has been crossed
 LARGEST = 6144  # neurons; the sums of two MLPs are (2n)^2, which wider ones pay with many gigabytes and minutes
 
 
-def donors(model: nn.Module, places: list[Place], drops: Set[Address]) -> dict[Address, Sublayer]:
-    """For MLPs that stay the dropped one whose neurons they may take: the first of a gap for the one before it, where
-    nothing that stays lies between, and the last of a gap for the one after it, if that is another."""
-    found: dict[Address, Sublayer] = {}
+def donors(model: nn.Module, places: list[Place], drops: Set[Address]) -> dict[Address, list[Sublayer]]:
+    """For MLPs that stay the dropped ones whose neurons they may take, in the order of asking: all of a gap for the one
+    before it, where nothing that stays lies between (up to ``DONORS``), and the last of a gap for the one after it, if
+    the gap has more than that one."""
+    found: dict[Address, list[Sublayer]] = {}
     before: Sublayer | None = None  # an MLP that stays, with nothing behind it that does
     run: list[Sublayer] = []
     for place in places:
         kept = place.kept(drops)
         gone = [s for s in place.sublayers if s not in kept and s.kind == "mlp"]
         stays = [s for s in kept if s.kind == "mlp"]
-        silent = gone and not run and not place.acts(drops)
-        if silent and before is not None and alike(model, before, gone[0]):
-            found.setdefault(before.address, gone[0])
+        if gone and before is not None and not place.acts(drops):
+            lend = [mlp for mlp in gone if alike(model, before, mlp)]
+            if lend and len(found.setdefault(before.address, [])) < DONORS:
+                found[before.address] += lend
         run += gone
         for mlp in stays:
-            if run and run[-1] not in found.values() and alike(model, mlp, run[-1]):
-                found[mlp.address] = run[-1]
+            if run and [run[-1]] not in found.values() and alike(model, mlp, run[-1]):
+                found[mlp.address] = [run[-1]]
             run = []
         if place.acts(drops):
             before = stays[-1] if stays else None

@@ -57,7 +57,7 @@ class Walk:
         self._factors = {f"{factor.path}.weight": factor for factor in factors}
         self.held: list[Tensor] = []
         self._counted: set[tuple[str, int]] = set()
-        self._donors: dict[Address, Sublayer] = {}
+        self._donors: dict[Address, list[Sublayer]] = {}
         self._donated: Seen = {}
         self._near: dict[torch.Size, float] = {}  # the penalty that did best for the last regression of that shape
 
@@ -72,8 +72,8 @@ class Walk:
         seen: Seen = {}
         found = {} if gap else donors(self._model, places, self._drops)
         apart = {factor.edit.unit for factor in self._factors.values()}
-        self._donors = {mlp: donor for mlp, donor in found.items() if mlp not in self._keeps and mlp not in apart}
-        giving = {donor.address: donor for donor in self._donors.values()}
+        self._donors = {mlp: of_it for mlp, of_it in found.items() if mlp not in self._keeps and mlp not in apart}
+        giving = {donor.address: donor for of_it in self._donors.values() for donor in of_it}
         for index, place in enumerate(places):
             if place.acts(self._drops):
                 if waiting is not None:
@@ -127,7 +127,9 @@ class Walk:
                 put(self._model, name, tensor, undo)
             self._take(self._reads(place, cut, seen), undo)
             for mlp in place.kept(self._drops):
-                self._take(self._graft(place, mlp, cut, target), undo)
+                self._grafts(place, mlp, cut, target, undo)
+            wanted = {donor.address for of_it in self._donors.values() for donor in of_it}
+            self._donated = {address: given for address, given in self._donated.items() if address in wanted}
             return self._writes(place, cut, target)
         finally:
             undo.restore()
@@ -164,20 +166,34 @@ class Walk:
         """The weights of reads over all channels of the dense stream, where the cut one has fewer."""
         return {}
 
-    def _graft(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor]) -> dict[str, Tensor]:
-        """New parameters of an MLP that takes neurons of its donor, its write still to be fitted; none without gain."""
-        donor = self._donors.get(mlp.address)
-        if donor is None:
-            return {}
-        theirs, given = self._donated.pop(donor.address)
+    def _grafts(self, place: Place, mlp: Sublayer, cut: list[Tensor], target: list[Tensor], undo: Undo) -> None:
+        """One donor after the other offers its neurons; on record is what is left of each in the end."""
+        donors, origin = self._donors.pop(mlp.address, []), torch.zeros(0)
+        for number, donor in enumerate(donors, 1):
+            neurons, new = self._graft(place, mlp, donor, cut, target)
+            if neurons is None:
+                continue
+            self._take(new, undo)
+            own = origin if len(origin) else torch.zeros(len(neurons))
+            origin = torch.cat([own, torch.full_like(own, number)])[neurons.cpu()]
+        for number, donor in enumerate(donors, 1):
+            if taken := int((origin == number).sum()):
+                self.grafts.append(Graft(into=str(mlp.address), source=str(donor.address), neurons=taken))
+
+    def _graft(
+        self, place: Place, mlp: Sublayer, donor: Sublayer, cut: list[Tensor], target: list[Tensor]
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Which neurons of an MLP and a donor, one behind the other, it has from now on, and its parameters with them,
+        its write still to be fitted; none without gain."""
+        theirs, given = self._donated[donor.address]
         found = {write.weight: (write, scale) for write, scale in self._scales(place, cut[0])}
         if mlp.writes[0] not in found:
-            return {}
+            return None, {}
         write, scale = found[mlp.writes[0]]
         reads, goal = reads_of(self._model, mlp), same_inputs(given)
         x, own, after = self._values(place, reads, write, cut)
         if not x or not goal:
-            return {}
+            return None, {}
         x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
         guess = solve(*self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal))
         changed = {} if guess is None else folded(theirs, guess.change)
@@ -197,10 +213,8 @@ class Walk:
         fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
         neurons = choose(fit, held, pool.columns.float() * scale, n)
         if neurons is None:
-            return {}
-        taken = int((neurons >= n).sum())
-        self.grafts += [Graft(into=str(mlp.address), source=str(donor.address), neurons=taken)]
-        return pool.chosen(neurons) | pool.writing(neurons, write)
+            return None, {}
+        return neurons, pool.chosen(neurons) | pool.writing(neurons, write)
 
     def _values(
         self, place: Place, reads: dict[str, nn.Module], write: Write, cut: list[Tensor]
