@@ -1,11 +1,11 @@
 """Peak memory of closed-form healing as a model gets deeper: what it needs beside the model stays the same.
 
-    python benchmarks/heal_memory.py [DEPTHS]      (default: 8,16,32)
+    python benchmarks/heal_memory.py [DEPTHS] [GAP]      (default: 8,16,32 1)
 
-Llama models with random weights (hidden 128, 4 heads, 512 neurons, 512 tokens in the vocabulary, float32), the third
-block gone, healed on 2,048 tokens, each in a process of its own. Printed: the model, one block, the highest resident
-memory of the process over what it was before the healing, less the new weights that healing hands back (they are the
-result), and that as a multiple of one block and of one stream [tokens, hidden]. A minute on two idle cores.
+Llama models with random weights (hidden 128, 4 heads, 512 neurons, 512 tokens in the vocabulary, float32), GAP blocks
+gone from the third on, healed on 2,048 tokens, each in a process of its own. Printed: the model, one block, the highest
+resident memory of the process over what it was before the healing, less the new weights that healing hands back (they
+are the result), and that as a multiple of one block and of one stream [tokens, hidden]. A minute on two idle cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measured(depth: int) -> Peak:
+def measured(depth: int, gap: int) -> Peak:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = LlamaConfig(
@@ -69,7 +69,7 @@ def measured(depth: int) -> Peak:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    healing = closed_form(model, anatomy, [Address("decoder", 2)], windows)
+    healing = closed_form(model, anatomy, [Address("decoder", 2 + i) for i in range(gap)], windows)
     done.set()
     watcher.join()
     bytes_of = [sum(p.numel() * 4 for p in module.parameters()) for module in (model, model.model.layers[0])]
@@ -77,7 +77,7 @@ def measured(depth: int) -> Peak:
     return Peak(bytes_of[0], bytes_of[1], healed, highest - before - healed)
 
 
-def main(depths: str = "8,16,32") -> int:
+def main(depths: str = "8,16,32", gap: str = "1") -> int:
     stream = ROWS * LENGTH * HIDDEN * 4
     names = ("blocks", "model MB", "block MB", "new MB", "beside MB", "in blocks", "in streams")
     print(" ".join(f"{name:>10}" for name in names))
@@ -85,7 +85,7 @@ def main(depths: str = "8,16,32") -> int:
     found = []
     for depth in map(int, depths.split(",")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(measured, (depth,))
+            peak = pool.apply(measured, (depth, int(gap)))
         found.append(peak.beside)
         sizes = [size / MB for size in (peak.model, peak.block, peak.healed, peak.beside)]
         figures = [*sizes, peak.beside / peak.block, peak.beside / stream]
@@ -96,4 +96,4 @@ def main(depths: str = "8,16,32") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    sys.exit(main(*sys.argv[1:3]))

@@ -1,14 +1,14 @@
 """What training gives back after closed form: WikiText-2 and C4 perplexity of SmolLM2-135M at 80% of the parameters,
 and the exact answers of each probe: dense, cut, refitted and trained.
 
-    python benchmarks/train_figures.py [METHOD] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
+    python benchmarks/train_figures.py [METHOD,...] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
     (default: distill 20000 self block-influence)
 
-RECIPE makes the cut. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that the dense model writes, or
-self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the method (rate=2e-3 rank=64
-rows=2 features=none); refit=N is how many tokens closed form reads (24576), laps=N how often the training reads the
-text (once). Plan, written text and closed form are kept in out/train_figures, so that a second run begins at once; an
-interrupted training goes on.
+RECIPE makes the cut, from which each METHOD begins. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that
+the dense model writes, or self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the
+method (rate=2e-3 rank=64 rows=2 features=none); refit=N is how many tokens closed form reads (24576), laps=N how often
+the training reads the text (once). Plan, written text and closed form are kept in out/train_figures, so that a second
+run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CALIBRATION = "wiki_calib.txt.gz"
 
 
 def main(
-    method: str = "distill",
+    methods: str = "distill",
     tokens: str = "20000",
     text: str = "self",
     recipe: str = "block-influence",
@@ -47,7 +47,7 @@ def main(
     b = bed()
     own = {"refit": "24576", "laps": "1"} | dict(change.split("=", 1) for change in changes if "=" in change)
     refit, laps = own["refit"], int(own["laps"])
-    training = changed(METHODS[method], tuple(c for c in changes if not c.startswith(("refit=", "laps="))))
+    numbers = tuple(c for c in changes if not c.startswith(("refit=", "laps=")))
     plan = chosen(b, recipe)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     begun = time.perf_counter()
@@ -58,23 +58,34 @@ def main(
     show(b, "cut", plan, UNTOUCHED, c4, asked)
     before = show(b, "closed form", plan, start, c4, asked)
     windows = read(b, text, int(tokens))
-    print(f"{method} {training}", flush=True)
+    worse = False
+    for method in methods.split(","):
+        training = changed(METHODS[method], numbers)
+        print(f"{method} {training}", flush=True)
+        name = "-".join([method, tokens, text, recipe, *changes]).translate({ord("/"): "-", ord(":"): "-"})
+        healing, label = trained(b, plan, start, windows, training, laps * int(tokens), KEPT / f"{name}.safetensors")
+        after = show(b, f"{method}, {label}", plan, healing, c4, asked)
+        worse |= after[0] > before[0] or after[1] > before[1]
+    return 1 if worse else 0
+
+
+def trained(
+    b: Bed, plan: Plan, start: Healing, windows: Windows, training: Training, tokens: int, state: Path
+) -> tuple[Healing, str]:
+    """What training makes of the refitted model, and what it cost."""
     begun = time.perf_counter()
-    name = "-".join([method, tokens, text, recipe, *changes]).translate({ord("/"): "-", ord(":"): "-"})
-    state = KEPT / f"{name}.safetensors"
 
     def progress(label: str, done: int, total: int) -> None:
         if done % 10 == 0:
             print(f"  {label} {done}/{total} {time.perf_counter() - begun:.0f} s", flush=True)
 
     healing, record = train(
-        b.live, b.anatomy, plan, start, windows, training, tokens=laps * int(tokens), state=state, progress=progress
+        b.live, b.anatomy, plan, start, windows, training, tokens=tokens, state=state, progress=progress
     )
     seconds = time.perf_counter() - begun
     print("held back: " + " ".join(f"{look.step}:{look.held:.4f}" for look in record.curve), f"best {record.best}")
-    after = show(b, f"{record.tokens} tokens of {text}, {seconds:.0f} s", plan, healing, c4, asked)
     state.unlink(missing_ok=True)
-    return 1 if after[0] > before[0] or after[1] > before[1] else 0
+    return healing, f"{record.tokens} tokens, {seconds:.0f} s"
 
 
 def changed(training: Training, changes: tuple[str, ...]) -> Training:

@@ -217,6 +217,24 @@ def test_healed_beside_cut(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "<th>healed<small>" not in (tmp_path / "bare" / "comparison.html").read_text()
 
 
+def test_what_cuts_the_same_is_judged_once(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second method finds what the first found: the same figures, its own search. What makes new weights of the
+    same cut is judged for itself, whichever comes first."""
+    judged: list[object] = []
+    proof = entries._proof
+    monkeypatch.setattr(entries, "_proof", lambda *given: judged.append(given[1]) or proof(*given))
+    recipes = ["checkfree", "block-influence", "static-skip", "wanda-structured", "low-rank", "svd-llm"]
+    found = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=recipes)
+    by_name = {entry.recipe: entry for entry in found.entries}
+    one, other, averaged = (by_name[name] for name in ("block-influence", "static-skip", "checkfree"))
+    assert one.drops == other.drops == averaged.drops and one.evidence
+    assert (one.evidence, one.probes, one.repeated) == (other.evidence, other.probes, other.repeated)
+    assert averaged.evidence != one.evidence
+    assert by_name["low-rank"].evidence != by_name["svd-llm"].evidence
+    cuts = {(entry.drops, entry.keeps) for entry in found.entries if not entry.factors and entry.recipe != "checkfree"}
+    assert len(judged) == len(cuts) + 3  # checkfree, low-rank, svd-llm
+
+
 def test_acts_fit_weights_to_as_much_text_as_compress_gives_them(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,13 +70,13 @@ def compare(
     is done. A recipe that cannot meet a budget on this model, or whose result cannot be healed or judged, is an entry
     that says why.
     Interrupted, the same call goes on after the last finished recipe, and within it after the last finished
-    evaluation; recipes with the same objective share their figures.
+    evaluation; recipes with the same objective share their figures, and those that cut the same are judged once.
 
     Cost: each search (what does not depend on the budget once for all budgets, though each entry is charged for it),
     one pass of the dense model and one of each result over the evaluation text, and the probes and one batch of short
-    continuations once for the dense model and once for each result. Healing costs each result about as much as two
-    passes of the dense model over the healing text, and its regressions: more than most searches, so it
-    is asked for.
+    continuations once for the dense model and once for each result that differs. Healing costs each result about as
+    much as two passes of the dense model over the healing text, and its regressions: more than most searches, so it is
+    asked for.
     """
     check_out(out, overwrite, source)
     asked = split_budgets(budgets)
@@ -107,6 +107,7 @@ def compare(
 
         draws = [(r, seed + n) for r in chosen for n in range(RANDOM_SEEDS if r.choice.word == "random" else 1)]
         entries: list[Entry] = []
+        cuts: list[Entry] = []  # of those that only cut: what they leave is judged once
         for number, (recipe, drawn) in enumerate(draws):
             if progress is not None:
                 progress("recipes", number, len(draws))
@@ -115,12 +116,13 @@ def compare(
                 new = [Entry.model_validate(row) for row in json.loads(kept.read_text(encoding="utf-8"))]
             else:
                 with clock.step("recipes"):
-                    new = entries_of(recipe, asked, drawn, model, texts, seen, dense, place, progress)
+                    new = entries_of(recipe, asked, drawn, model, texts, seen, dense, place, progress, cuts)
                 keep(kept, new)
             for entry in new:
                 if told is not None:
                     told(entry)
             entries += new
+            cuts += new if recipe.only_cuts else []
         if progress is not None:
             progress("recipes", len(draws), len(draws))
         result = Comparison(

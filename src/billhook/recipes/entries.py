@@ -52,18 +52,22 @@ def entries_of(
     dense: Reference,
     place: Path,
     progress: Progress | None,
+    before: Sequence[Entry] = (),
 ) -> list[Entry]:
     """The entries of one recipe, one a budget; where it cannot be carried out or the result not judged, one that says
     why.
 
-    Healed on ``texts.longer`` and judged once more, where there is such text and healing fits the method."""
-    healable = recipe.act == "drop" and recipe.unit != "weight" and not (recipe.trains or recipe.learns_ranks)
-    longer = texts.longer if healable else None
+    Healed on ``texts.longer`` and judged once more, where there is such text and healing fits the method. Where the
+    recipe only cuts, and one of ``before`` (entries of others that do) cut the same, it is judged as that one was."""
+    longer = texts.longer if recipe.only_cuts else None
     entries: list[Entry] = []
     once = Once(each=True)  # each entry says what its search alone would have cost
     for budget in budgets:
         entry, choice = _searched(recipe, budget, seed, model, texts, seen, once, place, progress)
-        if choice is not None:
+        same = _same_cut(entry, before) if recipe.only_cuts else None
+        if choice is not None and same is not None:
+            entry = entry.model_copy(update={field: getattr(same, field) for field in _OF_THE_RESULT})
+        elif choice is not None:
             try:
                 results = [_acted(recipe, model, choice, texts.survey or texts.windows, progress)]
                 if longer is not None:
@@ -73,6 +77,21 @@ def entries_of(
                 entry = entry.model_copy(update={"refused": str(error)})
         entries.append(entry)
     return entries
+
+
+#: What an entry says of its result, and not of how it was found.
+_OF_THE_RESULT = ("evidence", "healed", "probes", "repeated")
+
+
+def _same_cut(entry: Entry, before: Sequence[Entry]) -> Entry | None:
+    """The first judged entry that leaves the same of the same weights. None for linears taken apart: with equal ranks
+    they are not equal parts."""
+
+    def cut(one: Entry) -> object:
+        return one.drops, one.keeps, one.channels, one.schedule, one.target
+
+    alike = (one for one in before if one.evidence and not one.factors and cut(one) == cut(entry))
+    return None if entry.factors else next(alike, None)
 
 
 def _searched(

@@ -196,6 +196,11 @@ class Recipe(Words):
         return isinstance(self.choice, LearnedMasks | SparseTraining | GroupSparse)
 
     @property
+    def only_cuts(self) -> bool:
+        """Whether its result is the dense model with something left out, no weight of what stays made anew."""
+        return self.act == "drop" and self.unit != "weight" and not (self.trains or self.learns_ranks)
+
+    @property
     def surveys(self) -> bool:
         """Whether the choice rests on statistics that one pass gives, so that it can afford far more text than one that
         asks the model again and again."""
