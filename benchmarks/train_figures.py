@@ -4,11 +4,11 @@ and the exact answers of each probe: dense, cut, refitted and trained.
     python benchmarks/train_figures.py [METHOD,...] [TOKENS] [TEXT] [RECIPE] [KEY=VALUE ...]
     (default: distill 20000 self block-influence)
 
-RECIPE makes the cut, from which each METHOD begins. TEXT is a file of the test data (wiki_calib.txt.gz), self: text that
-the dense model writes, or self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of the
-method (rate=2e-3 rank=64 rows=2 features=none); refit=N is how many tokens closed form reads (24576), laps=N how often
-the training reads the text (once). Plan, written text and closed form are kept in out/train_figures, so that a second
-run begins at once; an interrupted training goes on.
+RECIPE makes the cut, from which each METHOD begins. TEXT is a file of the test data (wiki_calib.txt.gz), self: text
+that the dense model writes, or self:FILE: what it writes from beginnings in that file. KEY=VALUE replaces a number of
+the method (rate=2e-3 rank=64 rows=2 features=none); refit=N is how many tokens closed form reads (24576), laps=N how
+often the training reads the text (once). Plan, written text and closed form are kept in out/train_figures, so that a
+second run begins at once; an interrupted training goes on.
 """
 
 from __future__ import annotations
