@@ -223,16 +223,19 @@ def test_what_cuts_the_same_is_judged_once(tiny_lm: Path, tmp_path: Path, monkey
     judged: list[object] = []
     proof = entries._proof
     monkeypatch.setattr(entries, "_proof", lambda *given: judged.append(given[1]) or proof(*given))
-    recipes = ["checkfree", "block-influence", "static-skip", "wanda-structured", "low-rank", "svd-llm"]
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 4096)
+    depth = ["checkfree", "block-influence", "static-skip", "branch-gains"]
+    recipes = [*depth, "wanda-structured", "low-rank", "svd-llm"]
     found = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=recipes)
     by_name = {entry.recipe: entry for entry in found.entries}
-    one, other, averaged = (by_name[name] for name in ("block-influence", "static-skip", "checkfree"))
-    assert one.drops == other.drops == averaged.drops and one.evidence
+    averaged, one, other, gains = (by_name[name] for name in depth)
+    assert one.drops == other.drops == averaged.drops == gains.drops and one.evidence
     assert (one.evidence, one.probes, one.repeated) == (other.evidence, other.probes, other.repeated)
     assert averaged.evidence != one.evidence
     assert by_name["low-rank"].evidence != by_name["svd-llm"].evidence
-    cuts = {(entry.drops, entry.keeps) for entry in found.entries if not entry.factors and entry.recipe != "checkfree"}
-    assert len(judged) == len(cuts) + 3  # checkfree, low-rank, svd-llm
+    made = {"checkfree", "branch-gains", "low-rank", "svd-llm"}
+    cuts = {(entry.drops, entry.keeps) for entry in found.entries if entry.recipe not in made}
+    assert len(judged) == len(cuts) + len(made)
 
 
 def test_acts_fit_weights_to_as_much_text_as_compress_gives_them(

@@ -88,10 +88,9 @@ def _same_cut(entry: Entry, before: Sequence[Entry]) -> Entry | None:
     they are not equal parts."""
 
     def cut(one: Entry) -> object:
-        return one.drops, one.keeps, one.channels, one.schedule, one.target
+        return one.drops, one.keeps, one.factors, one.channels, one.schedule, one.target
 
-    alike = (one for one in before if one.evidence and not one.factors and cut(one) == cut(entry))
-    return None if entry.factors else next(alike, None)
+    return next((one for one in before if one.evidence and not one.factors and cut(one) == cut(entry)), None)
 
 
 def _searched(
