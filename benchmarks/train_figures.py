@@ -44,10 +44,10 @@ def main(
     recipe: str = "block-influence",
     *changes: str,
 ) -> int:
+    numbers = dict(change.split("=", 1) for change in changes)
+    refit, laps = numbers.pop("refit", "24576"), int(numbers.pop("laps", "1"))
+    trainings = {method: changed(METHODS[method], numbers) for method in methods.split(",")}
     b = bed()
-    own = {"refit": "24576", "laps": "1"} | dict(change.split("=", 1) for change in changes if "=" in change)
-    refit, laps = own["refit"], int(own["laps"])
-    numbers = tuple(c for c in changes if not c.startswith(("refit=", "laps=")))
     plan = chosen(b, recipe)
     c4 = windows_of(DATA / "c4_docs.jsonl.gz", b.model.tokenizer, tokens=4 * LENGTH, length=LENGTH)
     begun = time.perf_counter()
@@ -59,8 +59,7 @@ def main(
     before = show(b, "closed form", plan, start, c4, asked)
     windows = read(b, text, int(tokens))
     worse = False
-    for method in methods.split(","):
-        training = changed(METHODS[method], numbers)
+    for method, training in trainings.items():
         print(f"{method} {training}", flush=True)
         name = "-".join([method, tokens, text, recipe, *changes]).translate({ord("/"): "-", ord(":"): "-"})
         healing, label = trained(b, plan, start, windows, training, laps * int(tokens), KEPT / f"{name}.safetensors")
@@ -88,10 +87,9 @@ def trained(
     return healing, f"{record.tokens} tokens, {seconds:.0f} s"
 
 
-def changed(training: Training, changes: tuple[str, ...]) -> Training:
+def changed(training: Training, numbers: dict[str, str]) -> Training:
     kinds = {field.name: type(getattr(training, field.name)) for field in fields(training)}
-    pairs = (change.partition("=") for change in changes)
-    return replace(training, **{key: kinds[key](value) for key, _, value in pairs})
+    return replace(training, **{key: kinds[key](value) for key, value in numbers.items()})
 
 
 def chosen(b: Bed, recipe: str) -> Plan:

@@ -188,7 +188,7 @@ class Counting(nn.Module):
         return True
 
     def forward(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> Any:
-        logits = torch.full((*input_ids.shape, 300), -1e9).scatter(-1, input_ids[..., None] + 1, 0.0)
+        logits = torch.full((*input_ids.shape, 999), -1e9).scatter(-1, input_ids[..., None] + 1, 0.0)
         return SimpleNamespace(logits=logits, past_key_values=(past_key_values or 0) + input_ids.shape[1])
 
 
@@ -205,6 +205,17 @@ def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
     ids = calibration(f"self:{text}", WITH_BOS, tokens=3 * 32, length=32, model=Counting()).ids
     assert torch.equal(ids[:, :8], front.ids) and len(front.ids.unique(dim=0)) == 3
     assert torch.equal(ids[:, 8:], ids[:, 7:8] + torch.arange(1, 25))  # and the model never read it from the start
+    long = calibration(f"self:{text}", WITH_BOS, tokens=2 * 300, length=300, model=Counting()).ids
+    pieces = long.reshape(6, 100)  # after 100 tokens it is given others
+    front = spread(Text("front", read(text).split()[0].parts), WITH_BOS, tokens=6 * 25, length=25)
+    assert torch.equal(pieces[:, :25], front.ids)
+    assert torch.equal(pieces[:, 25:], pieces[:, 24:25] + torch.arange(1, 76))
+    uneven = calibration(f"self:{text}", WITH_BOS, tokens=2 * 301, length=301, model=Counting()).ids
+    assert uneven.shape == (2, 301) and torch.equal(uneven[:, 101:126], front.ids[1::3])
+    text.write_text(SHORT.content)
+    few = calibration(f"self:{text}", WITH_BOS, tokens=60 * 300, length=300, model=Counting()).ids.reshape(180, 100)
+    distinct = len(few.unique(dim=0))
+    assert 60 <= distinct < 180 and torch.equal(few[distinct:], few.repeat(2, 1)[: 180 - distinct])  # few are used again
     held_back = evaluation(f"self:{text}", PLAIN, tokens=64, length=32)[0][1]
     assert torch.equal(held_back.ids, evaluation(text, PLAIN, tokens=64, length=32)[0][1].ids)
 

@@ -16,6 +16,7 @@ from billhook.plan.errors import InputError
 
 ROWS = 64  # written at once: their keys and values are held
 PROMPT = 32  # tokens of a text that the model goes on from
+PIECE = 128  # tokens after which it is given others: by itself it drifts away from the text
 
 
 @torch.inference_mode()
@@ -33,11 +34,13 @@ def written(
     """Sample windows from the model's own distribution (temperature 1, nothing cut off), 64 of them at once.
 
     Every row starts from the tokenizer's BOS (where it has none, from EOS) and goes on past any EOS, as in packed
-    training text. BOS is kept in the window only where the tokenizer would put it. With ``prompts`` each row goes on
-    from 32 tokens of that text, taken evenly from it (a quarter of a short window), which stay in the window: answers
-    of the model in the user's own field, as Nepal et al. 2026 (arXiv 2602.01997) train on; how prompts are taken is
-    chosen here. The same seed gives the same text on one machine. Cost: ``length`` decode steps
-    for every 64 windows. InputError for a model that does not write text, and prompts too short for so many rows.
+    training text. BOS is kept in the text only where the tokenizer would put it. With ``prompts`` each window is
+    written in pieces of 128 tokens or a little less, each of which goes on from 32 tokens of that text (a quarter of a
+    shorter piece), taken evenly from it, which stay in the window: answers of the model in the user's own field, as
+    Nepal et al. 2026 (arXiv 2602.01997) train on; how prompts are taken, and that they come anew, is chosen here. A
+    text that has fewer of them is gone through again. The same seed gives the same text on one machine. Cost: for every
+    64 windows or pieces as many decode steps as they have tokens. InputError for a model that does not write text, and
+    for fewer prompts than windows.
     """
     if tokenizer is None or not hasattr(model, "can_generate") or not model.can_generate():
         raise InputError("calibration source self needs a model that writes text; give a text file")
@@ -45,21 +48,26 @@ def written(
         raise InputError("calibration source self needs a decoder-only model; give a text file")
     kept = prefix_of(tokenizer)
     start = kept or [next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), 0)]
-    rows = count_of(tokens, length)
+    rows, pieces = count_of(tokens, length), 1
     if prompts is None:
         first, known = torch.tensor([start] * rows), torch.tensor([kept] * rows, dtype=torch.int64)
     else:
-        size = max(len(kept) + 1, min(PROMPT, length // 4))
-        first = known = spread(prompts, tokenizer, tokens=rows * size, length=size, seed=seed).ids
+        pieces = -(-length // PIECE)
+        size = max(len(kept) + 1, min(PROMPT, length // pieces // 4))
+        many, least = (n * size for n in (rows * pieces, rows))
+        found = spread(prompts, tokenizer, tokens=many, length=size, seed=seed, fewest=least).ids
+        first = known = found[torch.arange(rows * pieces) % len(found)]
+    steps = -(-length // pieces) - known.shape[1]
     generator = torch.Generator().manual_seed(seed)
     training = model.training
     model.eval()
     try:
         with one_query_at_a_time():
-            rest = _sample(model, first, length - known.shape[1], generator, progress)
+            rest = _sample(model, first, steps, generator, progress)
     finally:
         model.train(training)
-    return Windows.of(torch.cat([known, rest], dim=1), f"{name}, seed {seed}")
+    ids = torch.cat([known, rest], dim=1).reshape(rows, -1)[:, :length]
+    return Windows.of(ids, f"{name}, seed {seed}")
 
 
 def _sample(model: Any, ids: torch.Tensor, steps: int, generator: torch.Generator, progress: Any) -> torch.Tensor:
