@@ -325,3 +325,14 @@ def test_an_earlier_comparison_is_replaced_when_asked(tiny_lm: Path, tmp_path: P
         compare(tiny_lm, budgets="params=0.9", out=out, recipes=["block-influence"], overwrite=overwrite)
     with pytest.raises(InputError, match="already exists"):
         compare(tiny_lm, budgets="params=0.9", out=out)
+
+
+def test_linears_taken_apart_to_the_same_ranks_are_not_the_same(tiny_lm: Path, tmp_path: Path) -> None:
+    (low,) = (
+        e
+        for e in compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["low-rank"]).entries
+        if e.factors
+    )
+    assert low.evidence and entries._same_cut(low, [low]) is None
+    cut = low.model_copy(update={"factors": ()})
+    assert entries._same_cut(cut, [low, cut]) is cut
