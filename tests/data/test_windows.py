@@ -215,7 +215,8 @@ def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
     text.write_text(SHORT.content)
     few = calibration(f"self:{text}", WITH_BOS, tokens=60 * 300, length=300, model=Counting()).ids.reshape(180, 100)
     distinct = len(few.unique(dim=0))
-    assert 60 <= distinct < 180 and torch.equal(few[distinct:], few.repeat(2, 1)[: 180 - distinct])  # few are used again
+    assert 60 <= distinct < 180  # few are used again
+    assert torch.equal(few[distinct:], few.repeat(2, 1)[: 180 - distinct])
     held_back = evaluation(f"self:{text}", PLAIN, tokens=64, length=32)[0][1]
     assert torch.equal(held_back.ids, evaluation(text, PLAIN, tokens=64, length=32)[0][1].ids)
 
