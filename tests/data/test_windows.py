@@ -205,20 +205,30 @@ def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
     ids = calibration(f"self:{text}", WITH_BOS, tokens=3 * 32, length=32, model=Counting()).ids
     assert torch.equal(ids[:, :8], front.ids) and len(front.ids.unique(dim=0)) == 3
     assert torch.equal(ids[:, 8:], ids[:, 7:8] + torch.arange(1, 25))  # and the model never read it from the start
-    long = calibration(f"self:{text}", WITH_BOS, tokens=2 * 300, length=300, model=Counting()).ids
-    pieces = long.reshape(6, 100)  # after 100 tokens it is given others
-    front = spread(Text("front", read(text).split()[0].parts), WITH_BOS, tokens=6 * 25, length=25)
-    assert torch.equal(pieces[:, :25], front.ids)
-    assert torch.equal(pieces[:, 25:], pieces[:, 24:25] + torch.arange(1, 76))
-    uneven = calibration(f"self:{text}", WITH_BOS, tokens=2 * 301, length=301, model=Counting()).ids
-    assert uneven.shape == (2, 301) and torch.equal(uneven[:, 101:126], front.ids[1::3])
-    text.write_text(SHORT.content)
-    few = calibration(f"self:{text}", WITH_BOS, tokens=60 * 300, length=300, model=Counting()).ids.reshape(180, 100)
-    distinct = len(few.unique(dim=0))
-    assert 60 <= distinct < 180  # few are used again
-    assert torch.equal(few[distinct:], few.repeat(2, 1)[: 180 - distinct])
     held_back = evaluation(f"self:{text}", PLAIN, tokens=64, length=32)[0][1]
     assert torch.equal(held_back.ids, evaluation(text, PLAIN, tokens=64, length=32)[0][1].ids)
+
+
+def test_within_a_window_the_model_goes_on_from_new_pieces(tmp_path: Path) -> None:
+    text = tmp_path / "field.txt"
+    text.write_text(PROSE.content)
+    front = spread(Text("front", read(text).split()[0].parts), WITH_BOS, tokens=6 * 25, length=25).ids
+    found = calibration(f"self:{text}", WITH_BOS, tokens=2 * 300, length=300, model=Counting()).ids.reshape(6, 100)
+    assert torch.equal(found[:, :25], front)
+    assert torch.equal(found[:, 25:], found[:, 24:25] + torch.arange(1, 76))
+    uneven = calibration(f"self:{text}", WITH_BOS, tokens=2 * 301, length=301, model=Counting()).ids
+    assert uneven.shape == (2, 301) and torch.equal(uneven[:, 101:126], front[1::3])
+
+
+def test_where_beginnings_are_few_no_two_windows_share_one(tmp_path: Path) -> None:
+    text = tmp_path / "field.txt"
+    text.write_text(SHORT.content)
+    ids = calibration(f"self:{text}", WITH_BOS, tokens=30 * 300, length=300, model=Counting()).ids.reshape(30, 3, 100)
+    of_each = [{tuple(piece[:25].tolist()) for piece in window} for window in ids]
+    assert {len(own) for own in of_each} == {2}  # a third piece goes on from the first beginning again
+    assert len(set.union(*of_each)) == 60
+    with pytest.raises(InputError, match="are needed"):
+        calibration(f"self:{text}", WITH_BOS, tokens=200 * 300, length=300, model=Counting())
 
 
 def test_what_the_model_went_on_from_judges_nothing() -> None:

@@ -328,11 +328,8 @@ def test_an_earlier_comparison_is_replaced_when_asked(tiny_lm: Path, tmp_path: P
 
 
 def test_linears_taken_apart_to_the_same_ranks_are_not_the_same(tiny_lm: Path, tmp_path: Path) -> None:
-    (low,) = (
-        e
-        for e in compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["low-rank"]).entries
-        if e.factors
-    )
+    found = compare(tiny_lm, budgets="params=0.7", out=tmp_path / "out", recipes=["low-rank"])
+    (low,) = (entry for entry in found.entries if entry.factors)
     assert low.evidence and entries._same_cut(low, [low]) is None
     cut = low.model_copy(update={"factors": ()})
     assert entries._same_cut(cut, [low, cut]) is cut

@@ -16,7 +16,7 @@ from billhook.plan.errors import InputError
 
 ROWS = 64  # written at once: their keys and values are held
 PROMPT = 32  # tokens of a text that the model goes on from
-PIECE = 128  # tokens after which it is given others: by itself it drifts away from the text
+PIECE = 128  # tokens after which it is given others, lest it drift from the text
 
 
 @torch.inference_mode()
@@ -37,10 +37,10 @@ def written(
     training text. BOS is kept in the text only where the tokenizer would put it. With ``prompts`` each window is
     written in pieces of 128 tokens or a little less, each of which goes on from 32 tokens of that text (a quarter of a
     shorter piece), taken evenly from it, which stay in the window: answers of the model in the user's own field, as
-    Nepal et al. 2026 (arXiv 2602.01997) train on; how prompts are taken, and that they come anew, is chosen here. A
-    text that has fewer of them is gone through again. The same seed gives the same text on one machine. Cost: for every
-    64 windows or pieces as many decode steps as they have tokens. InputError for a model that does not write text, and
-    for fewer prompts than windows.
+    Nepal et al. 2026 (arXiv 2602.01997) train on; how prompts are taken, and that they come anew, is chosen here. Where
+    there are too few, a window goes on from its own ones again. The same seed gives the same text on one machine. Cost:
+    for every 64 windows or pieces as many decode steps as they have tokens. InputError for a model that does not write
+    text, and for fewer prompts than windows.
     """
     if tokenizer is None or not hasattr(model, "can_generate") or not model.can_generate():
         raise InputError("calibration source self needs a model that writes text; give a text file")
@@ -54,9 +54,10 @@ def written(
     else:
         pieces = -(-length // PIECE)
         size = max(len(kept) + 1, min(PROMPT, length // pieces // 4))
-        many, least = (n * size for n in (rows * pieces, rows))
-        found = spread(prompts, tokenizer, tokens=many, length=size, seed=seed, fewest=least).ids
-        first = known = found[torch.arange(rows * pieces) % len(found)]
+        enough = rows * pieces * size
+        found = spread(prompts, tokenizer, tokens=enough, length=size, seed=seed, fewest=rows * size).ids
+        own = torch.arange(pieces) % (len(found) // rows)  # no two windows share one: some judge what others teach
+        first = known = found[((torch.arange(rows) * len(found) // rows)[:, None] + own).flatten()]
     steps = -(-length // pieces) - known.shape[1]
     generator = torch.Generator().manual_seed(seed)
     training = model.training
