@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,3 +21,8 @@ def test_rows_are_their_own(choices: int, seed: int) -> None:
     certain = torch.randint(choices, (3,), generator=torch.Generator().manual_seed(seed))
     found = drawn(torch.nn.functional.one_hot(certain, choices).float() * 7, torch.Generator().manual_seed(seed))
     assert torch.equal(found, certain)
+
+
+def test_the_least_number_draws_no_impossible_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.zeros(shape))
+    assert drawn(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.Generator()).tolist() == [2]

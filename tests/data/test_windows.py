@@ -198,6 +198,26 @@ def test_written_text_starts_from_bos_and_goes_on_past_eos(tokenizer: Any, expec
     assert ids.tolist() == [expected] * 2
 
 
+class Drawing(Counting):
+    """A language model whose next token is 3, 4 or 5, whatever came before; it must not be in training mode."""
+
+    chances = torch.tensor([0.6, 0.3, 0.1])
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: int | None, use_cache: bool) -> Any:
+        assert not self.training
+        logits = torch.full((*input_ids.shape, 9), -1e9)
+        logits[..., 3:6] = self.chances.log() + 2.0
+        return SimpleNamespace(logits=logits, past_key_values=(past_key_values or 0) + input_ids.shape[1])
+
+
+def test_tokens_are_drawn_as_the_model_gives_them() -> None:
+    model = Drawing().train()
+    found = calibration("self", PLAIN, tokens=200 * 25, length=25, model=model).ids
+    shares = found.flatten().bincount(minlength=9) / found.numel()
+    torch.testing.assert_close(shares[3:6], Drawing.chances, atol=0.03, rtol=0)
+    assert model.training
+
+
 def test_the_model_goes_on_from_pieces_of_a_text(tmp_path: Path) -> None:
     text = tmp_path / "field.txt"
     text.write_text(PROSE.content)

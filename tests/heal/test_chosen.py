@@ -99,3 +99,22 @@ def test_the_least_that_suffices() -> None:
     assert least_expressive(options, gain) == ["a", "b"]
     gains["ab"] = -1.0
     assert least_expressive(options, gain) == ["a", "b"]
+
+
+def test_after_a_first_period_of_all_fpf_trains_the_share_that_changed_most() -> None:
+    model = build("llama")
+    student = Student(model, build("llama"), [(b.path, b.path) for b in discover(model).stacks[0].blocks], "dense")
+    names = [f"{path}.{name}" for path in student.paths for name, _ in model.get_submodule(path).named_parameters()]
+    before = {name: model.get_parameter(name).detach() for name in names}
+    weights = Weights(model, student.paths, names)
+    layers = Layers(student, weights, before, quick("fpf"))
+    layers.choose(0, text(2).ids)
+    changed = names[3::7][:4]
+    with torch.no_grad():
+        for name in changed:
+            weights.parameters[name].mul_(2)
+    layers.choose(1, text(2).ids)
+    assert len(layers.facts["chosen"]) == len(names) * 2 // 5
+    assert set(changed) <= set(layers.facts["chosen"])
+    layers.choose(2, text(2).ids)
+    assert len(layers.facts["chosen"]) == len(names) * 2 // 5

@@ -318,3 +318,34 @@ def test_shared_keys_and_values_are_refused() -> None:
     anatomy = discover(model)
     with pytest.raises(InputError, match="keys and values"):
         closed_form(model, anatomy, [Address("decoder", 0, "mlp")], windows())
+
+
+def test_no_fit_sees_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other windows in the last eighth: what is fitted on stays the same, and what judges it does not."""
+    seen: list[Any] = []
+    monkeypatch.setattr("billhook.heal.walk.solve", lambda fit, held, *_: seen.append((fit, held)))
+    model = build("llama")
+    anatomy = discover(model)
+    ids = windows(16).ids
+    for text in (ids, torch.cat([ids[:14], windows(2, seed=9).ids])):
+        closed_form(model, anatomy, [Address("decoder", 3, "mlp")], Windows.of(text, "test"))
+    for (fit, held), (again, other) in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        assert (fit.tokens, held.tokens) == (14 * 12, 2 * 12)
+        torch.testing.assert_close(again.inputs, fit.inputs)
+        assert not torch.allclose(other.inputs, held.inputs)
+
+
+def test_what_donors_were_given_is_held_no_longer_than_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from billhook.heal.walk import Walk
+
+    kept: list[int] = []
+    writes = Walk._writes
+
+    def counting(self: Walk, *args: Any) -> Any:
+        kept.append(len(self._donated))
+        return writes(self, *args)
+
+    monkeypatch.setattr(Walk, "_writes", counting)
+    model = build("llama")
+    closed_form(model, discover(model), [Address("decoder", 1), Address("decoder", 2)], windows())
+    assert kept == [1, 1, 0, 0, 0], "mlp 0, then attention and mlp of 3 and 4; the last one is lent to mlp 3"

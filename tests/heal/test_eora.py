@@ -111,6 +111,7 @@ def test_the_weights_that_came_with_the_masks_stay(tmp_path: Path) -> None:
     plan, start = masked(model, tmp_path, "sparsegpt")
     healing = eora(model, anatomy, plan, start, WINDOWS)
     assert healing.tensors == start.tensors and start.tensors
+    assert (healing.tokens, healing.work) == (14 * 24, 2 * 5 * 14 * 24), "each block once for its moments, once behind"
     assert healing.cut is not None and healing.healed is not None and healing.healed < healing.cut
     small, name = carried_out(model, anatomy, plan, healing), "model.layers.4.mlp.down_proj"
     given: list[torch.Tensor] = []

@@ -126,6 +126,13 @@ def test_donors_lie_beside_the_gap() -> None:
     assert found(f"decoder.{last}") == {f"decoder.{last - 1}.mlp": [f"decoder.{last}.mlp"]}
 
 
+def test_in_a_parallel_block_the_attention_that_stays_reads_before_the_gap() -> None:
+    model = build("gpt_neox")
+    anatomy = discover(model)
+    drops = normalise([Address("decoder", 1, "mlp")], anatomy.outline)
+    assert list(donors(model, places(anatomy.stack("decoder")), drops)) == [Address("decoder", 2, "mlp")]
+
+
 def test_a_long_gap_lends_what_lies_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("billhook.heal.graft.DONORS", 1)
     model = build("llama")
@@ -208,3 +215,5 @@ def test_all_of_a_gap_lend_and_what_is_left_of_each_is_on_record(monkeypatch: py
     monkeypatch.setattr("billhook.heal.graft.DONORS", 1)
     _, error_of_one = found()
     assert error < error_of_one
+    lent = torch.cat([model.get_parameter(name.replace("0", str(i), 1)) for i in (1, 2)])
+    assert not any(torch.equal(row, theirs) for row in healing.tensors[name] for theirs in lent), "reads are guessed"

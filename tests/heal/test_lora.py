@@ -79,3 +79,14 @@ def test_ranks_add_up_and_follow_the_loss(lost: list[float], mean: int) -> None:
 def test_ranks_are_proportional() -> None:
     assert ranks_by_loss([0.0, 1.0, 3.0], LEAST + 4) == [LEAST, LEAST + 3, LEAST + 9]
     assert ranks_by_loss([0.0, 0.0], 7) == [7, 7]
+
+
+@torch.no_grad()
+def test_an_adapter_adds_twice_its_product() -> None:
+    model = build("llama")
+    path = "model.layers.0.mlp.down_proj"
+    before = model.get_parameter(f"{path}.weight").clone()
+    adapters = Adapters(model, ["model.layers.0"], {path: 5}, seed=0)
+    a, b = (next(p for name, p in adapters.parameters.items() if f"lora_{side}" in name) for side in "AB")
+    b.normal_(generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(merged(adapters)[f"{path}.weight"], before + 2 * b @ a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from heal.test_narrower import narrowed, windows
 from torch import Tensor
 
 from billhook.anatomy import discover
+from billhook.data import Windows
 from billhook.export.huggingface import save
-from billhook.heal import healed, mask_tuning
+from billhook.heal import Healing, healed, mask_tuning
+from billhook.heal.mask_tuning import _Tuning
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep, Plan
@@ -81,3 +84,45 @@ def test_refusals() -> None:
         mask_tuning(model, anatomy, Plan.of(["decoder.1"]), windows())
     with pytest.raises(InputError, match="two windows"):
         mask_tuning(model, anatomy, Plan.of([], keeps=narrowed(anatomy)), windows(1))
+
+
+def test_no_fit_sees_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(_Tuning, "_solved", lambda self, part, table, held, tokens: seen.append((table, held)))
+    model = build("llama")
+    anatomy = discover(model)
+    ids = windows(16).ids
+    for text in (ids, torch.cat([ids[:14], windows(2, seed=9).ids])):
+        mask_tuning(model, anatomy, Plan.of([], keeps=narrowed(anatomy)), Windows.of(text, "test"))
+    for (table, held), (again, other) in zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True):
+        torch.testing.assert_close(again, table)
+        assert not torch.allclose(other, held)
+
+
+def test_the_reported_error_is_that_behind_what_is_healed_so_far() -> None:
+    """On what is held back, relative to the stream token by token."""
+    model = build("llama")
+    anatomy = discover(model)
+    one, two = (
+        Keep(unit=Address("decoder", block, "mlp"), inner="neuron", indices=tuple(range(0, 48, 2))) for block in (1, 2)
+    )
+    found = mask_tuning(model, anatomy, Plan.of([], keeps=[one, two]), windows(64))
+    first, second = (f"model.layers.{block}.mlp.down_proj.weight" for block in (1, 2))
+    assert [refit.weight for refit in found.refits] == [first, second] and first in found.tensors
+
+    def stream(block: int, keeps: list[Keep], *names: str) -> Tensor:
+        seen: list[Any] = []
+        handle = model.get_submodule(f"model.layers.{block}").register_forward_hook(lambda *at: seen.append(at[-1]))
+        healing = Healing({name: found.tensors[name] for name in names if name in found.tensors}, (), {}, 0, 0)
+        with torch.no_grad(), healed(model, healing), simulate(model, anatomy, Plan.of([], keeps=keeps)):
+            model(windows(64).ids[56:])
+        handle.remove()
+        out: Tensor = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return out
+
+    for refit, whole, cut, now in (
+        (found.refits[0], stream(1, []), stream(1, [one]), stream(1, [one], first)),
+        (found.refits[1], stream(2, [one], first), stream(2, [one, two], first), stream(2, [one, two], first, second)),
+    ):
+        errors = [((s - whole).square().sum(-1) / whole.square().sum(-1)).mean().item() for s in (cut, now)]
+        assert [refit.before, refit.after] == pytest.approx(errors, rel=1e-3)

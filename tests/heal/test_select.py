@@ -79,6 +79,13 @@ def test_the_harmed_group_gets_more_and_the_most_harmed_of_it() -> None:
     assert len(paser(groups, 0 * harm, none, 6).chosen) == 6
 
 
+def test_what_is_left_over_goes_to_the_group_that_was_short_of_most() -> None:
+    """Shares of 3.75 and 1.25 of 5 are 4 and 1."""
+    groups, harm = np.array([0] * 6 + [1] * 6), np.array([3.0] * 6 + [1.0] * 6)
+    chosen = paser(groups, harm, [frozenset[int]()] * 12, 5).chosen
+    assert [sum(number < 6 for number in chosen), sum(number >= 6 for number in chosen)] == [4, 1]
+
+
 def test_known_concepts_that_never_met_are_a_conflict() -> None:
     concepts = [frozenset(c) for c in ({1, 2}, {3, 4}, {1, 3}, {1, 2, 5}, {6, 7})]
     found = paser(np.zeros(5, int), np.array([5.0, 4, 3, 2, 1]), concepts, 4)

@@ -180,3 +180,28 @@ def test_refusals(tmp_path: Path) -> None:
             model, discover(model), Plan.of(["encoder.1"]), UNTOUCHED, text(), quick("tune"), tokens=48,
             state=tmp_path / "state",
         )  # fmt: skip
+
+
+def test_the_rate_rises_to_its_highest_and_falls_to_a_tenth(tmp_path: Path) -> None:
+    from billhook.heal.loop import Loop
+    from billhook.heal.student import Student
+
+    model: nn.Module = build("llama")
+    training = quick("lora", warmup=0.1)
+    loop = Loop(Student(model, model, [], "text"), text(16).ids, training, 100 * 48, tmp_path / "s", {}, None)
+    rates = [loop._rate(step) / training.rate for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)]) and max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_no_step_is_longer_than_its_gradient_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billhook.heal.loop.LONGEST", 0.0)
+    _, _, record = run("llama", quick("tune"), tmp_path / "state")
+    assert len({look.held for look in record.curve}) == 1, "gradients of length 0 change nothing"
+
+
+def test_of_long_text_4096_tokens_are_held_back() -> None:
+    fit, held = split(torch.zeros(80, 1024, dtype=torch.int64))
+    assert (len(fit), held.shape) == (70, (4, 1024))
+    assert [len(part) for part in split(torch.zeros(4, 8192, dtype=torch.int64))] == [3, 1]

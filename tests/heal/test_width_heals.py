@@ -19,7 +19,8 @@ from billhook.anatomy import discover
 from billhook.export import save_checkpoint
 from billhook.export.huggingface import save
 from billhook.heal.bias import bias_compensation
-from billhook.heal.data_free import data_free
+from billhook.heal.data_free import PENALTY, data_free
+from billhook.heal.reconstruct import gram_of_reads, reconstruction
 from billhook.measure.patch import hooked
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -122,6 +123,19 @@ def test_without_data_a_neuron_that_is_the_multiple_of_another_is_rebuilt(name: 
     assert (healed - wanted).norm() < 0.6 * (cut - wanted).norm()
 
 
+def test_without_data_a_neuron_reads_through_the_norm_before_it() -> None:
+    open_ = bed("llama")
+    kept = torch.arange(0, 48, 2)
+    plan = Plan.of([], keeps=[Keep(unit=UNIT, inner="neuron", indices=tuple(kept.tolist()))])
+    found = data_free(open_.model, open_.anatomy, plan).tensors["model.layers.1.mlp.down_proj.weight"]
+    layer = open_.model.model.layers[1]
+    norm, mlp = layer.post_attention_layernorm.weight.detach(), layer.mlp
+    assert not torch.allclose(norm, norm.mean())
+    gram = gram_of_reads(*(read.weight.detach() * norm for read in (mlp.gate_proj, mlp.up_proj)))
+    expected = reconstruction(gram, mlp.down_proj.weight.detach(), kept, PENALTY)
+    torch.testing.assert_close(found[:, kept], expected)
+
+
 def test_what_it_cannot_do_is_left_alone_or_refused(tiny_lm: Path, tmp_path: Path) -> None:
     open_ = bed("llama")
     heads = Keep(unit=Address("decoder", 1, "attention"), inner="group", indices=(0,))
@@ -147,3 +161,24 @@ def test_flap_and_magnitude_all_the_way(tiny_lm: Path, tmp_path: Path, monkeypat
     assert any(name.endswith("down_proj.bias") for name, _ in small.named_parameters())
     healed = heal_walk.heal(out, out=tmp_path / "again", method="closed-form", max_new_tokens=2)
     assert healed.healing is not None
+
+
+def test_biases_that_were_added_are_still_there_after_a_training(tmp_path: Path) -> None:
+    from billhook.plan.record import HealStep
+    from billhook.recipes.heal import record_of
+    from billhook.recipes.training import taught
+
+    open_ = bed("llama")
+    open_.loaded.left_out = ()
+    plan = Plan.of([], "remote", narrowed(open_.anatomy))
+    start = bias_compensation(open_.model, open_.anatomy, plan, windows())
+    step = HealStep(method="tune", text="noise", seed=0, tokens=192)
+    text = windows()
+    done = taught(open_, plan, step, start, record_of(start), text, text, 192, tmp_path, None)
+    ids = windows(2, seed=6).ids
+    for number, small in enumerate((done.begun, done.compressed)):
+        (tmp_path / str(number)).mkdir()
+        save(small, open_.anatomy, plan, tmp_path / str(number))
+        with torch.no_grad():
+            wanted = small(ids).logits
+            torch.testing.assert_close(load(tmp_path / str(number)).model(ids).logits, wanted)

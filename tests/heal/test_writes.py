@@ -87,3 +87,13 @@ def test_new_weights_write_what_was_asked(name: str, block: str) -> None:
         model.load_state_dict(new, strict=False)
         torch.testing.assert_close(step, write.inputs(h) @ change, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(write.linear(h), before + step, atol=1e-3, rtol=1e-3)
+
+
+def test_a_channel_that_hardly_reaches_the_stream_is_noticed() -> None:
+    base, written = torch.randn(2, 5, 6), torch.zeros(2, 5, 6)
+
+    def reached(scale: Tensor) -> Tensor | None:
+        return scale_of(lambda hook: base + scale * (written if hook is None else hook(None, (), {}, written)))  # type: ignore[arg-type]
+
+    torch.testing.assert_close(reached(torch.tensor([1.0, 2, 1, 1, 1, 0.1])), torch.tensor([1.0, 2, 1, 1, 1, 0.1]))
+    assert reached(torch.tensor([1.0, 2, 1, 1, 1, 0.001])) is None

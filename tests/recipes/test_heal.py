@@ -9,7 +9,10 @@ import pytest
 import torch
 from families import build, randomise
 
+from billhook.data import Windows
 from billhook.data.builtin import builtin
+from billhook.heal import UNTOUCHED
+from billhook.heal.loop import split
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -65,3 +68,24 @@ def test_a_model_that_cannot_be_healed_is_refused_before_the_search(
         walk.compress(tmp_path / "model", budget="params=0.8", out=tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not workplace(tmp_path / "out").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_a_training_begins_with_is_chosen_on_text_that_it_does_not_read(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from billhook.recipes import training
+
+    model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
+    judged: list[torch.Tensor] = []
+    monkeypatch.setattr(training, "better", lambda _, __, before, ___, held: judged.append(held) or before)
+    monkeypatch.setattr(training, "train", lambda *_, **__: 1 / 0)
+    text, lessons = (
+        Windows.of(torch.randint(3, 290, (rows, 32), generator=torch.Generator().manual_seed(rows)), "text")
+        for rows in (4, 24)
+    )
+    step = HealStep(method="distill", text="text", seed=0, tokens=64)
+    with pytest.raises(ZeroDivisionError):
+        training.taught(
+            model, Plan.of([Address("decoder", 2)]), step, UNTOUCHED, None, text, lessons, 64, tmp_path, None
+        )
+    assert len(judged) == 1 and torch.equal(judged[0], split(lessons.ids)[1])

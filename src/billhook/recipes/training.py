@@ -20,7 +20,6 @@ from billhook.data.duplicates import distinct, without_duplicates
 from billhook.data.source import read
 from billhook.data.windows import spread
 from billhook.heal import Healing, closed_form
-from billhook.heal.healing import carried_out
 from billhook.heal.judge import divergences
 from billhook.heal.loop import split
 from billhook.heal.select import Selection, select
@@ -30,7 +29,7 @@ from billhook.heal.training import METHODS
 from billhook.models import fingerprint
 from billhook.plan.plan import Plan
 from billhook.plan.record import Graft, HealRecord, HealStep, Refit, SelectionRecord
-from billhook.recipes.heal import record_of, storable
+from billhook.recipes.heal import applied, record_of
 from billhook.recipes.opened import Opened, environment
 from billhook.recipes.selection import Asked, target_text
 from billhook.recipes.settings import SELECTED_FROM, TRAINING_LENGTH
@@ -93,8 +92,7 @@ def taught(
         weights=weights,
     )
     record = record.model_copy(update={"selection": selected})
-    begun, after = (storable(model, healing) for healing in (begun, after))
-    before, compressed = (carried_out(model.model, model.anatomy, plan, healing) for healing in (begun, after))
+    before, compressed = (applied(model, plan, healing) for healing in (begun, after))
     return Taught(compressed, before, known.model_copy(update={"steps": (*known.steps, step), "training": record}))
 
 
