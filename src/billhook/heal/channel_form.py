@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,8 +114,7 @@ def _judged(
         for one, a, b in zip(dense[real].split(128), cut[real].split(128), better[real].split(128), strict=True):
             before, now = before + _apart(one, a, speaks), now + _apart(one, b, speaks)
         count += int(real.sum())
-    found = replace(healing, cut=before / count, healed=now / count)
-    return replace(found, tensors={}) if found.refused else found
+    return healing.judged(before / count, now / count)
 
 
 def _apart(dense: Tensor, other: Tensor, speaks: bool) -> float:

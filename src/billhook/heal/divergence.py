@@ -13,19 +13,8 @@ from torch.nn.functional import log_softmax
 
 from billhook.anatomy.types import Anatomy
 from billhook.heal.stepping import Batches
-from billhook.plan.errors import InputError
 
-HELD_BACK = 1 / 8
 CHUNK = 128  # positions at once: float32 logits for a vocabulary of 49k take 25 MB
-
-
-def held_back(rows: list[int]) -> list[Tensor]:
-    """Which rows of each batch are held back, bool [rows]: the last eighth of all, at least one and never all."""
-    total = sum(rows)
-    if total < 2:
-        raise InputError("healing needs at least two windows: one to fit on and one to hold back")
-    kept = total - max(1, round(HELD_BACK * total))
-    return list(torch.split(torch.arange(total) >= kept, rows))
 
 
 def divergence(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from billhook.anatomy.linears import Linear, linears
 from billhook.anatomy.types import Anatomy, Block
 from billhook.data import Windows
-from billhook.heal.divergence import HELD_BACK
 from billhook.heal.healing import Healing, carried_out
+from billhook.heal.held import parted
 from billhook.heal.judge import divergences
 from billhook.heal.moments import moments
 from billhook.heal.places import at_once
@@ -54,13 +54,11 @@ def eora(
     plan that does anything but set weights to zero, and fewer than two windows.
     """
     require_only_masks(plan)
-    back = max(1, round(HELD_BACK * len(windows.ids)))
-    if len(windows.ids) < 2:
-        raise InputError("healing needs at least two windows: one to fit on and one to hold back")
+    fitted, held = parted(windows)
     small = carried_out(model, anatomy, plan, start)
     (name,) = {edit.unit.stack for edit in plan.sparsities}
     stack = anatomy.stack(name)
-    stepper = Stepper(small, stack, list(batches_of(Windows.of(windows.ids[:-back], windows.name), small)))
+    stepper = Stepper(small, stack, list(batches_of(fitted, small)))
     streams = [stepper.enter(i) for i in range(len(stepper.batches))]
     paths: dict[str, tuple[Tensor, Tensor]] = {}
     left: dict[str, str] = {}
@@ -87,7 +85,7 @@ def eora(
             progress("paths", number + 1, len(stack.blocks))
     tokens = sum(stream.shape[0] * stream.shape[1] for stream in streams)
     healing = replace(start, paths=paths, left_alone=left, tokens=tokens, work=2 * tokens * len(stack.blocks))
-    without, beside = divergences(model, anatomy, plan, [start, healing], windows.ids[-back:])
+    without, beside = divergences(model, anatomy, plan, [start, healing], held)
     healing = replace(healing, cut=without, healed=beside)
     return replace(healing, paths={}) if healing.refused else healing
 

@@ -12,9 +12,9 @@ from billhook.anatomy.low_rank import as_kept
 from billhook.anatomy.types import Anatomy, Block, Stack, Sublayer
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable
-from billhook.heal.divergence import held_back
 from billhook.heal.gaps import runs, whole_blocks
 from billhook.heal.healing import UNTOUCHED, Healing, healed
+from billhook.heal.held import held_back
 from billhook.heal.nystrom import pruned
 from billhook.heal.pool import rows
 from billhook.heal.ridge import Moments

@@ -13,9 +13,9 @@ from billhook.anatomy.types import Anatomy, Block
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable
-from billhook.heal.divergence import held_back
 from billhook.heal.gaps import runs, whole_blocks
 from billhook.heal.healing import Healing, put
+from billhook.heal.held import held_back
 from billhook.heal.spans import Spans
 from billhook.measure.batches import Batch, batches_of
 from billhook.plan.address import Address

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -13,9 +12,9 @@ from torch import Tensor
 from billhook.anatomy import discover
 from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.data import Windows
-from billhook.heal.divergence import HELD_BACK
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import UNTOUCHED, Healing, require_no_channels, require_no_masks
+from billhook.heal.held import parted
 from billhook.heal.judge import divergences
 from billhook.heal.writes import NOT_ADDED
 from billhook.measure.gates import Gates
@@ -60,10 +59,7 @@ def branch_gains(
     require_own_weights(plan)
     plan = plan if isinstance(plan, Plan) else Plan.of(plan)
     healing, _ = gains_of(model, anatomy, plan, source, progress=progress)
-    held = source.ids[-_held(source) :]
-    cut, now = divergences(model, anatomy, plan, [UNTOUCHED, healing], held)
-    found = replace(healing, cut=cut, healed=now)
-    return replace(found, tensors={}) if found.refused else found
+    return healing.judged(*divergences(model, anatomy, plan, [UNTOUCHED, healing], parted(source)[1]))
 
 
 def require_gains(anatomy: Anatomy) -> None:
@@ -87,14 +83,14 @@ def gains_of(
         raise InputError("gains need at least two windows of text: some are held back")
     small = apply(model, anatomy, plan)
     inside = discover(small)
-    held = _held(source)
-    fitted, kept = Windows.of(source.ids[:-held], source.name), Windows.of(source.ids[-held:], source.name)
+    fitted, ids = parted(source)
+    kept = Windows.of(ids, source.name)
     require_gains(inside)
     sublayers = _sublayers(inside)
     free = {s.address: s for s in sublayers if _last(s)}
     gates, judge = Gates(small, inside, fitted, list(free)), Gates(small, inside, kept, list(free))
     found = _fitted(gates, steps, rate, progress)
-    before, after = (fmean(judge.loss(at, window) for window in range(held)) for at in ({}, found))
+    before, after = (fmean(judge.loss(at, window) for window in range(len(ids))) for at in ({}, found))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     if after < before:
@@ -121,10 +117,6 @@ def _fitted(gates: Gates, steps: int, rate: float, progress: Progress | None) ->
         if progress is not None:
             progress("gains", step + 1, steps)
     return dict(zip(gates.units, (total / last).tolist(), strict=True))
-
-
-def _held(source: Windows) -> int:
-    return max(1, round(HELD_BACK * len(source.ids)))
 
 
 def _sublayers(anatomy: Anatomy) -> list[Sublayer]:

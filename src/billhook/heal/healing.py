@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class Healing:
     @property
     def refused(self) -> bool:
         return self.cut is not None and self.healed is not None and not self.healed < self.cut
+
+    def judged(self, cut: float, healed: float) -> Healing:
+        """With its distances from the dense model; without its tensors where it is no nearer."""
+        found = replace(self, cut=cut, healed=healed)
+        return replace(found, tensors={}) if found.refused else found
 
 
 UNTOUCHED = Healing({}, (), {}, 0, 0)

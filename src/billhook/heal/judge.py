@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
-from billhook.heal.divergence import HELD_BACK
 from billhook.heal.healing import UNTOUCHED, Healing, carried_out
+from billhook.heal.held import parted
 from billhook.heal.student import Student
-from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 
 Progress = Callable[[str, int, int], None]
@@ -39,12 +37,8 @@ def judged_apart(way: Way) -> Way:
     Cost: beside its own, two forwards of the dense model and of what is left. InputError for fewer than two windows."""
 
     def judged(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress: Progress | None) -> Healing:
-        back = max(1, round(HELD_BACK * len(windows.ids)))
-        if len(windows.ids) < 2:
-            raise InputError("healing needs at least two windows: one to fit on and one to hold back")
-        found = way(model, anatomy, plan, Windows.of(windows.ids[:-back], windows.name), progress)
-        cut, now = divergences(model, anatomy, plan, [UNTOUCHED, found], windows.ids[-back:])
-        found = replace(found, cut=cut, healed=now)
-        return replace(found, tensors={}) if found.refused else found
+        fitted, held = parted(windows)
+        found = way(model, anatomy, plan, fitted, progress)
+        return found.judged(*divergences(model, anatomy, plan, [UNTOUCHED, found], held))
 
     return judged

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from billhook.heal.as_saved import merged
 from billhook.heal.damage import sample
-from billhook.heal.divergence import HELD_BACK
 from billhook.heal.drawing import lap, lap_length
+from billhook.heal.held import held_windows
 from billhook.heal.kv_routing import Routes
 from billhook.heal.launch import require_precision, sharded
 from billhook.heal.random_skips import stepped_around
@@ -222,8 +222,6 @@ class Loop:
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:
     """The windows to learn from, and those held back: the last eighth, of a short text up to four."""
-    if len(ids) < 2:
-        raise InputError("training needs at least two windows: one to learn from and one to hold back")
-    kept_back = max(1, round(HELD_BACK * len(ids)), min(4, len(ids) // 4))
+    kept_back = max(held_windows(len(ids)), min(4, len(ids) // 4))
     held = ids[len(ids) - kept_back :]
     return ids[: len(ids) - kept_back], held[: max(1, HELD_BACK_TOKENS // ids.shape[1])]

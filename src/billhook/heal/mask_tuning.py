@@ -13,8 +13,8 @@ from billhook.anatomy.types import Anatomy, Inner
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.closed_form import require_healable, stack_of
-from billhook.heal.divergence import held_back
 from billhook.heal.healing import Healing, put, require_no_channels
+from billhook.heal.held import held_back
 from billhook.heal.places import Place, places
 from billhook.heal.stepping import Stepper
 from billhook.heal.unit_scales import in_common, missed, scaled, solved

@@ -17,8 +17,9 @@ from billhook.data import Windows
 from billhook.heal.alike import averaged, grouped
 from billhook.heal.closed_form import require_healable
 from billhook.heal.condense import Expert, foremost, low_reads, low_writes
-from billhook.heal.divergence import divergence, held_back
+from billhook.heal.divergence import divergence
 from billhook.heal.healing import Healing, put, require_no_channels
+from billhook.heal.held import held_back
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.heal.spans import Spans
 from billhook.heal.verdict import healed_and_cut

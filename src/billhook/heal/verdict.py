@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -31,9 +30,7 @@ def judged(
     if not healing.tensors:
         return healing
     changes = [simulate(model, anatomy, plan), healed_and_cut(model, anatomy, plan, healing)]
-    before, now = divergence(stepper, anatomy, held, changes)
-    found = replace(healing, cut=before, healed=now)
-    return replace(found, tensors={}) if found.refused else found
+    return healing.judged(*divergence(stepper, anatomy, held, changes))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.anatomy.undo import Undo
-from billhook.heal.divergence import held_back
 from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
+from billhook.heal.held import held_back
 from billhook.heal.low_rank import onto, projected
 from billhook.heal.places import Place
 from billhook.heal.pool import Pool

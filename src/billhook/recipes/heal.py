@@ -31,11 +31,11 @@ from billhook.heal import (
 )
 from billhook.heal.bias import bias_compensation
 from billhook.heal.data_free import data_free
-from billhook.heal.divergence import HELD_BACK
 from billhook.heal.eora import eora, require_only_masks
 from billhook.heal.features import merged_features
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import carried_out, require_no_masks
+from billhook.heal.held import parted
 from billhook.heal.judge import judged_apart
 from billhook.heal.low_rank import rejoined, require_linears
 from billhook.heal.mask_tuning import NOTHING
@@ -183,8 +183,7 @@ def heal(
         with clock.step("heal"):
             if method not in TRAINED:
                 refit = new_weights(model, plan, method, text, progress, start)
-                back = max(1, round(HELD_BACK * len(text.ids)))  # what no regression saw
-                best = training.better(model, plan, start, refit, text.ids[-back:])
+                best = training.better(model, plan, start, refit, parted(text)[1])
                 compressed, healing = applied(model, plan, best), record_of(best, *done_before, step)
                 if best is start:
                     healing = known.healing or healing.model_copy(update={"refused": True})
