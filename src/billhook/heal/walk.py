@@ -14,6 +14,7 @@ from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
 from billhook.heal.held import held_back
 from billhook.heal.low_rank import onto, projected
+from billhook.heal.on_disk import on_disk
 from billhook.heal.places import Place
 from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
@@ -135,7 +136,7 @@ class Walk:
             undo.restore()
 
     def _take(self, new: dict[str, Tensor], undo: Undo) -> None:
-        self.tensors |= new
+        self.tensors |= {name: on_disk(tensor) for name, tensor in new.items()}
         for name, tensor in new.items():
             put(self._model, name, tensor, undo)
 
@@ -267,7 +268,7 @@ class Walk:
         if solution is None:
             return after
         new = write.changed(solution.change / scale)
-        self.tensors |= new
+        self.tensors |= {name: on_disk(tensor) for name, tensor in new.items()}
         more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
         return [(now.float() + scale * step).to(now.dtype) for now, step in zip(after, more, strict=True)]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.types import Anatomy
+from billhook.heal.on_disk import on_disk
 from billhook.plan.address import Address
 from billhook.plan.check import survivors
 from billhook.plan.plan import HiddenChannels, Keep
@@ -34,13 +35,19 @@ def whole(
             if name in found:
                 full = inner_left(model, anatomy, keeps, name).clone()
                 new = before[name](found[name]) if name in before else found[name]
-                found[name] = full.index_copy_(axis, torch.tensor(edit.indices, device=full.device), new.to(full))
+                found[name] = on_disk(
+                    full.index_copy_(axis, torch.tensor(edit.indices, device=full.device), new.to(full))
+                )
     for keep in keeps:
         for name, (axis, left) in kept_entries(inner_of(anatomy, keep), keep.indices).items():
             if name in found:
                 full, new = model.get_parameter(name).detach().clone(), found[name]
-                found[name] = full.index_copy_(axis, torch.tensor(left, device=full.device), new.to(full))
+                found[name] = _put(full, axis, left, new)
     return found
+
+
+def _put(full: Tensor, axis: int, entries: Sequence[int], new: Tensor) -> Tensor:
+    return on_disk(full.index_copy_(axis, torch.tensor(entries, device=full.device), new.to(full)))
 
 
 def inner_left(model: nn.Module, anatomy: Anatomy, keeps: Iterable[Keep], name: str) -> Tensor:
