@@ -174,7 +174,7 @@ def test_biases_that_were_added_are_still_there_after_a_training(tmp_path: Path)
     start = bias_compensation(open_.model, open_.anatomy, plan, windows())
     step = HealStep(method="tune", text="noise", seed=0, tokens=192)
     text = windows()
-    done = taught(open_, plan, step, start, record_of(start), text, text, 192, tmp_path, None)
+    done = taught(open_, plan, step, start, record_of(start), text, 192, tmp_path, None)
     ids = windows(2, seed=6).ids
     for number, small in enumerate((done.begun, done.compressed)):
         (tmp_path / str(number)).mkdir()

@@ -12,7 +12,6 @@ from families import build, randomise
 from billhook.data import Windows
 from billhook.data.builtin import builtin
 from billhook.heal import UNTOUCHED
-from billhook.heal.loop import split
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -70,7 +69,7 @@ def test_a_model_that_cannot_be_healed_is_refused_before_the_search(
     assert not workplace(tmp_path / "out").exists() and not (tmp_path / "out").exists()
 
 
-def test_what_a_training_begins_with_is_chosen_on_text_that_it_does_not_read(
+def test_what_a_training_begins_with_is_chosen_on_text_that_the_refit_did_not_read(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from billhook.recipes import training
@@ -85,7 +84,5 @@ def test_what_a_training_begins_with_is_chosen_on_text_that_it_does_not_read(
     )
     step = HealStep(method="distill", text="text", seed=0, tokens=64)
     with pytest.raises(ZeroDivisionError):
-        training.taught(
-            model, Plan.of([Address("decoder", 2)]), step, UNTOUCHED, None, text, lessons, 64, tmp_path, None
-        )
-    assert len(judged) == 1 and torch.equal(judged[0], split(lessons.ids)[1])
+        training.taught(model, Plan.of([Address("decoder", 2)]), step, UNTOUCHED, text, lessons, 64, tmp_path, None)
+    assert len(judged) == 1 and torch.equal(judged[0], text.ids[-1:])

@@ -163,14 +163,32 @@ def test_the_whole_walk(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, m
     assert "trained on little text" in (out / "README.md").read_text()
     assert len(load(out).model.model.layers) == 4
 
+    with pytest.raises(InputError, match=r"was trained \(distill\), and closed-form starts from the dense weights"):
+        heal(out, out=tmp_path / "again", method="closed-form", calibration=str(words))
+
+
+@pytest.mark.usefixtures("unproven")
+def test_what_is_worse_is_not_taken_and_the_record_says_so(
+    cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     worse = Healing({name: 3 * load_file(tiny_lm / WEIGHTS)[name]}, (), {}, 0, 0)
-    monkeypatch.setitem(walk.METHODS, "closed-form", lambda *_: worse)  # type: ignore[arg-type]
-    monkeypatch.setattr(walk, "proven", lambda run, *_: run)
-    again = heal(out, out=tmp_path / "again", method="closed-form", calibration=str(words))
-    assert again.healing == run.healing, "what is worse is not taken, and the record says what was kept"
-    first, second = load_file(out / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    known = heal(cut, out=one, method="closed-form", calibration=str(words)).healing
+    assert known is not None and not known.in_vain
+    with monkeypatch.context() as patch:
+        patch.setitem(walk.METHODS, "closed-form", lambda *_: worse)  # type: ignore[arg-type]
+        run = heal(one, out=two, method="closed-form", calibration=str(words), seed=5)
+    assert run.healing is not None
+    assert run.healing.steps == known.steps and run.healing.refits == known.refits
+    assert [step.seed for step in run.healing.in_vain] == [5]
+    first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
     assert all((first[name] == second[name]).all() for name in first)
+
+    monkeypatch.setattr(training, "better", lambda *args: args[3])
+    again = heal(two, out=three, method="closed-form", calibration=str(words), seed=6).healing
+    assert again is not None and not again.in_vain
+    assert [step.seed for step in again.steps] == [6], "it begins at the dense weights: nothing from before is in it"
 
 
 @pytest.mark.usefixtures("unproven")
@@ -192,7 +210,7 @@ def test_text_that_the_model_writes_is_kept_until_the_end(
     cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(training, "taught", lambda *args: seen.append(args[6].ids) or 1 / 0)
+    monkeypatch.setattr(training, "taught", lambda *args: seen.append(args[5].ids) or 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             heal(cut, out=tmp_path / "out", calibration="self", tokens=128)
@@ -238,6 +256,9 @@ def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words
         assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()
 
     refused(tiny_lm, "not a cut model with a record")
+    refused(tmp_path / "nothing", "nothing is no folder")
+    refused(cut / "billhook.json", "billhook.json is no folder")
+    refused(cut, "bias is for what a narrowing leaves, and this plan narrows nothing", method="bias")
     refused(cut, "at least 1 token", tokens=0)
     refused(cut, "selection best is unknown; --select takes none, distinct, dsir", select="best")
     refused(cut, "closed-form does not train", select="paser", method="closed-form")
@@ -248,19 +269,32 @@ def test_refusals_are_one_line_and_leave_nothing(cut: Path, tiny_lm: Path, words
     refused(cut, "does not exist", against=str(tmp_path / "nowhere.gguf"))
     refused(cut, "has other weights than its plan leaves", against=str(cut))
     record = json.loads((cut / "billhook.json").read_text())
-    record["plan"]["provenance"]["model"] = "0" * 64
     other = tmp_path / "other"
     other.mkdir()
     for file in cut.iterdir():
         (other / file.name).symlink_to(file)
     (other / "billhook.json").unlink()
+    (other / "billhook.json").write_text(json.dumps(record | {"model": "gone.gguf"}))
+    refused(other, r"gone.gguf does not exist \(the dense model, says the record; --against names it where it is now\)")
+    record["plan"]["provenance"]["model"] = "0" * 64
     (other / "billhook.json").write_text(json.dumps(record))
     refused(other, "was cut from another model")
+    (other / "billhook.json").write_text("{")
+    refused(other, "is damaged, or of another version of Billhook")
     (words.parent / "short.txt").write_text("too short a text\nto train on\n")
     with pytest.raises(InputError, match="give a longer text"):
         heal(cut, out=tmp_path / "out", calibration=str(words.parent / "short.txt"))
     with pytest.raises(InputError, match="already exists"):
         heal(cut, out=other, calibration=str(words))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_dense_model_is_known_in_every_precision(
+    dtype: str, cut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "require_causal", lambda *_: 1 / 0)  # what comes next
+    with pytest.raises(ZeroDivisionError):
+        heal(cut, out=tmp_path / "out", dtype=dtype)
 
 
 def test_what_another_model_left_is_not_taken_up(tiny_lm: Path, tmp_path: Path) -> None:

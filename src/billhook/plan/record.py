@@ -255,7 +255,8 @@ class HealRecord(_Record):
     ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
     ``refused``: the healed one was no nearer, so the model is left as cut. ``training`` came after the refits, if any.
     ``paths``: the ranks of those that stand beside linears, by the path of the linear.
-    ``steps``: all that was done one after the other, at least one; the rest is said of the last."""
+    ``steps``: all that was done one after the other, at least one; the rest is said of the last. ``in_vain``: what was
+    tried later and brought the model no nearer, so nothing of it is left."""
 
     tokens: int
     work: int
@@ -266,6 +267,7 @@ class HealRecord(_Record):
     divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
     steps: tuple[HealStep, ...]
+    in_vain: tuple[HealStep, ...] = ()
     unhealed: tuple[TextEvidence, ...] = ()
     training: TrainingRecord | None = None
 

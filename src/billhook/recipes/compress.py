@@ -189,7 +189,7 @@ def compress(
                     from billhook.recipes import training  # with peft and accelerate: seconds
 
                     done = training.taught(
-                        model, plan, step, UNTOUCHED, None, texts.longer, lessons, TRAINING_TOKENS, place, progress
+                        model, plan, step, UNTOUCHED, texts.longer, lessons, TRAINING_TOKENS, place, progress
                     )
                     compressed, begun, healing = done.compressed, done.begun, done.record
         if steps:

@@ -95,7 +95,9 @@ def recorded(source: str | os.PathLike[str]) -> Run | None:
     try:
         record = Run.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a record that this version of Billhook wrote; remove it to go on") from error
+        raise InputError(
+            f"{path} is damaged, or of another version of Billhook: what was cut cannot be read from it"
+        ) from error
     return record.model_copy(update={"plan": record.plan.beside(path)})
 
 

@@ -38,7 +38,6 @@ from billhook.heal.healing import carried_out, require_no_masks
 from billhook.heal.held import parted
 from billhook.heal.judge import judged_apart
 from billhook.heal.low_rank import rejoined, require_linears
-from billhook.heal.mask_tuning import NOTHING
 from billhook.heal.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan import processes
@@ -58,6 +57,7 @@ from billhook.recipes.texts import healing_text
 from billhook.recipes.together import shared
 from billhook.surgery import apply
 from billhook.surgery.biases import note_biases
+from billhook.surgery.checkpoint import checkpoint_fingerprint
 from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import channels_of, drops_of, keeps_of
 
@@ -118,6 +118,7 @@ def heal(
     ``accelerate launch`` its processes share the training (see ``heal.train``); the first one alone proves and writes
     the result, and what the others return is without proof.
     """
+    from billhook.heal.select import Selection
     from billhook.recipes import training  # with peft and accelerate: seconds that others need not wait
 
     device = processes.local(device)
@@ -125,6 +126,8 @@ def heal(
     check_out(out, overwrite, source)
     if tokens < 1 or method == "none":
         raise InputError("nothing to heal with: give a method and at least 1 token")
+    if not Path(source).expanduser().is_dir():
+        raise InputError(f"{source} is no folder; heal takes one with a cut model that Billhook wrote")
     known = recorded(source)
     if known is None or known.plan.empty:
         raise InputError(
@@ -139,6 +142,11 @@ def heal(
         require_no_masks(plan, "healing")
     if known.healing and known.healing.paths:
         raise InputError(f"{source} has paths beside its linears already; heal the one from before")
+    if known.healing and known.healing.training and method not in TRAINED:
+        raise InputError(
+            f"{source} was trained ({known.healing.method}), and {method} starts from the dense weights, so nothing of "
+            f"that would be left; heal the one from before, or train further"
+        )
     if plan.factors and method != "closed-form":
         raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
     check_out(out, overwrite, origin)
@@ -156,8 +164,15 @@ def heal(
     )
     clock = Stopwatch()
     with clock.step("load"):
-        small, model = pair(source, origin, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if plan.provenance.model and plan.provenance.model != fingerprint(model.model):
+        try:
+            small, model = pair(source, origin, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        except InputError as error:
+            if against is not None or str(origin) not in str(error):
+                raise
+            raise InputError(
+                f"{error} (the dense model, says the record; --against names it where it is now)"
+            ) from error
+    if plan.provenance.model not in ("", fingerprint(model.model), checkpoint_fingerprint(model.loaded.folder)):
         raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
     require_causal(model.model, "heal")
     require_healable(model.anatomy)
@@ -170,29 +185,31 @@ def heal(
 
     with shared(out, device) as (place, first):
         with clock.step("measure"):
-            text = healing_text(model, text_name, seed, progress)
-            lessons, chosen = text, None
+            before = known.healing if method in TRAINED else None
+            text = before or healing_text(model, text_name, seed, progress)  # which is for a refit alone
+            lessons: Windows | Selection | None = None
             if wanted is not None:
-                chosen = training.selection(model, text_name, wanted, tokens, seed, place, progress)
-                lessons = chosen.windows
+                lessons = training.selection(model, text_name, wanted, tokens, seed, place, progress)
             elif method in TRAINED:
                 lessons = training.training_text(model, text_name, tokens, seed, place, progress)
-            texts = judged_on(model, text_name, [text, lessons], seed, progress, read_before=calibrated_with(source))
+            taken = lessons.windows if isinstance(lessons, Selection) else lessons
+            reads = [windows for windows in (text, taken) if isinstance(windows, Windows)]
+            texts = judged_on(model, text_name, reads, seed, progress, read_before=calibrated_with(source))
         cut = apply(model.model, model.anatomy, plan)
         begun = None
         with clock.step("heal"):
-            if method not in TRAINED:
+            if lessons is not None:
+                done = training.taught(model, plan, step, start, text, lessons, tokens, place, progress)
+                compressed, begun, healing = done.compressed, done.begun, done.record
+            else:
+                assert isinstance(text, Windows)
                 refit = new_weights(model, plan, method, text, progress, start)
                 best = training.better(model, plan, start, refit, parted(text)[1])
-                compressed, healing = applied(model, plan, best), record_of(best, *done_before, step)
+                steps = (*done_before, step) if method == "eora" else (step,)  # all others begin at the dense weights
+                compressed, healing = applied(model, plan, best), record_of(best, *steps)
                 if best is start:
-                    healing = known.healing or healing.model_copy(update={"refused": True})
+                    healing = in_vain(known.healing, step) or healing.model_copy(update={"refused": True})
                 known = known.model_copy(update=cost_fields(plan, known.outline, best)) if best.paths else known
-            else:
-                done = training.taught(
-                    model, plan, step, start, known.healing, text, chosen or lessons, tokens, place, progress
-                )
-                compressed, begun, healing = done.compressed, done.begun, done.record
         run = known.model_copy(
             update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
         )
@@ -205,6 +222,11 @@ def heal(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+def in_vain(known: HealRecord | None, step: HealStep) -> HealRecord | None:
+    """What was on record of a model that stays as it is, since one more way to heal it brought it no nearer."""
+    return known and known.model_copy(update={"in_vain": (*known.in_vain, step)})
 
 
 def require_sharable(method: str) -> None:
@@ -221,7 +243,7 @@ def require_units(method: str, plan: Plan) -> None:
     if plan.channels and method != "closed-form":
         raise InputError(f"the plan cuts hidden channels, which {method} knows nothing of; use closed-form")
     if method in ("scales", "bias", "data-free") and not plan.keeps:
-        raise InputError(NOTHING)
+        raise InputError(f"{method} is for what a narrowing leaves, and this plan narrows nothing; use closed-form")
     if method == "bias" and plan.target in (Target.UNIFORM, Target.DECI):
         raise InputError(f"bias gives linears a bias of their own, which target {plan.target} cannot carry")
 

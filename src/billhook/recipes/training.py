@@ -20,8 +20,8 @@ from billhook.data.duplicates import distinct, without_duplicates
 from billhook.data.source import read
 from billhook.data.windows import spread
 from billhook.heal import Healing, closed_form
+from billhook.heal.held import parted
 from billhook.heal.judge import divergences
-from billhook.heal.loop import split
 from billhook.heal.select import Selection, select
 from billhook.heal.state import keep, kept
 from billhook.heal.train import train
@@ -52,8 +52,7 @@ def taught(
     plan: Plan,
     step: HealStep,
     start: Healing,
-    known: HealRecord | None,
-    text: Windows,
+    known: HealRecord | Windows,
     wanted: Windows | Selection,
     tokens: int,
     place: Path,
@@ -61,23 +60,24 @@ def taught(
 ) -> Taught:
     """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by the method of ``step``.
 
-    Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
-    begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
+    ``known``: what is on record of the healing that ``start`` comes from, or, where there was none, text: it is then
+    refitted in closed form on that first, and the training begins with the better of the two on what the refit held
+    back of it. A selection is made with that
     model. What takes long is kept in ``place``.
     """
     method, seed = step.method, step.seed
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
-    if known is None:
-        refit = _refitted(model, plan, text, place, progress)
-        begun = better(model, plan, start, refit, split(lessons.ids)[1])
+    if isinstance(known, Windows):
+        refit = _refitted(model, plan, known, place, progress)
+        begun = better(model, plan, start, refit, parted(known)[1])
         known = record_of(refit)
         if begun is start and not refit.refused:
             known = known.model_copy(update={"refused": True})
     weights, selected = None, None
     if chosen is not None:
         weights, selected = _selected(model, plan, method, begun, chosen, seed, place, progress)
-    facts = [*_of(model), _digest(begun), method, lessons.fingerprint, text.fingerprint, tokens, seed, _edits(plan)]
+    facts = [*_of(model), _digest(begun), method, lessons.fingerprint, tokens, seed, _edits(plan)]
     facts += [selected.model_dump()] if selected is not None else []
     after, record = train(
         model.model,
@@ -146,7 +146,7 @@ def selection(
 
 
 def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Tensor) -> Healing:
-    """``after``, unless ``before`` is nearer to the dense model on windows that neither was fitted on. Of several
+    """``after``, unless ``before`` is nearer to the dense model on windows that ``after`` was not fitted on. Of several
     processes the first one decides: on other devices a narrow choice could come out the other way."""
     was, now = of_the_first(lambda: divergences(model.model, model.anatomy, plan, [before, after], held))
     return after if now <= was else before
