@@ -12,11 +12,11 @@ from heal.training_bed import PLAN, quick, run, text
 from billhook.anatomy import discover
 from billhook.heal import loop
 from billhook.heal.damage import damage, feature_weights, sample
-from billhook.heal.lora import LEAST, ranks_by_loss
 from billhook.heal.loop import split
+from billhook.heal.lora import LEAST, ranks_by_loss
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.heal.subject import _gain
-from billhook.heal.training import Training
+from billhook.heal.training import METHODS, Training
 from billhook.heal.tune import SUFFICES, subsets
 from billhook.plan.record import TrainingRecord
 from billhook.surgery import apply
@@ -63,9 +63,10 @@ def test_the_stream_counts_as_the_damage_says(begun: Any) -> None:
     both = untrained("llama")
     with frozen(both):
         found = damage(both, FEW)
-    for features in ("all", "tail", "none"):
-        _, weights, _ = begun("llama", quick("distill", features=features))
-        assert weights == pytest.approx(feature_weights(found, features))
+    for method, blocks in (("distill", {0, 1, 2, 3}), ("tail", {3}), ("lisa", set())):
+        _, weights, _ = begun("llama", quick(method))
+        assert weights == pytest.approx(feature_weights(found, METHODS[method].features))
+        assert set(weights) == blocks
 
 
 def test_tune_takes_the_least_that_suffices(begun: Any) -> None:
