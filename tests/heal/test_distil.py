@@ -9,7 +9,7 @@ from heal.training_bed import PLAN, text
 
 from billhook.anatomy import discover
 from billhook.heal import distil
-from billhook.heal.damage import damage, feature_weights
+from billhook.heal.damage import Damage, damage, feature_weights
 from billhook.heal.head import halves
 from billhook.heal.student import Student, ends_of, frozen
 from billhook.plan.address import Address
@@ -80,6 +80,8 @@ def test_damage_is_nothing_before_the_gap_and_feature_terms_begin_as_large_as_th
     assert set(tail) == {3}
     assert tail[3] * found.errors[3] == pytest.approx(found.loss)
     assert feature_weights(found, "none") == {}
+    few = Damage(2.0, (0.5, 0.5), (1.0, 1.0))
+    assert feature_weights(few, "tail") == {1: 4.0}, "the last block, where a quarter is none"
 
 
 def test_pull_is_the_slope_towards_the_dense_stream() -> None:

@@ -38,6 +38,7 @@ def job(name: str, method: str, family: str = "llama", **more: Any) -> dict[str,
 JOBS = [
     job("lora", "lora"),
     job("distill", "distill"),
+    job("tail", "tail"),
     job("lisa", "lisa"),
     job("tune", "tune", "llama_bias", plan=NARROW),
     job("ist", "ist", "deepseek_v3"),

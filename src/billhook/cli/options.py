@@ -79,8 +79,8 @@ Heal = Annotated[
         help="[bold]closed-form[/]: what is left is refitted by least squares; where heads or neurons go "
         "[bold]bias[/], [bold]data-free[/] or [bold]scales[/]; [bold]eora[/]: paths of low rank beside linears with "
         "zeros (the budget holds for both); [bold]none[/]; or refitted and then "
-        "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]lora[/], [bold]tune[/], [bold]lisa[/], "
-        "[bold]ist[/], [bold]fpf[/], [bold]skips[/], [bold]kv-routing[/]. Else the recipe says.",
+        "trained, as [bold]billhook heal[/] does: [bold]distill[/], [bold]tail[/], [bold]lora[/], [bold]tune[/], "
+        "[bold]lisa[/], [bold]ist[/], [bold]fpf[/], [bold]skips[/], [bold]kv-routing[/]. Else the recipe says.",
     ),
 ]
 Select = Annotated[

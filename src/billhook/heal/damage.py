@@ -50,10 +50,10 @@ def feature_weights(found: Damage, features: Features) -> dict[int, float]:
 
     Divided by its own size at the start no term dominates (LAPTOP-Diff, arXiv 2404.11098, normalises by the teacher's
     features instead); each then counts in proportion to ``pull``, as HierarchicalPrune (arXiv 2508.04663) lets the
-    strength follow the measured sensitivity of a block. ``tail``: only the last quarter (FoldGPT, arXiv 2407.00928,
-    distils the tail layers). Blocks before the first gap lack nothing and have no term.
+    strength follow the measured sensitivity of a block. ``tail``: only the last quarter, one block at least (FoldGPT,
+    arXiv 2407.00928, distils the tail layers). Blocks before the first gap lack nothing and have no term.
     """
-    begin = len(found.errors) * (1 - TAIL) if features == "tail" else 0
+    begin = min(len(found.errors) * (1 - TAIL), len(found.errors) - 1) if features == "tail" else 0
     terms = [i for i, error in enumerate(found.errors) if error > 0 and i >= begin and features != "none"]
     total = sum(found.pull[i] for i in terms)
     return {i: found.loss * found.pull[i] / total / found.errors[i] for i in terms} if total > 0 else {}

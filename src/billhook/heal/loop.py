@@ -80,13 +80,13 @@ class Loop:
         and the record."""
         parameters = subject.holder.parameters
         optimizer = torch.optim.AdamW(list(parameters.values()), lr=self._training.rate, weight_decay=0.0)
+        wrapped, stepping = self._student, optimizer
+        if not self._sharded:  # before blocks wait for their turn: only what asks for a gradient now is ever averaged
+            wrapped, stepping = self.accelerator.prepare(wrapped, stepping)
         best = self._resume(subject, optimizer)
         if not self.curve:
             self.curve.append(Look(step=0, loss=None, held=self._look(subject)))
             best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        wrapped, stepping = self._student, optimizer
-        if not self._sharded:
-            wrapped, stepping = self.accelerator.prepare(wrapped, stepping)
         losses: list[float] = []
         for step in range(self.curve[-1].step, self._steps):
             if self._ended():

@@ -44,7 +44,7 @@ class Training:
     def says(self) -> str:
         """In a sentence."""
         towards = "the dense model's next tokens" if self.goal == "dense" else "the next token of the text"
-        stream = {"none": "", "all": " and its stream", "tail": " and its last stream"}[self.features]
+        stream = {"none": "", "all": " and its stream", "tail": " and its stream after the last blocks"}[self.features]
         missing = f", with {self.skips:.0%} of the blocks missing, others every time" if self.skips else ""
         if self.routes:
             missing += f", with {self.routes:.0%} of the blocks on keys and values of an earlier one, others every time"
@@ -63,6 +63,7 @@ METHODS = {
     "tune": Training("tune", "dense", rate=3e-3),
     "lora": Training("lora", "text"),
     "distill": Training("lora", "dense", "all"),
+    "tail": Training("lora", "dense", "tail"),
     "lisa": Training("lisa", "dense", rate=1e-4),
     "ist": Training("ist", "dense", rate=1e-4),
     "fpf": Training("fpf", "dense", rate=1e-4),
