@@ -7,6 +7,7 @@ from test_page import words
 
 from billhook.plan.record import Run
 from billhook.report import healing
+from billhook.report.card import card
 from billhook.report.page import page
 
 
@@ -43,3 +44,24 @@ def test_a_training_that_led_away_from_the_dense_model_is_told() -> None:
     assert healing.away(same) == healing.away(example_run()) == ""
     worse = untrained(run, {"kl": kl.model_copy(update={"value": 0.1})})
     assert healing.away(worse) == "Further from the dense model: KL 0.100 → 1.12."
+
+
+def test_the_card_says_how_it_was_healed_and_what_that_brought() -> None:
+    line = next(line for line in card(healed_run()).splitlines() if line.startswith("Healing: "))
+    assert line == (
+        "Healing: closed-form, then lora; on TinyStories: perplexity 35.6 (cut and not yet healed) → 28.3 (not yet "
+        "trained) → 24.8, KL 1.48 → 1.03 → 1.12. Nearer to the text, further from the dense model: KL 0.712 → 0.851."
+    )
+    assert "Healing" not in card(example_run())
+    run = healed_run()
+    assert run.healing is not None
+    refused = run.healing.model_copy(update={"refused": True, "training": None, "steps": run.healing.steps[:1]})
+    text = card(run.model_copy(update={"healing": refused}))
+    assert "Healing: closed-form, refused: it made nothing better.\n" in text
+
+
+def test_the_page_says_what_comes_from_an_earlier_run() -> None:
+    told = "in the one run described here, but for the search and what it went by: those are of the earlier run"
+    assert told in words(page(healed_run()))
+    assert "measured in the one run described here." in words(page(example_run()))
+    assert "Healing: closed-form, then lora." in words(page(healed_run()))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from billhook.plan.record import Run, TextEvidence
+from billhook.plan.record import HealRecord, Run, TextEvidence
+from billhook.report.headline import furthest
 from billhook.report.numbers import number
 
 
@@ -26,6 +27,33 @@ def stages(run: Run) -> list[Stage]:
         Stage("compressed", run.evidence),
     ]
     return [stage for stage in found if stage.evidence]
+
+
+def way(healing: HealRecord) -> str:
+    """``closed-form, then lora``, and whether what was refitted was refused."""
+    steps = ", then ".join(step.method for step in healing.steps)
+    if not healing.refused:
+        return steps
+    return f"{steps}, {'the refit before it ' if healing.training else ''}refused: it made nothing better"
+
+
+def sentence(run: Run) -> str:
+    """The way of healing, then perplexity and divergence at each stage on the text furthest from the calibration; empty
+    where nothing was healed."""
+    healing = run.healing
+    if healing is None:
+        return ""
+    found, text = stages(run), furthest(run.evidence)
+    if text is None or len(found) < 2 or (healing.refused and healing.training is None):
+        return f"{way(healing)}."
+    which = run.evidence.index(text)
+    texts = [stage.evidence[which] for stage in found]
+    names = [*(f" ({stage.name})" for stage in found[:-1]), ""]
+    perplexity = " → ".join(
+        f"{number(t.perplexity_compressed.value)}{name}" for t, name in zip(texts, names, strict=True)
+    )
+    divergence = " → ".join(number(t.kl.value) for t in texts)
+    return f"{way(healing)}; on {text.name}: perplexity {perplexity}, KL {divergence}."
 
 
 def away(run: Run) -> str:
