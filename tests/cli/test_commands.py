@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from report.example import comparison, example_run, inspection, two_stacks
+from report.example import comparison, example_run, healed_run, inspection, two_stacks
 from terminal import billhook, fake_recipe
 
 from billhook.plan.record import Interval, Run
@@ -274,6 +274,15 @@ def test_compress_prints_a_table_that_fits_80_columns(monkeypatch, tmp_path):
     assert all(len(line) <= 80 for line in lines if folder not in line)
     assert f"{folder}/report.html  the pictures; open it in a browser" in lines
     assert any(f'from_pretrained("{folder}", trust_remote_code=True)' in line for line in lines)
+
+
+def test_heal_says_what_it_brought_and_not_what_an_earlier_search_took(monkeypatch):
+    fake_recipe(monkeypatch, "heal", healed_run())
+    shown = billhook("heal", "out", "--out", "better").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "KL 1.48 → 1.03 → 1.12." in shown and "block-token forwards" not in shown
+    assert "\n          Nearer to the text, further from the dense model: KL 0.712 → 0.851." in shown
+    assert "healed    closed-form, then lora; on TinyStories: perplexity 35.6 (cut and not" in shown
 
 
 def test_eval_without_a_dense_model_compares_nothing(monkeypatch):

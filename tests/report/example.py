@@ -12,7 +12,10 @@ from billhook.plan.policy_comparison import PolicyComparison, PolicyEntry
 from billhook.plan.policy_record import Drafting, Savings
 from billhook.plan.record import (
     Generation,
+    HealRecord,
+    HealStep,
     Interval,
+    Look,
     Measures,
     ProbeEvidence,
     Quantity,
@@ -21,6 +24,7 @@ from billhook.plan.record import (
     Step,
     TextEvidence,
     Timing,
+    TrainingRecord,
     Workload,
 )
 from billhook.plan.target import Target
@@ -120,6 +124,34 @@ def example_run(blocks: int = 30) -> Run:
         seconds={"load": 2.1, "measure": 14.3, "search": 171.2, "evaluate": 64.0, "bench": 88.5},
         environment={"device": "cpu, 2 threads", "dtype": "bfloat16", "python": "3.11.2", "system": "Linux x86_64"},
     )
+
+
+def healed_run() -> Run:
+    """The realistic run healed once more, as ``billhook heal`` writes it: refitted with the cut, then trained towards
+    the text, nearer to which it is further from the dense model."""
+    run = example_run()
+    training = TrainingRecord(
+        trains="lora", goal="text", parameters=4_884_480, tokens_a_step=2048, held_tokens=8192,
+        curve=(Look(step=0, loss=None, held=3.3), Look(step=12, held=3.1, loss=3.4), Look(step=24, held=3.0, loss=3.2)),
+        best=24, stopped_early=False,
+        untrained=(
+            _evidence("WikiText-2, held back", "calibration", 22.81, 60.4, 0.712, 0.63),
+            _evidence("TinyStories", "other", 9.42, 28.3, 1.03, 0.58),
+        ),
+    )  # fmt: skip
+    healing = HealRecord(
+        tokens=20_480, work=614_400, refits=(), training=training,
+        steps=(
+            HealStep(method="closed-form", text="wiki_calib", seed=0),
+            HealStep(method="lora", text="wiki_calib", seed=0, tokens=49_152),
+        ),
+        unhealed=(
+            _evidence("WikiText-2, held back", "calibration", 22.81, 84.1, 1.21, 0.52),
+            _evidence("TinyStories", "other", 9.42, 35.6, 1.48, 0.49),
+        ),
+    )  # fmt: skip
+    seconds = {"load": 2.1, "measure": 1.4, "heal": 311.0, "evaluate": 64.0, "bench": 88.5}
+    return run.model_copy(update={"healing": healing, "seconds": seconds})
 
 
 def inspection() -> Run:

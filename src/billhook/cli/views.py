@@ -9,10 +9,12 @@ from rich.text import Text
 
 from billhook.cli.output import printable
 from billhook.plan.record import Generation, Run
+from billhook.report import healing
 from billhook.report.cuts import dropped, ranks, sharing, thinned, widths, zeros
 from billhook.report.loading import FOLDER, loading
 from billhook.report.numbers import duration, percent, ranges
 from billhook.report.palette import kind_name
+from billhook.report.provenance import searched_now
 
 _FILES = {
     "report.html": "the pictures; open it in a browser",
@@ -23,17 +25,20 @@ _FILES = {
 
 
 def cut(run: Run) -> Table:
-    """Asked, realised, what was cut, which weights have no place in the model, and what it took, a line each."""
+    """Asked, realised, what was cut, which weights have no place in the model, what healing brought, and what it took,
+    a line each."""
     asked = run.asked or run.plan.budget or ""
     kinds = [part.partition("=")[0].strip() for part in asked.split(",")]
     kinds = [kind for kind in kinds if kind in run.realised] or ["params"]  # until=cliff names none
     kept = {kind: share for kind, share in run.realised.items() if kind in kinds}  # the others stand in the table
+    way = "act" if run.healing and run.healing.combined else "healed"
     rows = {
         "asked": asked,
         "realised": ", ".join(f"{percent(share)} of {kind}" for kind, share in kept.items()),
         "cut": cut_line(run),
         "left out": run.environment.get("weights left out", ""),
         "target": str(run.plan.target),
+        way: "\n".join(filter(None, (healing.sentence(run), healing.away(run)))),
         "took": _took(run),
     }
     table = Table.grid(padding=(0, 2))
@@ -93,7 +98,8 @@ def files(out: Path) -> Text:
 
 
 def _took(run: Run) -> str:
-    """``5 min 32 s, 4,331,520 block-token forwards of search``."""
+    """``5 min 32 s, the search 4,331,520 block-token forwards``; the search of an earlier run took nothing now."""
     parts = [duration(sum(run.seconds.values()))] if run.seconds else []
-    parts += [f"the search {run.search.work:,} block-token forwards"] if run.search and run.search.work else []
+    search = run.search if searched_now(run) else None
+    parts += [f"the search {search.work:,} block-token forwards"] if search and search.work else []
     return ", ".join(parts)

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from billhook.plan.record import Run
 from billhook.plan.target import Target
-from billhook.report import answers, cuts, headline, loading, numbers, provenance
+from billhook.report import answers, cuts, headline, healing, loading, numbers, provenance
 from billhook.report.cuts import tied
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -28,6 +28,8 @@ def card(run: Run) -> str:
         front=yaml.safe_dump(_front(run), sort_keys=False, allow_unicode=True),
         title=headline.title(run),
         verdict=headline.verdict(run),
+        healing=healing.sentence(run),
+        away=healing.away(run),
         summary=cuts.summary(run),
         probe_sentence=answers.of_run(run),
         repetition=answers.repetition(run.generations),

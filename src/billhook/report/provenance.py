@@ -69,6 +69,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return [(name, value) for name, value in found if value]
 
 
+def searched_now(run: Run) -> bool:
+    """Whether the search is of this run, and not of an earlier one whose result this run went on from."""
+    return run.search is not None and "search" in run.seconds
+
+
 def _ranks(paths: Mapping[str, int]) -> str:
     """``35, of rank 2 to 4``"""
     found = sorted(set(paths.values()))

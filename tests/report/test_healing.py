@@ -1,0 +1,67 @@
+"""What the page and the card say of a healing."""
+
+from __future__ import annotations
+
+from example import example_run, healed_run
+from test_page import words
+
+from billhook.plan.record import Run
+from billhook.report import healing
+from billhook.report.card import card
+from billhook.report.page import page
+
+
+def untrained(run: Run, update: dict[str, object]) -> Run:
+    """The run with other evidence of what its training began with."""
+    assert run.healing is not None and run.healing.training is not None
+    before = tuple(text.model_copy(update=update) for text in run.evidence)
+    training = run.healing.training.model_copy(update={"untrained": before})
+    return run.model_copy(update={"healing": run.healing.model_copy(update={"training": training})})
+
+
+def test_every_stage_has_perplexity_divergence_and_agreement() -> None:
+    text = words(page(healed_run()))
+    divergence = "divergence from dense (KL)"
+    for row in (
+        "perplexity, cut and not yet healed 84.1", "perplexity, not yet trained 60.4", "perplexity, compressed 51.9",
+        f"{divergence}, cut and not yet healed nats per token 1.21",
+        f"{divergence}, not yet trained nats per token 0.712",
+        f"{divergence}, compressed nats per token 0.851",
+        "same next token as dense, cut and not yet healed 52.0%", "same next token as dense, not yet trained 63.0%",
+        "same next token as dense, compressed 60.3%",
+    ):  # fmt: skip
+        assert row in text
+    assert f"{divergence} nats per token 0.851" in words(page(example_run()))  # nothing was healed: one row
+
+
+def test_a_training_that_led_away_from_the_dense_model_is_told() -> None:
+    run = healed_run()
+    told = "Nearer to the text, further from the dense model: KL 0.712 → 0.851."
+    assert healing.away(run) == told
+    assert told in words(page(run))
+    kl = run.evidence[0].kl
+    same = untrained(run, {})
+    assert healing.away(same) == healing.away(example_run()) == ""
+    worse = untrained(run, {"kl": kl.model_copy(update={"value": 0.1})})
+    assert healing.away(worse) == "Further from the dense model: KL 0.100 → 1.12."
+
+
+def test_the_card_says_how_it_was_healed_and_what_that_brought() -> None:
+    line = next(line for line in card(healed_run()).splitlines() if line.startswith("Healing: "))
+    assert line == (
+        "Healing: closed-form, then lora; on TinyStories: perplexity 35.6 (cut and not yet healed) → 28.3 (not yet "
+        "trained) → 24.8, KL 1.48 → 1.03 → 1.12. Nearer to the text, further from the dense model: KL 0.712 → 0.851."
+    )
+    assert "Healing" not in card(example_run())
+    run = healed_run()
+    assert run.healing is not None
+    refused = run.healing.model_copy(update={"refused": True, "training": None, "steps": run.healing.steps[:1]})
+    text = card(run.model_copy(update={"healing": refused}))
+    assert "Healing: closed-form, refused: it made nothing better.\n" in text
+
+
+def test_the_page_says_what_comes_from_an_earlier_run() -> None:
+    told = "in the one run described here, but for the search and what it went by: those are of the earlier run"
+    assert told in words(page(healed_run()))
+    assert "measured in the one run described here." in words(page(example_run()))
+    assert "Healing: closed-form, then lora." in words(page(healed_run()))
