@@ -123,16 +123,28 @@ def test_without_data_a_neuron_that_is_the_multiple_of_another_is_rebuilt(name: 
     assert (healed - wanted).norm() < 0.6 * (cut - wanted).norm()
 
 
-def test_without_data_a_neuron_reads_through_the_norm_before_it() -> None:
-    open_ = bed("llama")
+@pytest.mark.parametrize(
+    ("name", "norm", "offset"),
+    [
+        ("llama", "post_attention_layernorm", 0),
+        ("gemma2", "pre_feedforward_layernorm", 1),
+        ("olmo2", None, 0),
+        ("cohere", "input_layernorm", 0),
+        ("stablelm", "post_attention_layernorm", 0),
+        ("stablelm_parallel", "input_layernorm", 0),
+    ],
+)
+def test_without_data_a_neuron_reads_through_the_norm_before_it(name: str, norm: str | None, offset: int) -> None:
+    """Whatever stands for a gain of 1 in its weight; a norm behind the writes, as in olmo2, is none."""
+    open_ = bed(name)
     kept = torch.arange(0, 48, 2)
     plan = Plan.of([], keeps=[Keep(unit=UNIT, inner="neuron", indices=tuple(kept.tolist()))])
     found = data_free(open_.model, open_.anatomy, plan).tensors["model.layers.1.mlp.down_proj.weight"]
     layer = open_.model.model.layers[1]
-    norm, mlp = layer.post_attention_layernorm.weight.detach(), layer.mlp
-    assert not torch.allclose(norm, norm.mean())
-    gram = gram_of_reads(*(read.weight.detach() * norm for read in (mlp.gate_proj, mlp.up_proj)))
-    expected = reconstruction(gram, mlp.down_proj.weight.detach(), kept, PENALTY)
+    weight = torch.ones(()) if norm is None else layer.get_submodule(norm).weight.detach() + offset
+    assert norm is None or not torch.allclose(weight, weight.mean())
+    gram = gram_of_reads(*(read.weight.detach() * weight for read in (layer.mlp.gate_proj, layer.mlp.up_proj)))
+    expected = reconstruction(gram, layer.mlp.down_proj.weight.detach(), kept, PENALTY)
     torch.testing.assert_close(found[:, kept], expected)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import as_kept, matrix
-from billhook.anatomy.types import Anatomy, Inner, Sublayer
+from billhook.anatomy.types import Anatomy, Block, Inner, Sublayer
 from billhook.heal.healing import Healing, require_no_channels
+from billhook.heal.plain_norms import gain_of, read_through
 from billhook.heal.reconstruct import gram_of_reads, reconstruction
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -34,10 +35,10 @@ def data_free(
     """Neurons that go are rebuilt from those that stay, by what the weights of the reads alone suggest of how they go
     together, and the write takes that up: ``reconstruction`` on ``gram_of_reads``.
 
-    The weight of the norm before the reads is folded into them. Activation functions, biases and what the stream looks
-    like are left out: that is the price of asking for no data, and it can harm; ``source`` is not looked at. Source:
-    UDFC (arXiv 2308.07209), section 3, where every removed channel is a combination of the kept ones. Cost: k^3 / 3 for
-    k kept neurons. Raises InputError where no MLP gets narrower.
+    What the norm before the reads multiplies with is folded into them. Activation functions, biases and what the stream
+    looks like (a norm that stands on it included) are left out: that is the price of asking for no data, and it can
+    harm; ``source`` is not looked at. Source: UDFC (arXiv 2308.07209), section 3, where every removed channel is a
+    combination of the kept ones. Cost: k^3 / 3 for k kept neurons. Raises InputError where no MLP gets narrower.
     """
     require_no_channels(plan, "healing without data")
     drops_of(plan, anatomy)  # checks it
@@ -49,7 +50,7 @@ def data_free(
     for number, keep in enumerate(keeps, start=1):
         sublayer, inner = anatomy.sublayer(keep.unit), inner_of(anatomy, keep)
         write = sublayer.writes[0]
-        reads = _reads(model, sublayer, inner)
+        reads = _reads(model, anatomy.block(keep.unit), sublayer, inner)
         if inner.kind != "neuron" or not 1 <= len(reads) <= 2:
             left[write] = FUSED if inner.kind == "neuron" else HEADS
             continue
@@ -64,10 +65,10 @@ def data_free(
     return Healing(tensors, (), left, 0, 0)
 
 
-def _reads(model: nn.Module, sublayer: Sublayer, inner: Inner) -> list[Tensor]:
-    """One row a neuron for each linear that it reads through, in float32, with the weight of the norm before."""
-    norm: Any = model.get_submodule(sublayer.norms[0]) if sublayer.norms else None
-    scale = None if norm is None else getattr(norm, "weight", None)
+def _reads(model: nn.Module, block: Block, sublayer: Sublayer, inner: Inner) -> list[Tensor]:
+    """One row a neuron for each linear that it reads through, in float32, with the gain of the norm before."""
+    path = read_through(block, sublayer)
+    gain = None if path is None else gain_of(model.get_submodule(path))
     found = []
     for piece in inner.slices:
         owner: Any = model.get_submodule(piece.parameter.rpartition(".")[0])
@@ -75,7 +76,7 @@ def _reads(model: nn.Module, sublayer: Sublayer, inner: Inner) -> list[Tensor]:
         if piece.writes or not piece.parameter.endswith(".weight") or weight is None or weight.ndim != 2:
             continue
         rows = matrix(owner)[piece.start : piece.start + inner.count].float()
-        if scale is not None and scale.shape == rows.shape[1:]:
-            rows = rows * scale.detach().float()
+        if gain is not None and gain.shape == rows.shape[1:]:
+            rows = rows * gain
         found.append(rows)
     return found

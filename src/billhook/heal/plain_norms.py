@@ -18,14 +18,32 @@ from billhook.plan.errors import InputError
 _PLAIN = (1.0, 0.0)  # what the weight of a norm is that does nothing more: 0 where the module adds 1 to it
 
 
-def norm_before(block: Block, sublayer: Sublayer) -> str:
-    """The one norm through which a sublayer reads the stream and behind which nothing else stands. InputError where
-    norms are arranged otherwise."""
+def read_through(block: Block, sublayer: Sublayer) -> str | None:
+    """The one norm through which a sublayer reads the stream; None where there is none, as where norms stand behind the
+    writes only, or on the stream itself."""
     norms = sublayer.norms or (block.norms if block.parallel else ())
+    before = [norm for norm in norms if norm != sublayer.output]
+    return before[0] if len(before) == 1 else None
+
+
+def norm_before(block: Block, sublayer: Sublayer) -> str:
+    """The norm through which a sublayer reads the stream, if nothing stands behind the writes. InputError where norms
+    are arranged otherwise."""
+    path = read_through(block, sublayer)
     straight = all(weight.startswith(f"{sublayer.output}.") for weight in sublayer.writes)
-    if len(norms) != 1 or not straight or (block.norms and not block.parallel):
+    if path is None or not straight or (block.norms and not block.parallel):
         raise InputError(f"{sublayer.address} is not written to the stream as it is, or has no single norm before it")
-    return norms[0]
+    return path
+
+
+def gain_of(norm: nn.Module) -> Tensor | None:
+    """What a norm multiplies the normalised stream with, [hidden] in float32, however its weight says it; None for one
+    that is not understood."""
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return None
+    value = _plain_weight(norm)
+    return None if value is None else weight.detach().float() + (1 - value)
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,9 @@ def absorbed(model: nn.Module, block: Block, sublayer: Sublayer) -> Absorbed:
     plain: dict[str, Tensor] = {}
     gain, shift = torch.ones(()), own.get("bias")
     if "weight" in own:
-        value = _plain_weight(norm, path)
+        value = _plain_weight(norm)
+        if value is None:
+            raise InputError(f"{path} is a norm that is not understood")
         gain = own["weight"].float() + (1 - value)
         plain[f"{path}.weight"] = torch.full_like(own["weight"], value)
     if shift is not None:
@@ -83,8 +103,8 @@ def without_norm(model: nn.Module, block: Block, sublayer: Sublayer) -> dict[str
     return found
 
 
-def _plain_weight(norm: nn.Module, path: str) -> float:
-    """Found out by trying: with it, what a norm puts out has mean square 1."""
+def _plain_weight(norm: nn.Module) -> float | None:
+    """Found out by trying: with it, what a norm puts out has mean square 1. None where neither does that."""
     weight = norm.get_parameter("weight")
     probe = torch.ones_like(weight)
     probe[::2] = -1
@@ -99,4 +119,4 @@ def _plain_weight(norm: nn.Module, path: str) -> float:
             undo.restore()
         if abs(energy - 1) < 0.05:
             return value
-    raise InputError(f"{path} is a norm that is not understood")
+    return None
