@@ -18,7 +18,7 @@ from billhook.heal.places import places
 from billhook.heal.pool import Pool, rows
 from billhook.heal.reads import reads_of
 from billhook.heal.ridge import Moments
-from billhook.heal.writes import writes_of
+from billhook.heal.writes import scale_of, writes_of
 from billhook.plan.address import Address
 from billhook.plan.check import normalise
 
@@ -217,3 +217,13 @@ def test_all_of_a_gap_lend_and_what_is_left_of_each_is_on_record(monkeypatch: py
     assert error < error_of_one
     lent = torch.cat([model.get_parameter(name.replace("0", str(i), 1)) for i in (1, 2)])
     assert not any(torch.equal(row, theirs) for row in healing.tensors[name] for theirs in lent), "reads are guessed"
+
+
+def test_how_a_write_reaches_the_stream_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr("billhook.heal.walk.scale_of", lambda run: asked.append(None) or scale_of(run))
+    model = build("llama")
+    windows = Windows.of(torch.randint(0, 90, (16, 12), generator=torch.Generator().manual_seed(0)), "test")
+    healing = closed_form(model, discover(model), [Address("decoder", 1), Address("decoder", 2)], windows)
+    writes = [refit for refit in healing.refits if refit.weight.endswith(("o_proj.weight", "down_proj.weight"))]
+    assert len(asked) == len(writes) == 5, "mlp 0, to which two offer neurons, and both of 3 and 4"

@@ -60,6 +60,7 @@ class Walk:
         self._counted: set[tuple[str, int]] = set()
         self._donors: dict[Address, list[Sublayer]] = {}
         self._donated: Seen = {}
+        self._reach: dict[str, Tensor | None] = {}  # what a write is multiplied with: no weights change it
         self._near: dict[torch.Size, float] = {}  # the penalty that did best for the last regression of that shape
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
@@ -250,7 +251,9 @@ class Walk:
             writes, left = writes_of(self._model, sublayer, place.mixed)
             self.left_alone |= left
             for write in writes:
-                scale = scale_of(partial(run, write))
+                if write.weight not in self._reach:
+                    self._reach[write.weight] = scale_of(partial(run, write))
+                scale = self._reach[write.weight]
                 if scale is None:
                     self.left_alone[write.weight] = NOT_ADDED
                 else:
