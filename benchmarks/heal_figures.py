@@ -4,9 +4,8 @@
     (default: demo wiki_calib.txt.gz 24576 bfloat16)
 
 Block influence with 6 of 30 blocks gone, and a fifth of the parameters gone as single sublayers; with recipes (such as
-flap or cfsp) what each of them leaves at params=0.8 instead, what got narrower by every way that needs no gradients. Ten
-minutes on two idle cores. DTYPE float32 is for
-processors without bfloat16; say so with the figures.
+flap or cfsp) what each of them leaves at params=0.8 instead, healed by every way without gradients where something got
+narrower. Ten minutes on two idle cores. DTYPE float32 is for processors without bfloat16; say so with the figures.
 """
 
 from __future__ import annotations
