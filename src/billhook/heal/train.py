@@ -50,9 +50,10 @@ def train(
     found, or ``UNTOUCHED``. The result is ``start`` with the trained tensors, and what happened.
 
     The last eighth of the windows is held back, and at most 4,096 tokens of it are looked at; the state that does best
-    there wins, judged as it will be saved: merged, in the model's dtype. Where none does better than the model was, the
-    result is ``start``. The other windows are read in random order, again and again, until ``tokens``
-    are used; with ``weights`` (see ``lap``) each so often as it has weight.
+    there wins, judged as it will be saved (merged, in the model's dtype) and as it was trained, with blocks missing or
+    keys and values lent where they were, but without the features. Where none does better than the model was, the
+    result is ``start``. The other windows are read in random order, again and again, until ``tokens`` are used; with
+    ``weights`` (see ``lap``) each so often as it has weight.
 
     ``state`` is a file that each look replaces: weights, moments of the optimizer, the best state, the curve. The same
     call goes on from there and ends with the same curve: what is read and who is trained follows from the seed and the
