@@ -6,7 +6,7 @@ from example import example_run, healed_run
 from test_page import words
 
 from billhook.plan.record import Run
-from billhook.report import healing
+from billhook.report import healing, provenance
 from billhook.report.card import card
 from billhook.report.page import page
 
@@ -65,3 +65,13 @@ def test_the_page_says_what_comes_from_an_earlier_run() -> None:
     assert told in words(page(healed_run()))
     assert "measured in the one run described here." in words(page(example_run()))
     assert "Healing: closed-form, then lora." in words(page(healed_run()))
+
+
+def test_a_refused_refit_is_not_the_refusal_of_the_training_after_it() -> None:
+    run = healed_run()
+    assert run.healing is not None
+    facts = dict(provenance.facts(run.model_copy(update={"healing": run.healing.model_copy(update={"refused": True})})))
+    assert facts["healing"] == "closed-form, then lora, the refit before it refused: it made nothing better"
+    once = run.healing.model_copy(update={"refused": True, "training": None, "steps": run.healing.steps[:1]})
+    facts = dict(provenance.facts(run.model_copy(update={"healing": once})))
+    assert facts["healing"] == "closed-form, refused: it made nothing better"
