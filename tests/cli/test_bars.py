@@ -45,13 +45,20 @@ def test_nothing_is_drawn_before_something_happens(terminal):
 
 
 def test_a_line_every_ten_seconds_where_there_is_no_terminal(monkeypatch, capsys):
-    now = iter([0.0, 5.0, 12.0, 12.0, 13.0, 23.0, 23.0])
+    now = iter([0.0, 5.0, 12.0, 13.0, 23.0, 34.0, 45.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     with progress.bars() as advance:
         for done in range(4):
             advance("search", done, 4)
+        for done in (2, 3):  # went on from there: what came before took no time now
+            advance("training", done, 10)
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == ["billhook: search: 1 of 4", "billhook: search: 3 of 4"]
+    assert shown.err.splitlines() == [
+        "billhook: search: 1 of 4, 0:21 left",
+        "billhook: search: 3 of 4, 0:06 left",
+        "billhook: training: 2 of 10",
+        "billhook: training: 3 of 10, 1:17 left",
+    ]
     assert shown.out == ""
 
 

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from billhook.anatomy import discover
 from billhook.data.decoding import cache_name
 from billhook.evaluate import DEFAULT, bench, memory
+from billhook.evaluate.bench import engine
 from billhook.evaluate.memory import memory_of, tensor_bytes
 from billhook.evaluate.workload import decode, fitting, prefill, prompt_ids, ready
 from billhook.measure import latency
@@ -191,10 +192,13 @@ def test_peak_on_cuda_is_that_of_one_model(dense):
     assert len(beside)
 
 
-def test_engine_is_named(dense):
+def test_engine_is_named(dense, monkeypatch):
     (timing,) = bench(dense, dense, workloads=[PREFILL], rounds=1)
-    for words in (transformers.__version__, torch.__version__, "CPU", f"{torch.get_num_threads()} threads", "float32"):
+    for words in (transformers.__version__, torch.__version__, "CPU", "float32"):
         assert words in timing.engine
+    for count, words in ((1, "CPU with 1 thread,"), (2, "CPU with 2 threads,")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert words in engine(dense)
 
 
 def test_three_workloads_by_default():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from example import example_run, healed_run
-from test_page import words
+from test_page import specs, words
 
 from billhook.plan.record import Run
-from billhook.report import healing
+from billhook.report import healing, provenance
 from billhook.report.card import card
 from billhook.report.page import page
 
@@ -65,3 +67,27 @@ def test_the_page_says_what_comes_from_an_earlier_run() -> None:
     assert told in words(page(healed_run()))
     assert "measured in the one run described here." in words(page(example_run()))
     assert "Healing: closed-form, then lora." in words(page(healed_run()))
+
+
+def test_a_refused_refit_is_not_the_refusal_of_the_training_after_it() -> None:
+    run = healed_run()
+    assert run.healing is not None
+    facts = dict(provenance.facts(run.model_copy(update={"healing": run.healing.model_copy(update={"refused": True})})))
+    assert facts["healing"] == "closed-form, then lora, the refit before it refused: it made nothing better"
+    once = run.healing.model_copy(update={"refused": True, "training": None, "steps": run.healing.steps[:1]})
+    facts = dict(provenance.facts(run.model_copy(update={"healing": once})))
+    assert facts["healing"] == "closed-form, refused: it made nothing better"
+
+
+def test_the_curve_of_a_training_shows_all_of_its_first_point_and_names_only_terms_that_it_has() -> None:
+    def traces(run: Run) -> list[dict[str, Any]]:
+        return next(s["data"] for s in specs(page(run)) if s["data"][-1].get("name") == "kept")
+
+    run = healed_run()
+    assert run.healing is not None
+    assert [trace["name"] for trace in traces(run)] == ["as trained", "held back", "kept"]
+    assert all(trace["cliponaxis"] is False for trace in traces(run))
+    assert "With lora the loss on held-back text went from 3.30 to 3.00 nats a token" in words(page(run))
+    steps = (run.healing.steps[0], run.healing.steps[1].model_copy(update={"method": "distill"}))
+    distilled = run.model_copy(update={"healing": run.healing.model_copy(update={"steps": steps})})
+    assert traces(distilled)[0]["name"] == "as trained, terms of the stream included"

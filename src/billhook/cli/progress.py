@@ -60,12 +60,19 @@ def _draw(drawn: Progress) -> Callback:
 
 def _heartbeat(console: Console) -> Callback:
     last = time.monotonic()
+    begun: dict[str, tuple[float, int]] = {}  # when each label began, and how far it was then: resumed is not at 0
 
     def advance(label: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= _HEARTBEAT:
-            last = time.monotonic()
-            console.print(f"billhook: {label}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+        now = time.monotonic()
+        if label not in begun or done <= begun[label][1]:
+            begun[label] = now, done
+        if now - last < _HEARTBEAT:
+            return
+        last = now
+        since, first = begun[label]
+        left = f", {_clock((now - since) / (done - first) * (total - done))} left" if first < done < total else ""
+        console.print(f"billhook: {label}: {done} of {total}{left}", markup=False, highlight=False, soft_wrap=True)
 
     return advance
 

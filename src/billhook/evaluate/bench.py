@@ -116,7 +116,8 @@ def _time(
 def engine(model: PreTrainedModel) -> str:
     """What the model runs on, in words: a gain measured in one engine says little about another."""
     device: torch.device = model.device
-    where = f"CPU with {torch.get_num_threads()} threads" if device.type == "cpu" else device.type.upper()
+    threads = torch.get_num_threads()
+    where = f"CPU with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type.upper()
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     dtype = str(model.dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from billhook.plan.record import Run
 from billhook.report.headline import budget_name
+from billhook.report.healing import way
 from billhook.report.numbers import duration, percent, quantity
 
 
@@ -36,11 +37,11 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ]
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
-        refitted = f", {taken} of {len(healing.refits)} linears refitted" if healing.refits else ""
-        done = ", refused: it made nothing better" if healing.refused else refitted
+        told = healing.refits and not healing.refused
+        refitted = f", {taken} of {len(healing.refits)} linears refitted" if told else ""
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
-            ("act" if healing.combined else "healing", f"{healing.method}{done}"),
+            ("act" if healing.combined else "healing", f"{way(healing)}{refitted}"),
             ("paths of low rank", _ranks(healing.paths)),
             ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
             ("healed on", ", then ".join(dict.fromkeys(step.text for step in healing.steps))),
