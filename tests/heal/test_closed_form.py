@@ -323,7 +323,7 @@ def test_shared_keys_and_values_are_refused() -> None:
 def test_no_fit_sees_what_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other windows in the last eighth: what is fitted on stays the same, and what judges it does not."""
     seen: list[Any] = []
-    monkeypatch.setattr("billhook.heal.walk.solve", lambda fit, held, *_: seen.append((fit, held)))
+    monkeypatch.setattr("billhook.heal.peers.solve", lambda fit, held, *_: seen.append((fit, held)))
     model = build("llama")
     anatomy = discover(model)
     ids = windows(16).ids
