@@ -12,6 +12,7 @@ from torch.nn.functional import log_softmax
 from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.heal.healing import Healing, healed
+from billhook.heal.peers import Peers
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.walk import Walk
@@ -32,7 +33,8 @@ def channel_form(
     anatomy: Anatomy,
     plan: Plan | Iterable[Address],
     source: Windows | Iterable[Batch],
-    progress: Progress | None = None,
+    progress: Progress | None,
+    peers: Peers,
 ) -> Healing:
     """New weights by least squares for reads and writes of a model that loses hidden channels. The model stays as it
     is.
@@ -46,20 +48,21 @@ def channel_form(
     Left alone, with the reason: reads and writes that are fused experts, writes behind a norm. The head and the
     embedding are one tensor in many models and stay as they are.
 
-    Cost: that of ``closed_form``, all places being behind the gap. Memory: the cut model beside the dense one. Raises
-    InputError for fewer than two windows, and where a stream is not finite.
+    Cost: that of ``closed_form``, all places being behind the gap; processes share it alike. Memory: the cut model
+    beside the dense one. Raises InputError for fewer than two windows, and where a stream is not finite.
     """
     drops, keeps, channels = drops_of(plan, anatomy), keeps_of(plan, anatomy), channels_of(plan, anatomy)
     (edit,) = channels
     batches = list(batches_of(source, model))
     stack = anatomy.stack(edit.stack)
     thin = apply(model, anatomy, Plan.of([], keeps=keeps, channels=channels))
-    walk = _ThinWalk(model, anatomy, Stepper(model, stack, batches), drops, keeps)
+    walk = _ThinWalk(model, anatomy, Stepper(model, stack, batches), drops, keeps, peers)
     walk.beside(thin, Stepper(thin, stack, batches), edit.indices)
     walk.through(places(stack), progress)
-    tensors = whole(model, anatomy, keeps, walk.tensors, channels)
+    tensors = peers.same(whole(model, anatomy, keeps, walk.tensors, channels))
     healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
-    return _judged(model, anatomy, batches, walk.held, Plan.of(drops, keeps=keeps, channels=channels), healing)
+    smaller = Plan.of(drops, keeps=keeps, channels=channels)
+    return _judged(model, anatomy, batches, walk.held, smaller, healing, peers)
 
 
 class _ThinWalk(Walk):
@@ -67,9 +70,15 @@ class _ThinWalk(Walk):
     the gap."""
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, stepper: Stepper, drops: frozenset[Address], keeps: tuple[Keep, ...]
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        stepper: Stepper,
+        drops: frozenset[Address],
+        keeps: tuple[Keep, ...],
+        peers: Peers,
     ) -> None:
-        super().__init__(model, anatomy, stepper, drops, ())
+        super().__init__(model, anatomy, stepper, drops, (), peers)
         self._inner = keeps
 
     def beside(self, thin: nn.Module, stepper: Stepper, kept: Iterable[int]) -> None:
@@ -83,7 +92,13 @@ class _ThinWalk(Walk):
 
 
 def _judged(
-    model: nn.Module, anatomy: Anatomy, batches: list[dict[str, Any]], held: list[Tensor], plan: Plan, healing: Healing
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: list[dict[str, Any]],
+    held: list[Tensor],
+    plan: Plan,
+    healing: Healing,
+    peers: Peers,
 ) -> Healing:
     """As ``verdict.judged``, by what the whole models put out: the stream that is left has other channels. Of a model
     without a head for tokens it is the squared error of its output, relative to the dense one; where that is the stream
@@ -91,8 +106,7 @@ def _judged(
     if not healing.tensors:
         return healing
     (edit,) = plan.channels
-    before = now = 0.0
-    count = 0
+    before = now = count = 0.0
     for inputs, rows in zip(batches, held, strict=True):
         if not rows.any():
             continue
@@ -114,6 +128,7 @@ def _judged(
         for one, a, b in zip(dense[real].split(128), cut[real].split(128), better[real].split(128), strict=True):
             before, now = before + _apart(one, a, speaks), now + _apart(one, b, speaks)
         count += int(real.sum())
+    before, now, count = peers.added(before, now, count)
     return healing.judged(before / count, now / count)
 
 

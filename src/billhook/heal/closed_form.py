@@ -13,6 +13,7 @@ from billhook.heal.channel_form import channel_form
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import Healing, require_no_masks
 from billhook.heal.low_rank import require_linears
+from billhook.heal.peers import peers_of
 from billhook.heal.places import places
 from billhook.heal.stepping import Stepper
 from billhook.heal.verdict import judged
@@ -84,21 +85,31 @@ def closed_form(
     [tokens, hidden], what the linears of one place are given, and as much as a stream for each MLP of the gap that is
     being crossed (six at most). Raises InputError for cuts in more than one stack, blocks that read the keys and values
     of others, fewer than two windows, and where a stream is not finite.
+
+    Under ``accelerate launch`` all processes call this together, each with the model on its device, and each walks its
+    share of the windows: of those to fit on as of those held back every n-th. The sums of a regression are added over
+    all and the first process solves it. So the result is that of one process but for rounding, and all return it.
+    (Batches that are no windows are not shared out.) Cost and memory: the streams and what linears are given are
+    shared out; the model, the sums and the time for solving are not. Raises InputError, in all of them, where one does,
+    and for more processes than windows to fit on.
     """
     require_no_masks(plan, "healing")
     require_healable(anatomy, plan)
     require_linears(plan, anatomy)
-    if channels_of(plan, anatomy):
-        return channel_form(model, anatomy, plan, source, progress)
-    drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
-    stack = stack_of(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
-    stepper = Stepper(model, stack, list(batches_of(source, model)))
-    walk = Walk(model, anatomy, stepper, drops, keeps, factors)
-    walk.through(places(stack), progress)
-    tensors = whole(model, anatomy, keeps, walk.tensors)
-    healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
-    smaller = Plan.of(drops, keeps=keeps).factorised({f.edit: f.basis.numpy() for f in factors})
-    return judged(model, anatomy, stepper, walk.held, smaller, healing)
+    peers = peers_of(source, model)
+    with peers.together():
+        mine = peers.windows(source) if isinstance(source, Windows) else source
+        if channels_of(plan, anatomy):
+            return channel_form(model, anatomy, plan, mine, progress, peers)
+        drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
+        stack = stack_of(anatomy, [*drops, *(keep.unit for keep in keeps), *(factor.edit.unit for factor in factors)])
+        stepper = Stepper(model, stack, list(batches_of(mine, model)))
+        walk = Walk(model, anatomy, stepper, drops, keeps, peers, factors)
+        walk.through(places(stack), progress)
+        tensors = peers.same(whole(model, anatomy, keeps, walk.tensors))
+        healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
+        smaller = Plan.of(drops, keeps=keeps).factorised({f.edit: f.basis.numpy() for f in factors})
+        return judged(model, anatomy, stepper, walk.held, smaller, healing, peers)
 
 
 def require_healable(anatomy: Anatomy, plan: object = None) -> None:

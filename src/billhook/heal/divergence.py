@@ -12,20 +12,25 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from billhook.anatomy.types import Anatomy
+from billhook.heal.peers import ALONE, Peers
 from billhook.heal.stepping import Batches
 
 CHUNK = 128  # positions at once: float32 logits for a vocabulary of 49k take 25 MB
 
 
 def divergence(
-    stepper: Batches, anatomy: Anatomy, chosen: list[Tensor], changes: Iterable[AbstractContextManager[Any]]
+    stepper: Batches,
+    anatomy: Anatomy,
+    chosen: list[Tensor],
+    changes: Iterable[AbstractContextManager[Any]],
+    peers: Peers = ALONE,
 ) -> list[float]:
     """For each change (a context in which the model is changed) the mean distance of a token from the dense model.
 
     Of a language model that predicts the next token, the Kullback-Leibler divergence of its distribution from the dense
     one, in nats; of any other, |stream - dense stream|^2 / |dense stream|^2 after the last block. Taken over the rows
-    ``chosen`` (bool [rows] a batch) of batches that were walked through the stack, padding left out. Infinite
-    where the stream is not finite.
+    ``chosen`` (bool [rows] a batch) of batches that were walked through the stack, padding left out; over those of
+    all ``peers``. Infinite where the stream is not finite.
 
     Only the stream after the last block is kept, dense and changed; final norm and head run on pieces of it, in the
     model's own forward. So a change is one of blocks. Cost: the model once, and once for each change, on batches that
@@ -37,12 +42,13 @@ def divergence(
     for change in changes:
         with change:
             now = {i: stepper.last(i) for i in used}
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         for i in used:
             rows = stepper.real(i, dense[i]) & chosen[i].to(dense[i].device)[:, None]
             ids = stepper.batches[i]["input_ids"][rows] if _speaks(stepper, anatomy) else None
             total += _distance(stepper, ids, dense[i][rows], now[i][rows])
             count += int(rows.sum())
+        total, count = peers.added(total, count)
         found.append(total / max(count, 1))
     return found
 

@@ -27,5 +27,10 @@ def parted(windows: Windows) -> tuple[Windows, Tensor]:
 
 def held_back(rows: list[int]) -> list[Tensor]:
     """Of windows that come in batches of so many rows, which are held back: bool [rows] a batch."""
+    return from_the_end(rows, held_windows(sum(rows)))
+
+
+def from_the_end(rows: list[int], count: int) -> list[Tensor]:
+    """So many of all rows, from the end: bool [rows] a batch."""
     total = sum(rows)
-    return list(torch.split(torch.arange(total) >= total - held_windows(total), rows))
+    return list(torch.split(torch.arange(total) >= total - count, rows))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from billhook.anatomy.types import Anatomy
 from billhook.heal.divergence import divergence
 from billhook.heal.healing import Healing, healed
+from billhook.heal.peers import ALONE, Peers
 from billhook.heal.stepping import Stepper
 from billhook.plan.plan import Plan
 from billhook.surgery.simulate import simulate
@@ -22,15 +23,17 @@ def judged(
     held: list[Tensor],
     plan: Plan,
     healing: Healing,
+    peers: Peers = ALONE,
 ) -> Healing:
     """The same healing with its distance from the dense model, and that of the cut alone, on the rows that were
-    ``held`` back (bool a batch) of a stepper that has walked the stack; without its tensors where it is no nearer.
+    ``held`` back (bool a batch) of a stepper that has walked the stack, and of those of its ``peers``; without its
+    tensors where it is no nearer.
 
     Cost: three runs of the batches that hold such rows."""
     if not healing.tensors:
         return healing
     changes = [simulate(model, anatomy, plan), healed_and_cut(model, anatomy, plan, healing)]
-    return healing.judged(*divergence(stepper, anatomy, held, changes))
+    return healing.judged(*divergence(stepper, anatomy, held, changes, peers))
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.anatomy.undo import Undo
 from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
-from billhook.heal.held import held_back
 from billhook.heal.low_rank import onto, projected
 from billhook.heal.on_disk import on_disk
+from billhook.heal.peers import Peers
 from billhook.heal.places import Place
 from billhook.heal.pool import Pool
 from billhook.heal.reads import folded, reads_of, same_inputs
-from billhook.heal.ridge import PENALTIES, Moments, Solution, solve
+from billhook.heal.ridge import PENALTIES, Moments, Solution
 from billhook.heal.stepping import Stepper
 from billhook.heal.watch import Seen, keep_input, watching
 from billhook.heal.writes import NOT_ADDED, Write, scale_of, writes_of
@@ -44,6 +44,7 @@ class Walk:
         stepper: Stepper,
         drops: frozenset[Address],
         keeps: Iterable[Keep],
+        peers: Peers,
         factors: Iterable[Factor] = (),
     ) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -52,6 +53,7 @@ class Walk:
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._anatomy, self._stepper, self._drops = model, anatomy, stepper, drops
+        self._peers = peers
         self._dense_model, self._dense_stepper = model, stepper
         self._kept: Tensor | slice = slice(None)  # the channels of the dense stream that the cut one has
         self._keeps = {keep.unit: keep for keep in keeps}
@@ -67,8 +69,8 @@ class Walk:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
         it; as long as nothing is missing, the streams are one and the same."""
         dense = [self._dense_stepper.enter(i) for i in range(len(self._dense_stepper.batches))]
-        self.held = held_back([len(stream) for stream in dense])
-        self.tokens = sum(stream.shape[0] * stream.shape[1] for stream in dense)
+        self.held = self._peers.held_back([len(stream) for stream in dense])
+        self.tokens = int(*self._peers.added(sum(stream.shape[0] * stream.shape[1] for stream in dense)))
         waiting, gap = None, self._model is not self._dense_model
         cut = [self._stepper.enter(i) for i in range(len(dense))] if gap else dense
         seen: Seen = {}
@@ -197,7 +199,8 @@ class Walk:
         if not x or not goal:
             return None, {}
         x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
-        guess = solve(*self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal))
+        sums = self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal)
+        guess = self._peers.solved(*sums, PENALTIES[0])
         changed = {} if guess is None else folded(theirs, guess.change)
         source = self._model.get_submodule(donor.writes[0].removesuffix(".weight"))
         pool, n = Pool.of(reads, theirs, changed, write, source), own[0].shape[-1]
@@ -213,7 +216,7 @@ class Walk:
         lacks = [end.float() - now.float() for end, now in zip(target, after, strict=True)]
         lacks = [r + (mine.float() @ old).reshape(r.shape) for r, mine in zip(lacks, own, strict=True)]
         fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
-        neurons = choose(fit, held, pool.columns.float() * scale, n)
+        neurons = self._peers.first(lambda: choose(fit, held, pool.columns.float() * scale, n))
         if neurons is None:
             return None, {}
         return neurons, pool.chosen(neurons) | pool.writing(neurons, write)
@@ -252,7 +255,7 @@ class Walk:
             self.left_alone |= left
             for write in writes:
                 if write.weight not in self._reach:
-                    self._reach[write.weight] = scale_of(partial(run, write))
+                    self._reach[write.weight] = self._peers.first(partial(scale_of, partial(run, write)))
                 scale = self._reach[write.weight]
                 if scale is None:
                     self.left_alone[write.weight] = NOT_ADDED
@@ -290,7 +293,7 @@ class Walk:
         if within is not None:
             fit.cross = within(fit.cross)
         shape = fit.cross.shape
-        solution = solve(fit, held, self._near.get(shape, PENALTIES[0]))
+        solution = self._peers.solved(fit, held, self._near.get(shape, PENALTIES[0]))
         if solution is not None:
             self._near[shape] = solution.penalty
         before = held.energy / held.tokens
@@ -299,7 +302,7 @@ class Walk:
         return solution
 
     def _moments(self, h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> tuple[Moments, Moments]:
-        """Of the windows to fit on, and of those held back."""
+        """Of the windows to fit on, and of those held back, of all processes."""
         fit, held = Moments(), Moments()
         for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
             real = self._stepper.real(i, lacks)
@@ -308,7 +311,7 @@ class Walk:
                 energy = goal[chosen].float().square().sum(-1)
                 rows = inputs.reshape(*real.shape, -1)[chosen]
                 moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
-        return fit, held
+        return self._peers.summed(fit), self._peers.summed(held)
 
     def _count(self, side: str, place: Place) -> None:
         if (side, place.number) not in self._counted:
