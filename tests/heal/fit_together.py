@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.heal import Healing, closed_form
-from billhook.heal.peers import peers_of
+from billhook.heal import Healing, closed_form, peers, walk
 from billhook.heal.stepping import Batches
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
@@ -63,6 +62,17 @@ def result(job: Job) -> Healing:
     return closed_form(model, discover(model), job.plan, windows(job.rows))
 
 
+def nobody_asks(*args: Any) -> Any:
+    raise AssertionError
+
+
+def on_another_kind_of_device() -> None:
+    """Last bits are others, and what is decided is decided by the first process."""
+    folded = walk.folded
+    walk.folded = lambda *args: {name: tensor * (1 + 1e-6) for name, tensor in folded(*args).items()}
+    walk.choose = walk.scale_of = peers.solve = nobody_asks
+
+
 def troubled(call: int, finite: Callable[..., Any]) -> Callable[..., Any]:
     """A stream is not finite the so-manieth time that one is looked at."""
     calls = iter(range(call))
@@ -78,6 +88,8 @@ def troubled(call: int, finite: Callable[..., Any]) -> Callable[..., Any]:
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     rank = PartialState(cpu=True).process_index
+    if rank:
+        on_another_kind_of_device()
     for name, job in JOBS.items():
         healing = result(job)
         save_file({key: t.contiguous() for key, t in healing.tensors.items()}, place / f"{name}-{rank}.safetensors")
@@ -95,7 +107,7 @@ def main(place: Path) -> None:
             said.append(str(error))
         Batches._finite = finite  # type: ignore[method-assign]
     try:
-        with peers_of(windows(2), build("llama")).together():
+        with peers.peers_of(windows(2), build("llama")).together():
             if rank == 1:
                 raise InputError("trouble at the end")
     except InputError as error:

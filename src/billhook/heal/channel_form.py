@@ -59,7 +59,7 @@ def channel_form(
     walk = _ThinWalk(model, anatomy, Stepper(model, stack, batches), drops, keeps, peers)
     walk.beside(thin, Stepper(thin, stack, batches), edit.indices)
     walk.through(places(stack), progress)
-    tensors = whole(model, anatomy, keeps, walk.tensors, channels)
+    tensors = peers.same(whole(model, anatomy, keeps, walk.tensors, channels))
     healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work)
     smaller = Plan.of(drops, keeps=keeps, channels=channels)
     return _judged(model, anatomy, batches, walk.held, smaller, healing, peers)

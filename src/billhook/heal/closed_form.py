@@ -88,7 +88,7 @@ def closed_form(
 
     Under ``accelerate launch`` all processes call this together, each with the model on its device, and each walks its
     share of the windows: of those to fit on as of those held back every n-th. The sums of a regression are added over
-    all and the first process solves it, so that the result is that of one process but for rounding, with all of them.
+    all and the first process solves it. So the result is that of one process but for rounding, and all return it.
     (Batches that are no windows are not shared out.) Cost and memory: the streams and what linears are given are
     shared out; the model, the sums and the time for solving are not. Raises InputError, in all of them, where one does,
     and for more processes than windows to fit on.
@@ -106,7 +106,7 @@ def closed_form(
         stepper = Stepper(model, stack, list(batches_of(mine, model)))
         walk = Walk(model, anatomy, stepper, drops, keeps, peers, factors)
         walk.through(places(stack), progress)
-        tensors = whole(model, anatomy, keeps, walk.tensors)
+        tensors = peers.same(whole(model, anatomy, keeps, walk.tensors))
         healing = Healing(tensors, tuple(walk.refits), walk.left_alone, walk.tokens, walk.work, tuple(walk.grafts))
         smaller = Plan.of(drops, keeps=keeps).factorised({f.edit: f.basis.numpy() for f in factors})
         return judged(model, anatomy, stepper, walk.held, smaller, healing, peers)

@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from billhook.data import Windows
 from billhook.heal.held import from_the_end, held_windows, parted
+from billhook.heal.on_disk import on_disk
 from billhook.heal.ridge import Moments, Solution, solve
 from billhook.plan import processes
 from billhook.plan.errors import InputError
@@ -77,6 +78,17 @@ class Peers:
         facts = self._told(None if found is None else (found.penalty, found.error))
         change = None if found is None else found.change
         return None if facts is None else Solution(self._sent(change, fit.cross.shape, torch.float32), *facts)
+
+    def same(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With the values that the first process has: on another kind of device the last bits may be others."""
+        if self.count == 1:
+            return tensors
+        self._agree()
+        found = {}
+        for name, tensor in tensors.items():
+            sent = self._sent(None if self.rank else tensor, tensor.shape, tensor.dtype)
+            found[name] = on_disk(sent) if self.rank else tensor
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:

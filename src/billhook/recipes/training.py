@@ -153,16 +153,16 @@ def better(model: Opened, plan: Plan, before: Healing, after: Healing, held: Ten
 
 
 def _refitted(model: Opened, plan: Plan, text: Windows, place: Path, progress: Progress | None) -> Healing:
-    """``closed_form``, kept in ``place``: the training that follows may be interrupted."""
+    """``closed_form``, by all processes, kept in ``place``: the training that follows may be interrupted."""
     path = place / f"refitted-{_key([*_of(model), text.fingerprint, _edits(plan)])}.safetensors"
-    with PartialState().main_process_first():
-        found = kept(path, {})
-        if found is None:
-            healing = closed_form(model.model, model.anatomy, plan, text, progress)
-            facts = {name: getattr(healing, name) for name in ("tokens", "work", "cut", "healed")}
-            lists = {name: [row.model_dump() for row in getattr(healing, name)] for name in ("refits", "grafts")}
-            keep(path, healing.tensors, {**facts, **lists, "left_alone": dict(healing.left_alone)})
-            return healing
+    found = kept(path, {}) if of_the_first(path.exists) else None
+    if found is None:
+        healing = closed_form(model.model, model.anatomy, plan, text, progress)
+        facts = {name: getattr(healing, name) for name in ("tokens", "work", "cut", "healed")}
+        lists = {name: [row.model_dump() for row in getattr(healing, name)] for name in ("refits", "grafts")}
+        noted = {**facts, **lists, "left_alone": dict(healing.left_alone)}
+        of_the_first(lambda: keep(path, healing.tensors, noted))
+        return healing
     tensors, facts = found
     placed = {name: tensor.to(model.model.device) for name, tensor in tensors.items()}
     refits = tuple(Refit(**refit) for refit in facts.pop("refits"))
