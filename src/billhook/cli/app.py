@@ -31,6 +31,11 @@ from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+_OURS = {  # the words of the library that checks options, and what stands in their place
+    "Value error, ": "",
+    "Input should be greater than or equal to": "it must be at least",
+    "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number",
+}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -66,7 +71,10 @@ class _Commands(TyperGroup):
 def _misused(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":  # nothing was given at all
         raise error
-    _fail(f"error: {error.format_message().rstrip('.')} (see {error.ctx.command_path} --help)", USAGE_ERROR)
+    message = error.format_message().rstrip(".")
+    for theirs, ours in _OURS.items():
+        message = message.replace(theirs, ours)
+    _fail(f"error: {message} (see {error.ctx.command_path} --help)", USAGE_ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:
