@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
+from inspect import cleandoc
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -121,6 +122,18 @@ def _billhook(
 
     Begin with [bold]billhook compress demo --budget params=0.8 --out out/demo[/]
     """
+
+
+def _flow(group: typer.Typer) -> None:
+    """Join the lines of each paragraph of the help: where the docstring breaks them is not where the terminal does."""
+    for entry in (*group.registered_commands, group.registered_callback):
+        if entry and entry.callback and entry.callback.__doc__:
+            paragraphs = cleandoc(entry.callback.__doc__).split("\n\n")
+            entry.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _group in (app, recipes, policies):
+    _flow(_group)
 
 
 def main() -> None:
