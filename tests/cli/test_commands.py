@@ -67,6 +67,17 @@ def test_paragraphs_of_the_help_flow(words):
             assert len(f"{line} {following.split()[0]}") > 77, line
 
 
+def test_the_help_says_which_folder_is_meant_and_what_is_generated():
+    def shown_by(name):
+        return " ".join(billhook(name, "--help").stdout.replace("│", " ").split())
+
+    shown = {name: shown_by(name) for name in ("heal", "compress", "generate")}
+    assert "any other MODEL will do" in shown["generate"] and "any other MODEL" not in shown["heal"]
+    assert "A cut model that Billhook wrote." in shown["heal"]
+    assert all("Tokens of each sample answer" in shown[name] for name in ("heal", "compress"))
+    assert "Tokens to generate." in shown["generate"]
+
+
 def test_the_interface_is_the_one_that_scripts_rely_on():
     expected = {
         "inspect": ["--calibration", "--out", "--overwrite"],
