@@ -85,6 +85,20 @@ def test_wrong_usage_names_what_is_wrong_in_one_line(monkeypatch, arguments, nam
     assert result.stdout == "" and not calls
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--method", "foo", "'foo' is not one of 'closed-form', "),
+        ("--dtype", "foo", "'foo' is not one of 'auto', "),
+        ("--tokens", "0", "it must be at least 1 "),
+        ("--seed", "x", "it must be a whole number "),
+    ],
+)
+def test_a_wrong_value_is_told_in_our_words(option, value, told):
+    stderr = billhook("heal", "out", "--out", "better", option, value).stderr
+    assert stderr.startswith(f"billhook: error: Invalid value for '{option}': {told}")
+
+
 @pytest.mark.parametrize("arguments", [[], ["compress"], ["bench"]])
 def test_nothing_given_is_answered_with_the_help(arguments):
     result = billhook(*arguments)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_help_of_the_other_commands_has_an_example_within_80_columns(words):
     assert result.exit_code == 0
     assert f"Example: billhook {words}" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", ["inspect", "compress", "compare", "heal", "apply", "policies", "policies compare"])
+def test_paragraphs_of_the_help_flow(words):
+    """Each line is as full as it can be: the next one's first word had no room."""
+    prose = billhook(*words.split(), "--help").stdout.split("Usage:")[1].split("╭")[0]
+    lines = [line.strip() for line in prose.splitlines()]
+    for line, following in pairwise(lines):
+        if line and following:
+            assert len(f"{line} {following.split()[0]}") > 77, line
+
+
+def test_the_help_says_which_folder_is_meant_and_what_is_generated():
+    def shown_by(name):
+        return " ".join(billhook(name, "--help").stdout.replace("│", " ").split())
+
+    shown = {name: shown_by(name) for name in ("heal", "compress", "generate")}
+    assert "any other MODEL will do" in shown["generate"] and "any other MODEL" not in shown["heal"]
+    assert "A cut model that Billhook wrote." in shown["heal"]
+    assert all("Tokens of each sample answer" in shown[name] for name in ("heal", "compress"))
+    assert "Tokens to generate." in shown["generate"]
 
 
 def test_the_interface_is_the_one_that_scripts_rely_on():

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from importlib.metadata import version
+from inspect import cleandoc
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -31,6 +32,11 @@ from billhook.plan.errors import InputError
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells count it
+_OURS = {  # the words of the library that checks options, and what stands in their place
+    "Value error, ": "",
+    "Input should be greater than or equal to": "it must be at least",
+    "Input should be a valid integer, unable to parse string as an integer": "it must be a whole number",
+}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -66,7 +72,10 @@ class _Commands(TyperGroup):
 def _misused(error: Any) -> NoReturn:
     if type(error).__name__ == "NoArgsIsHelpError":  # nothing was given at all
         raise error
-    _fail(f"error: {error.format_message().rstrip('.')} (see {error.ctx.command_path} --help)", USAGE_ERROR)
+    message = error.format_message().rstrip(".")
+    for theirs, ours in _OURS.items():
+        message = message.replace(theirs, ours)
+    _fail(f"error: {message} (see {error.ctx.command_path} --help)", USAGE_ERROR)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -113,6 +122,18 @@ def _billhook(
 
     Begin with [bold]billhook compress demo --budget params=0.8 --out out/demo[/]
     """
+
+
+def _flow(group: typer.Typer) -> None:
+    """Join the lines of each paragraph of the help: where the docstring breaks them is not where the terminal does."""
+    for entry in (*group.registered_commands, group.registered_callback):
+        if entry and entry.callback and entry.callback.__doc__:
+            paragraphs = cleandoc(entry.callback.__doc__).split("\n\n")
+            entry.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+for _group in (app, recipes, policies):
+    _flow(_group)
 
 
 def main() -> None:

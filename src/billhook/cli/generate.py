@@ -13,7 +13,7 @@ from billhook.cli.output import print_json, printable
 def generate(
     folder: options.Folder,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help="What to answer or continue.")],
-    max_new_tokens: options.MaxNewTokens = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")] = 100,
     policy: options.Policy = None,
     as_json: options.Json = False,
     seed: options.Seed = 0,

@@ -11,6 +11,7 @@ from billhook.cli.progress import bars
 from billhook.cli.results import show
 from billhook.plan.heals import Method
 
+_DIR = "A cut model that Billhook wrote."
 _METHOD = (
     "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]eora[/]: paths of low rank beside linears with zeros; "
@@ -24,7 +25,7 @@ _CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."
 
 
 def heal(
-    folder: options.Folder,
+    folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False, help=_DIR)],
     out: options.Out,
     method: Annotated[Method, typer.Option(metavar="NAME", help=_METHOD)] = "distill",
     against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help=_AGAINST)] = None,

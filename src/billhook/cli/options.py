@@ -98,7 +98,7 @@ CALIBRATION_HELP = (
     "answers."
 )
 Calibration = Annotated[str, typer.Option(metavar="SOURCE", help=CALIBRATION_HELP)]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to generate.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each sample answer in the report.")]
 
 POLICY_HELP = (
     "How the model runs: NAME, NAME:parameter=value,... as [bold]billhook policies[/] lists them, or a .json file "
