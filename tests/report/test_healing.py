@@ -91,3 +91,12 @@ def test_the_curve_of_a_training_shows_all_of_its_first_point_and_names_only_ter
     steps = (run.healing.steps[0], run.healing.steps[1].model_copy(update={"method": "distill"}))
     distilled = run.model_copy(update={"healing": run.healing.model_copy(update={"steps": steps})})
     assert traces(distilled)[0]["name"] == "as trained, terms of the stream included"
+
+
+def test_what_was_tried_in_vain_is_told() -> None:
+    run = healed_run()
+    assert run.healing is not None
+    step = run.healing.steps[-1].model_copy(update={"method": "bias"})
+    run = run.model_copy(update={"healing": run.healing.model_copy(update={"in_vain": (step,)})})
+    assert "(bias tried later, in vain)" in healing.sentence(run)
+    assert "(bias tried later, in vain)" in dict(provenance.facts(run))["healing"]

@@ -30,11 +30,12 @@ def stages(run: Run) -> list[Stage]:
 
 
 def way(healing: HealRecord) -> str:
-    """``closed-form, then lora``, and whether what was refitted was refused."""
-    steps = ", then ".join(step.method for step in healing.steps)
-    if not healing.refused:
-        return steps
-    return f"{steps}, {'the refit before it ' if healing.training else ''}refused: it made nothing better"
+    """``closed-form, then lora``, whether the refit was refused, and what was tried later and brought nothing."""
+    found = ", then ".join(step.method for step in healing.steps)
+    if healing.refused:
+        found += f", {'the refit before it ' if healing.training else ''}refused: it made nothing better"
+    tried = " and ".join(step.method for step in healing.in_vain)
+    return f"{found} ({tried} tried later, in vain)" if tried else found
 
 
 def sentence(run: Run) -> str:
