@@ -108,8 +108,8 @@ def heal(
 
     ``source`` is a folder that Billhook wrote: its record says what was cut from which model (``against`` where that
     lies elsewhere now) and on what text (unless ``calibration`` names another). What was never healed is refitted in
-    closed form before it is trained on ``tokens`` tokens. Of all that comes by, ``source`` as it is included, the best
-    on held-back text is kept.
+    closed form, unless masks have zeros to keep, before it is trained on ``tokens`` tokens. Of all that comes by,
+    ``source`` as it is included, the best on held-back text is kept.
 
     ``select`` says which of the text is read: all of it (``none``), or selected by a word of ``heal.select``, with
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
@@ -135,8 +135,8 @@ def heal(
     require_own_weights(plan)
     if method == "eora":
         require_only_masks(plan)
-    else:
-        require_no_masks(plan, "healing")
+    elif method != "tune":  # norms and biases are no weights that masks are about
+        require_no_masks(plan, method)
     if known.healing and known.healing.paths:
         raise InputError(f"{source} has paths beside its linears already; heal the one from before")
     if plan.factors and method != "closed-form":

@@ -61,14 +61,16 @@ def taught(
 ) -> Taught:
     """What ``plan`` leaves of a model, with the tensors of ``start`` in it, trained by the method of ``step``.
 
-    Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, and the training
-    begins with the better of the two on the held-back part of the text ``wanted``. A selection is made with that
-    model. What takes long is kept in ``place``.
+    Where nothing was healed yet (``known`` is None) it is refitted in closed form on ``text`` first, unless masks have
+    zeros to keep, and the training begins with the better of the two on the held-back part of the text ``wanted``. A
+    selection is made with that model. What takes long is kept in ``place``.
     """
     method, seed = step.method, step.seed
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
     lessons = wanted.windows if isinstance(wanted, Selection) else wanted
-    if known is None:
+    if known is None and plan.sparsities:
+        known = record_of(start)
+    elif known is None:
         refit = _refitted(model, plan, text, place, progress)
         begun = better(model, plan, start, refit, split(lessons.ids)[1])
         known = record_of(refit)
@@ -185,7 +187,8 @@ def _digest(healing: Healing) -> str:
 
 
 def _edits(plan: Plan) -> list[Any]:
-    return [edit.model_dump(mode="json") for edit in plan.edits]
+    edits = [edit.model_dump(mode="json") for edit in plan.edits]
+    return [*edits, plan.arrays.digest] if plan.arrays else edits
 
 
 def _selected(
