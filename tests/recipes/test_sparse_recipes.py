@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from billhook.data import Windows
 from billhook.heal import closed_form, fuse
 from billhook.measure.cost import cost
 from billhook.measure.sums import Trace
+from billhook.plan.arrays import Arrays
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
@@ -32,6 +34,7 @@ from billhook.recipes.generate import generate as recipes_generate
 from billhook.recipes.heal import heal
 from billhook.recipes.learned_weights import after, kept_of
 from billhook.recipes.schema import Recipe
+from billhook.recipes.training import _edits
 from billhook.recipes.words import explained, needs, passes
 from billhook.report.numbers import percent
 from billhook.search.sparse_steps import Sparsified
@@ -255,3 +258,33 @@ def test_paths_beside_an_earlier_result(tiny_lm: Path, tmp_path: Path) -> None:
     apply_on_disk(tiny_lm, Plan.of(["decoder.1"]), out=dropped)
     with pytest.raises(InputError, match="sets no weights to zero"):
         heal(dropped, method="eora", out=tmp_path / "no")
+
+
+@pytest.mark.usefixtures("small")
+def test_norms_are_tuned_around_masks(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later, and at once: every other weight is as the masks left it, and the model is nearer to the dense one."""
+    monkeypatch.setattr("billhook.recipes.compress.TRAINING_TOKENS", 1024)
+    monkeypatch.setattr("billhook.recipes.training.TRAINING_LENGTH", 64)
+    monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 2048)
+    about: dict[str, Any] = {"budget": "params=0.5", "max_new_tokens": 1}
+    for recipe, before in (("magnitude-2-4", []), ("sparsegpt-2-4", ["second-order"])):
+        cut, out = tmp_path / recipe, tmp_path / f"{recipe}-tuned"
+        billhook.compress(tiny_lm, out=cut, recipe=recipe, **about)
+        if before:
+            run = billhook.compress(tiny_lm, out=out, recipe=recipe, heal="tune", **about)
+        else:
+            run = heal(cut, method="tune", tokens=1024, out=out, max_new_tokens=1)
+        assert run.healing is not None and [step.method for step in run.healing.steps] == [*before, "tune"]
+        assert run.healing.training is not None and run.healing.training.best > 0
+        one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (cut, out))
+        changed = [key for key in one if not torch.equal(one[key], two[key])]
+        assert changed and all(one[key].ndim == 1 for key in changed)
+    with pytest.raises(InputError, match="distill would count on weights"):
+        heal(cut, method="distill", out=tmp_path / "no")
+
+
+def test_a_training_is_kept_for_the_very_masks(tmp_path: Path) -> None:
+    """Others with as many zeros in each linear are of another plan."""
+    one = carried_out("magnitude-2-4", build("llama"), tmp_path).plan(Target.UNIFORM)
+    flipped = Arrays({name: np.flip(mask) for name, mask in one.arrays.items()})
+    assert _edits(one) != _edits(one.model_copy(update={"arrays": flipped}))

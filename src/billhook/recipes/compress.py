@@ -180,7 +180,7 @@ def compress(
             steps.append(HealStep(method=chosen.makes, text=calibration, seed=seed))
         words = "" if wanted is None else select
         step = HealStep(method=way, text=calibration, seed=seed, select=words, counted=way == "eora")
-        if texts.longer is not None and (choice.healing is None or way == "eora"):
+        if texts.longer is not None and (choice.healing is None or chosen.unit == "weight"):
             with clock.step("heal"):
                 if lessons is None:
                     found = new_weights(model, plan, way, texts.longer, progress, found)
@@ -188,11 +188,10 @@ def compress(
                 else:
                     from billhook.recipes import training  # with peft and accelerate: seconds
 
-                    done = training.taught(
-                        model, plan, step, UNTOUCHED, texts.longer, lessons, TRAINING_TOKENS, place, progress
-                    )
+                    known = record_of(found, *steps) if plan.sparsities else texts.longer  # zeros are not refitted
+                    done = training.taught(model, plan, step, found, known, lessons, TRAINING_TOKENS, place, progress)
                     compressed, begun, healing = done.compressed, done.begun, done.record
-        if steps:
+        if steps and healing is None:
             compressed, healing = applied(model, plan, found), record_of(found, *steps)
         costs = cost_fields(plan, outline, found)
         run = Run(

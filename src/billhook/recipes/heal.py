@@ -108,8 +108,8 @@ def heal(
 
     ``source`` is a folder that Billhook wrote: its record says what was cut from which model (``against`` where that
     lies elsewhere now) and on what text (unless ``calibration`` names another). What was never healed is refitted in
-    closed form before it is trained on ``tokens`` tokens. Of all that comes by, ``source`` as it is included, the best
-    on held-back text is kept.
+    closed form, unless masks have zeros to keep, before it is trained on ``tokens`` tokens. Of all that comes by,
+    ``source`` as it is included, the best on held-back text is kept.
 
     ``select`` says which of the text is read: all of it (``none``), or selected by a word of ``heal.select``, with
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
@@ -138,8 +138,8 @@ def heal(
     require_own_weights(plan)
     if method == "eora":
         require_only_masks(plan)
-    else:
-        require_no_masks(plan, "healing")
+    elif method != "tune":  # norms and biases are no weights that masks are about
+        require_no_masks(plan, method)
     if known.healing and known.healing.paths:
         raise InputError(f"{source} has paths beside its linears already; heal the one from before")
     if known.healing and known.healing.training and method not in TRAINED:
@@ -185,8 +185,11 @@ def heal(
 
     with shared(out, device) as (place, first):
         with clock.step("measure"):
-            before = known.healing if method in TRAINED else None
-            text = before or healing_text(model, text_name, seed, progress)  # which is for a refit alone
+            text: HealRecord | Windows
+            if method in TRAINED and (known.healing or plan.sparsities):  # nothing is refitted, zeros least of all
+                text = known.healing or record_of(start)
+            else:
+                text = healing_text(model, text_name, seed, progress)
             lessons: Windows | Selection | None = None
             if wanted is not None:
                 lessons = training.selection(model, text_name, wanted, tokens, seed, place, progress)

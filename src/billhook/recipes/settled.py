@@ -28,8 +28,10 @@ from billhook.recipes.weights import require_weights
 def way_of(recipe: Recipe, heal: Heal | None) -> str:
     """Where the new weights of what is left come from: the act of a recipe that combines blocks, or a way to heal."""
     if recipe.unit == "weight":
-        if heal not in (None, "none", "eora"):
-            raise InputError(f"--heal {heal} would fill the zeros of recipe {recipe.name} again; take eora or none")
+        if heal not in (None, "none", "eora", "tune"):
+            raise InputError(
+                f"--heal {heal} would fill the zeros of recipe {recipe.name} again; take eora, tune or none"
+            )
         return heal or recipe.heal
     if heal == "eora":
         raise InputError(

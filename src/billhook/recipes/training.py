@@ -62,8 +62,7 @@ def taught(
 
     ``known``: what is on record of the healing that ``start`` comes from, or, where there was none, text: it is then
     refitted in closed form on that first, and the training begins with the better of the two on what the refit held
-    back of it. A selection is made with that
-    model. What takes long is kept in ``place``.
+    back of it. A selection is made with that model. What takes long is kept in ``place``.
     """
     method, seed = step.method, step.seed
     begun, chosen = start, wanted if isinstance(wanted, Selection) else None
@@ -185,7 +184,8 @@ def _digest(healing: Healing) -> str:
 
 
 def _edits(plan: Plan) -> list[Any]:
-    return [edit.model_dump(mode="json") for edit in plan.edits]
+    edits = [edit.model_dump(mode="json") for edit in plan.edits]
+    return [*edits, plan.arrays.digest] if plan.arrays else edits
 
 
 def _selected(
