@@ -38,6 +38,13 @@ proof.bench = proof.probes = lambda *_, **__: ()
 app(sys.argv[1:])
 """
 
+EACH = """
+from accelerate import PartialState
+for line in sys.argv[1:]:
+    app([*line.split(), "--max-new-tokens", "2"], standalone_mode=False)
+    PartialState().wait_for_everyone()  # until the first has written
+"""
+
 
 def test_cut_and_healed_by_two(tiny_lm: Path, tmp_path: Path) -> None:
     """The first writes the text, searches and says where training begins, both train, the first proves, writes and
@@ -60,6 +67,27 @@ def test_cut_and_healed_by_two(tiny_lm: Path, tmp_path: Path) -> None:
     assert not workplace(out).exists()
 
 
+def test_refitted_by_two(tiny_lm: Path, tmp_path: Path) -> None:
+    """Both refit, after the first searched and when it is all that is done; the first judges and writes."""
+    script, first, second = (tmp_path / name for name in ("script.py", "first", "second"))
+    script.write_text(SCRIPT.replace("app(sys.argv[1:])", EACH))
+    asked = [
+        f"compress {tiny_lm} --recipe block-influence --budget blocks=4 --heal closed-form --out {first}",
+        f"heal {first} --method closed-form --seed 1 --out {second}",
+    ]
+    done = subprocess.run(
+        [sys.executable, *SHARDED, str(script), *asked],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for out in (first, second):
+        run = Run.model_validate_json((out / "billhook.json").read_text())
+        assert run.healing is not None and run.healing.method == "closed-form" and run.healing.refits
+        assert run.healing.tokens == 1024 and len(load(out).model.model.layers) == 4
+        assert run.evidence and not workplace(out).exists()
+
+
 def test_processes_on_several_devices_share_what_is_kept(tiny_lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And each has a device of its own."""
     model = opened(tiny_lm, dtype=None, device="cpu", trust_remote_code=False)
@@ -77,7 +105,7 @@ def test_processes_on_several_devices_share_what_is_kept(tiny_lm: Path, monkeypa
 
 def test_what_several_cannot_share_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for walk in (partial(compress, budget="params=0.8"), partial(heal, method="closed-form")):
-        with pytest.raises(InputError, match="share a healing by training alone, which closed-form is not; start one"):
+    for walk in (partial(compress, budget="params=0.8", heal="scales"), partial(heal, method="scales")):
+        with pytest.raises(InputError, match="by training or in closed form, which scales is not; start one"):
             walk(tiny_lm, out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not workplace(tmp_path / "out").exists()

@@ -44,7 +44,7 @@ def heal(
 
     What was never healed is refitted in closed form, then trained; of all that comes by, DIR as it is included, the
     best on held-back text is kept. An interrupted run continues when the same command is given again. Under
-    accelerate launch the training is shared by several devices.
+    accelerate launch refit and training are shared by several devices.
 
     [dim]Example:[/] billhook heal out/demo --method distill --tokens 200000 --out out/healed
     """

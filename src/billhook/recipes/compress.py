@@ -82,8 +82,8 @@ def compress(
     recipe that learns masks begins.
     Everything that can be refused is refused before the search; an interrupted search goes on from its last finished
     evaluation when the same call is made again (its ledger lies beside ``out`` until then). Two runs cannot work on one
-    ``out`` at once. Under ``accelerate launch`` the first process searches, all share the training, and the first one
-    alone proves and writes the result; what the others return is without proof.
+    ``out`` at once. Under ``accelerate launch`` the first process searches, all share the refit in closed form and the
+    training, and the first one alone proves and writes the result; what the others return is without proof.
     """
     check_out(out, overwrite, source)
     asked_for = Budget.parse(budget)

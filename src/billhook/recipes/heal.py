@@ -115,8 +115,8 @@ def heal(
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
 
     An interrupted training goes on from its last look at held-back text when the same call is made again. Under
-    ``accelerate launch`` its processes share the training (see ``heal.train``); the first one alone proves and writes
-    the result, and what the others return is without proof.
+    ``accelerate launch`` its processes share the training (see ``heal.train``) and the refit (see ``closed_form``); the
+    first one alone proves and writes the result, and what the others return is without proof.
     """
     from billhook.heal.select import Selection
     from billhook.recipes import training  # with peft and accelerate: seconds that others need not wait
@@ -234,10 +234,10 @@ def in_vain(known: HealRecord | None, step: HealStep) -> HealRecord | None:
 
 def require_sharable(method: str) -> None:
     """InputError where several processes were started for a way to heal that they cannot share."""
-    if processes.count() > 1 and method not in TRAINED:
+    if processes.count() > 1 and method not in ("closed-form", *TRAINED):
         raise InputError(
-            f"several processes were started, and they share a healing by training alone, which {method} is not; start "
-            f"one"
+            f"several processes were started, and they share a healing by training or in closed form, which {method} "
+            f"is not; start one"
         )
 
 

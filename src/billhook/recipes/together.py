@@ -14,7 +14,7 @@ from billhook.plan.errors import InputError
 from billhook.recipes.workplace import claimed, workplace
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=2)  # how long the others wait while the first searches or refits
+PATIENCE = timedelta(days=2)  # how long the others wait while the first searches or proves
 
 
 @contextmanager
