@@ -76,7 +76,7 @@ def weight_files(folder: Path) -> list[Path]:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(f"weight file {path} is corrupt or cut short ({error}); fetch it again") from error
+            raise InputError(f"weight file {path} is corrupt or cut short ({error}); fetch or make it again") from error
     return files
 
 
