@@ -36,7 +36,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ]
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
-        refitted = f", {taken} of {len(healing.refits)} linears refitted" if healing.refits else ""
+        refitted = f", {taken} of {len(healing.refits)} weights refitted" if healing.refits else ""
         done = ", refused: it made nothing better" if healing.refused else refitted
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
