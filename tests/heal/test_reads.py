@@ -9,11 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.anatomy import discover
-from billhook.heal import closed_form, healed
 from billhook.heal.reads import folded, reads_of, same_inputs
-from billhook.measure.patch import observing
-from billhook.plan.address import Address
-from billhook.surgery import simulate
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(6, 4), Conv1D(4, 6)])
@@ -34,23 +30,3 @@ def test_reads_of_other_things_are_left_alone() -> None:
         model = build(name)
         blocks = discover(model).stack("decoder").blocks
         assert not reads_of(model, next(s for s in blocks[1].sublayers if s.kind == kind))
-
-
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "olmo2"])
-def test_with_sandwich_norms_it_is_the_reads_that_heal(name: str) -> None:
-    """The writes are left alone, and still the output comes closer to the dense one on text that no fit has seen."""
-    model = build(name)
-    anatomy = discover(model)
-    drops = [Address("decoder", 1, "mlp"), Address("decoder", 2, "mlp")]
-    ids = torch.randint(3, 90, (64, 12), generator=torch.Generator().manual_seed(7))
-    healing = closed_form(model, anatomy, drops, [{"input_ids": ids[:56]}])
-    assert healing.taken
-    reads = {name for block in anatomy.stacks[0].blocks for s in block.sublayers for name in s.reads}
-    assert set(healing.tensors) <= reads
-    with observing(model):
-        dense = model(input_ids=ids[56:]).logits
-        with simulate(model, anatomy, drops):
-            cut = (model(input_ids=ids[56:]).logits - dense).square().mean()
-        with healed(model, healing), simulate(model, anatomy, drops):
-            now = (model(input_ids=ids[56:]).logits - dense).square().mean()
-    assert now < cut

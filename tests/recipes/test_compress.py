@@ -188,7 +188,7 @@ def test_a_healed_result_says_how(mended: tuple[Run, Path], whole: tuple[Run, Pa
     assert run.evidence[0].kl.value < run.healing.unhealed[0].kl.value
     assert run.seconds["heal"] > 0
     page = (out / "report.html").read_text()
-    assert "cut and not yet healed" in page and "linears refitted" in page
+    assert "cut and not yet healed" in page and "weights refitted" in page
     assert "cut and not yet healed" not in (whole[1] / "report.html").read_text()
 
 

@@ -43,7 +43,8 @@ def channel_form(
     reads of a sublayer (q, k, v; gate, up) are given x there, over the channels that stay; the S [kept, all] that
     minimises the error of x S against z, with a penalty that draws to the channels as they are, is folded into each of
     them: W z becomes W S'x. So what the channels that are gone held is read off those that stay, as far as it can be
-    guessed from them. Then the writes are refitted so that the stream comes out as the kept channels of the dense one.
+    guessed from them. Then the writes, or the norms behind them, are refitted so that the stream comes out as the kept
+    channels of the dense one.
 
     Left alone, with the reason: reads and writes that are fused experts, writes behind a norm. The head and the
     embedding are one tensor in many models and stay as they are.

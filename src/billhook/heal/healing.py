@@ -23,8 +23,8 @@ class Healing:
     """``tensors`` are new weights by parameter name in the *original* model, in its dtype and on its device;
     ``left_alone`` names the write linears that were not tried, with the reason. ``work`` counts block-token forwards: a
     block that is run in parts counts once for the dense stream, for the healed one, and for its reads. (What it takes
-    to find out how a linear reaches the stream, two more runs of the first batch, is left out, and so are the three
-    runs of the held-back windows that judge the whole.) New weights that come with a choice have none: its search
+    to find out how a linear or a norm reaches the stream, two more runs of the first batch, is left out, and so are the
+    three runs of the held-back windows that judge the whole.) New weights that come with a choice have none: its search
     counts them.
 
     ``cut`` and ``healed`` are the distances of the cut and of the healed model from the dense one on the windows that

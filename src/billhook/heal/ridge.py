@@ -24,15 +24,38 @@ class Moments:
         """Tokens [n, i], [n, o] with weights [n]."""
         root = w.float().sqrt()[:, None]
         h, r = h.float() * root, r.float() * root
-        self.inputs = self.inputs.to(h.device) + h.T @ h
-        self.cross = self.cross.to(h.device) + h.T @ r
+        inputs, cross = self.products(h, r)
+        self.inputs = self.inputs.to(h.device) + inputs
+        self.cross = self.cross.to(h.device) + cross
         self.energy += r.square().sum(dtype=torch.float64).item()
         self.tokens += len(r)
+
+    @staticmethod
+    def products(h: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``inputs`` and ``cross`` sum up."""
+        return h.T @ h, h.T @ r
+
+    @property
+    def scale(self) -> Tensor:
+        """The mean energy of an input, which penalties are relative to."""
+        return self.inputs.diagonal().mean().double()
+
+    def times(self, change: Tensor) -> Tensor:
+        """``inputs`` applied to a change, in float64."""
+        return self.inputs.double() @ change
+
+    def change(self, penalty: Tensor) -> Tensor | None:
+        """The change that minimises the error with a penalty on its square; None where the system is singular in
+        float64."""
+        system = self.inputs.double()
+        system.diagonal().add_(penalty)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        return None if failed else torch.cholesky_solve(self.cross.double(), factor).float()
 
     def error(self, change: Tensor) -> float:
         """sum w |r - change' h|^2 for a change [i, o]."""
         change = change.double()
-        explained = 2 * (change * self.cross.double()).sum() - (change * (self.inputs.double() @ change)).sum()
+        explained = 2 * (change * self.cross.double()).sum() - (change * self.times(change)).sum()
         return self.energy - explained.item()
 
 
@@ -53,7 +76,7 @@ def solve(fit: Moments, held: Moments, near: float = PENALTIES[0]) -> Solution |
     towards zero. Penalties are tried from ``near`` on, weaker ones first and then stronger ones, each way until the
     error rises: with a good guess three suffice. Cost: i^3 / 3 + 2 i^2 o multiplications for each penalty, in float64.
     """
-    scale = fit.inputs.diagonal().mean().double()
+    scale = fit.scale
     if not torch.isfinite(scale) or scale == 0:
         return None
     start = PENALTIES.index(near)
@@ -68,11 +91,5 @@ def solve(fit: Moments, held: Moments, near: float = PENALTIES[0]) -> Solution |
 
 
 def _with(penalty: float, scale: Tensor, fit: Moments, held: Moments) -> Solution | None:
-    """With one penalty; None where the system is singular in float64."""
-    system = fit.inputs.double()
-    system.diagonal().add_(penalty * scale)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if failed:
-        return None
-    change = torch.cholesky_solve(fit.cross.double(), factor).float()
-    return Solution(change, penalty, held.error(change))
+    change = fit.change(penalty * scale)
+    return None if change is None else Solution(change, penalty, held.error(change))

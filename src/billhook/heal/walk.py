@@ -13,6 +13,7 @@ from billhook.anatomy.undo import Undo
 from billhook.heal.graft import choose, donors
 from billhook.heal.healing import put
 from billhook.heal.low_rank import onto, projected
+from billhook.heal.norms import Norm, norm_behind
 from billhook.heal.on_disk import on_disk
 from billhook.heal.peers import Peers
 from billhook.heal.places import Place
@@ -62,7 +63,7 @@ class Walk:
         self._counted: set[tuple[str, int]] = set()
         self._donors: dict[Address, list[Sublayer]] = {}
         self._donated: Seen = {}
-        self._reach: dict[str, Tensor | None] = {}  # what a write is multiplied with: no weights change it
+        self._reach: dict[str, Tensor | None] = {}
         self._near: dict[torch.Size, float] = {}  # the penalty that did best for the last regression of that shape
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
@@ -233,9 +234,10 @@ class Walk:
         return same_inputs(given), inputs, after
 
     def _writes(self, place: Place, cut: list[Tensor], target: list[Tensor]) -> list[Tensor]:
-        scales = self._scales(place, cut[0])
+        writes = self._scales(place, cut[0])
+        scales: list[tuple[Write | Norm, Tensor]] = [*writes, *self._norms(place, cut[0], writes)]
         inputs: dict[str, list[Tensor]] = {write.weight: [] for write, _ in scales}
-        hooks = [(write.linear, partial(keep_input, inputs[write.weight])) for write, _ in scales]
+        hooks = [write.watch(inputs[write.weight]) for write, _ in scales]
         silent = place.silent(self._drops)
         after = [self._stepper.run(i, place, stream, silent, hooks) for i, stream in enumerate(cut)]
         for write, scale in scales:
@@ -244,33 +246,48 @@ class Walk:
 
     def _scales(self, place: Place, stream: Tensor) -> list[tuple[Write, Tensor]]:
         """The writes of a place that can be refitted, with what they are multiplied with on the way to the stream."""
-
-        def run(write: Write, hook: Forward | None) -> Tensor:
-            hooks = [] if hook is None else [(write.linear, hook)]
-            return self._stepper.run(0, place, stream, place.silent(self._drops), hooks)
-
         found = []
         for sublayer in place.kept(self._drops):
             writes, left = writes_of(self._model, sublayer, place.mixed)
             self.left_alone |= left
             for write in writes:
-                if write.weight not in self._reach:
-                    self._reach[write.weight] = self._peers.first(partial(scale_of, partial(run, write)))
-                scale = self._reach[write.weight]
+                scale = self._scale(place, stream, write.weight, write.linear)
                 if scale is None:
                     self.left_alone[write.weight] = NOT_ADDED
                 else:
                     found.append((write, scale))
         return found
 
+    def _norms(self, place: Place, stream: Tensor, writes: list[tuple[Write, Tensor]]) -> list[tuple[Norm, Tensor]]:
+        """The norms that are refitted in the place of writes behind which they stand, as ``_scales``."""
+        refitted = {write.weight for write, _ in writes}
+        found = []
+        for sublayer in () if place.mixed else place.kept(self._drops):
+            norm = norm_behind(self._model, sublayer) if refitted.isdisjoint(sublayer.writes) else None
+            scale = None if norm is None else self._scale(place, stream, norm.weight, norm.module)
+            if norm is not None and scale is not None:
+                found.append((norm, scale))
+        return found
+
+    def _scale(self, place: Place, stream: Tensor, name: str, module: nn.Module) -> Tensor | None:
+        """What a module of this name puts out is multiplied with so; asked once, since no weights change it."""
+
+        def run(hook: Forward | None) -> Tensor:
+            hooks = [] if hook is None else [(module, hook)]
+            return self._stepper.run(0, place, stream, place.silent(self._drops), hooks)
+
+        if name not in self._reach:
+            self._reach[name] = self._peers.first(partial(scale_of, run))
+        return self._reach[name]
+
     def _refit(
-        self, write: Write, scale: Tensor, inputs: list[Tensor], after: list[Tensor], target: list[Tensor]
+        self, write: Write | Norm, scale: Tensor, inputs: list[Tensor], after: list[Tensor], target: list[Tensor]
     ) -> list[Tensor]:
         """Refit one write; the stream with what it writes now."""
         lacks = [goal.float() - now.float() for now, goal in zip(after, target, strict=True)]
         factor = self._factors.get(write.weight)
         within = None if factor is None else partial(onto, factor.basis, scale)
-        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target, within)
+        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target, within, write.sums)
         if solution is None:
             return after
         new = write.changed(solution.change / scale)
@@ -285,11 +302,12 @@ class Walk:
         r: list[Tensor],
         dense: list[Tensor],
         within: Callable[[Tensor], Tensor] | None = None,
+        sums: type[Moments] = Moments,
     ) -> Solution | None:
         """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
         under these names. The guess is linear in r, so where changes must lie ``within`` a space, r may be put there
         first."""
-        fit, held = self._moments(h, r, dense)
+        fit, held = self._moments(h, r, dense, sums)
         if within is not None:
             fit.cross = within(fit.cross)
         shape = fit.cross.shape
@@ -301,9 +319,11 @@ class Walk:
         self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
         return solution
 
-    def _moments(self, h: list[Tensor], r: list[Tensor], dense: list[Tensor]) -> tuple[Moments, Moments]:
+    def _moments(
+        self, h: list[Tensor], r: list[Tensor], dense: list[Tensor], sums: type[Moments] = Moments
+    ) -> tuple[Moments, Moments]:
         """Of the windows to fit on, and of those held back, of all processes."""
-        fit, held = Moments(), Moments()
+        fit, held = sums(), sums()
         for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
             real = self._stepper.real(i, lacks)
             back = self.held[i].to(real.device)[:, None]

@@ -22,3 +22,7 @@ def watching(seen: Seen) -> list[tuple[nn.Module, Forward]]:
 
 def keep_input(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     kept.append(args[0])
+
+
+def keep_output(kept: list[Tensor], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    kept.append(output)

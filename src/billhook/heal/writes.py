@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Sublayer
+from billhook.heal.ridge import Moments
+from billhook.heal.watch import keep_input
 from billhook.measure.patch import Forward
 
 FUSED = "fused experts, each of which sees few of the tokens"
@@ -27,11 +30,16 @@ class Write:
     weight: str
     linear: nn.Module
     transposed: bool
+    sums: ClassVar = Moments
 
     @property
     def bias(self) -> str | None:
         found = getattr(self.linear, "bias", None)
         return None if found is None else f"{self.weight.removesuffix('weight')}bias"
+
+    def watch(self, kept: list[Tensor]) -> tuple[nn.Module, Forward]:
+        """A hook that gathers what ``inputs`` and ``written`` are asked with."""
+        return self.linear, partial(keep_input, kept)
 
     def inputs(self, h: Tensor) -> Tensor:
         """The inputs [..., i] as the regression sees them: with a constant 1 behind where there is a bias."""
@@ -74,12 +82,12 @@ def writes_of(model: nn.Module, sublayer: Sublayer, mixed: bool) -> tuple[list[W
 
 
 def scale_of(run: Callable[[Forward | None], Tensor]) -> Tensor | None:
-    """What a linear's output is multiplied with before it is added to the stream, [o]; None where that is no constant
+    """What a module's output is multiplied with before it is added to the stream, [o]; None where that is no constant
     of the channel.
 
-    Found out by trying: noise as large as the stream is added to the output of the linear, and compared with what
-    arrives in the stream. ``run(hook)`` gives the stream [rows, tokens, o], with a forward hook on the linear. So layer
-    scales and residual multipliers are taken into account, and norms behind the linear found, whoever has them.
+    Found out by trying: noise as large as the stream is added to the output of the module, and compared with what
+    arrives in the stream. ``run(hook)`` gives the stream [rows, tokens, o], with a forward hook on the module. So layer
+    scales and residual multipliers are taken into account, and norms behind a linear found, whoever has them.
     """
     before = run(None).float()
     generator = torch.Generator().manual_seed(0)

@@ -127,13 +127,14 @@ class SearchRecord(_Record):
 
 
 class Refit(_Record):
-    """What came of one linear, ``weight`` being the name of its parameter in the original model.
+    """What came of one linear, or of a norm behind those that write; ``weight`` is the name of its parameter in the
+    original model.
 
     ``before`` and ``after`` are an error on held-back windows, relative to the energy of its dense counterpart (mean
-    over tokens): for a linear that writes, of the stream after it; for one that reads, of what it is given; for the
-    write of flattened blocks, of what it wrote with the units of both. ``penalty``
-    is the ridge that was chosen, relative to the mean energy of an input; None where no refit lowered the held-back
-    error, and the old weights stay.
+    over tokens): for a linear that writes and for a norm, of the stream after it; for one that reads, of what it is
+    given; for the write of flattened blocks, of what it wrote with the units of both. ``penalty`` is the ridge that was
+    chosen, relative to the mean energy of an input (of a channel that the norm puts out); None where no refit lowered
+    the held-back error, and the old weights stay.
     """
 
     weight: str

@@ -38,7 +38,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if healing := run.healing:
         taken = sum(refit.taken for refit in healing.refits)
         told = healing.refits and not healing.refused
-        refitted = f", {taken} of {len(healing.refits)} linears refitted" if told else ""
+        refitted = f", {taken} of {len(healing.refits)} weights refitted" if told else ""
         grafted = sum(graft.neurons for graft in healing.grafts)
         found += [
             ("act" if healing.combined else "healing", f"{way(healing)}{refitted}"),
