@@ -16,7 +16,7 @@ from protocol import LENGTH, Bed, bed
 
 from billhook.data import Windows
 from billhook.heal import healed
-from billhook.heal.gains import gains_of
+from billhook.heal.combining.gains import gains_of
 from billhook.plan.plan import Plan
 from billhook.recipes.opened import opened
 

@@ -21,8 +21,8 @@ from billhook.anatomy import discover
 from billhook.data import windows
 from billhook.evaluate.policy_quality import savings
 from billhook.heal import UNTOUCHED, healed
-from billhook.heal.train import train
-from billhook.heal.training import METHODS
+from billhook.heal.training.methods import METHODS
+from billhook.heal.training.train import train
 from billhook.models import load
 from billhook.plan.plan import Plan
 from billhook.runtime.kv_share import KvShare

@@ -27,8 +27,8 @@ from billhook.data import calibration as windows_of_source
 from billhook.data import windows as windows_of
 from billhook.evaluate.probes import Answers, Probes, answers, posed
 from billhook.heal import UNTOUCHED, Healing, closed_form, healed
-from billhook.heal.train import train
-from billhook.heal.training import METHODS, Training
+from billhook.heal.training.methods import METHODS, Training
+from billhook.heal.training.train import train
 from billhook.plan.plan import Plan
 from billhook.surgery import apply
 

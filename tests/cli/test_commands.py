@@ -260,7 +260,7 @@ def test_what_compare_tells_fits_80_columns(monkeypatch):
 
 
 def test_the_words_for_healing_are_those_of_the_methods():
-    from billhook.heal.training import METHODS
+    from billhook.heal.training.methods import METHODS
     from billhook.plan.heals import TRAINED
     from billhook.recipes.settings import TRAINING_TOKENS
 

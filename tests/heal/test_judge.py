@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
-from heal.training_bed import PLAN, text
+from heal.training.training_bed import PLAN, text
 
 from billhook.anatomy import discover
 from billhook.data import Windows

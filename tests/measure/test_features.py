@@ -12,7 +12,7 @@ from families import FAMILIES, VOCABULARY, build
 from billhook.anatomy import Anatomy, Inner, discover
 from billhook.anatomy.ups import ups
 from billhook.heal import healed
-from billhook.heal.features import merged_features
+from billhook.heal.combining.features import merged_features
 from billhook.measure.features import Features, complexity
 from billhook.measure.width import WidthTrace, units_of
 from billhook.plan.address import Address

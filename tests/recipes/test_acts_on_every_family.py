@@ -19,7 +19,7 @@ from billhook.data import Windows
 from billhook.evaluate.causal import require_causal
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, Healing, refill, restore, scale_updates
-from billhook.heal.side_by_side import pairs
+from billhook.heal.combining.side_by_side import pairs
 from billhook.measure.features import Features
 from billhook.models import building
 from billhook.plan.address import Address
@@ -215,7 +215,9 @@ def refusal(act: str, name: str) -> str:
 @pytest.mark.parametrize("name", params)
 @pytest.mark.parametrize("act", ACTS)
 def test_done_or_refused(act: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("billhook.heal.gains.divergences", lambda *_: (1.0, 0.5))  # if they help is another test's
+    monkeypatch.setattr(
+        "billhook.heal.combining.gains.divergences", lambda *_: (1.0, 0.5)
+    )  # if they help is another test's
     if why := refusal(act, name):
         with pytest.raises(InputError, match=why):
             check(act, name, tmp_path)

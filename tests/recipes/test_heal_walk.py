@@ -33,7 +33,7 @@ TOKENS = 1024  # four steps
 
 KILL = """
 import os, signal, sys
-from billhook.heal import loop
+from billhook.heal.training import loop
 from billhook.recipes import heal as walk
 from billhook.recipes import proof, texts, training
 
@@ -51,7 +51,7 @@ walk.heal(sys.argv[1], out=sys.argv[2], calibration=sys.argv[3], tokens=int(sys.
 CTRL_C = """
 import os, signal, sys
 from billhook.cli import main
-from billhook.heal import loop
+from billhook.heal.training import loop
 from billhook.recipes import heal as walk
 from billhook.recipes import proof, texts, training
 

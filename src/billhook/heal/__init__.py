@@ -1,14 +1,14 @@
 """What is left after a cut, made good again: new weights for parts that stay, in the architecture as it is."""
 
-from billhook.heal.average import average, refill
-from billhook.heal.closed_form import closed_form, require_healable
-from billhook.heal.flatten import flatten
-from billhook.heal.fuse import fuse
-from billhook.heal.gains import branch_gains
+from billhook.heal.combining.average import average, refill
+from billhook.heal.combining.flatten import flatten
+from billhook.heal.combining.fuse import fuse
+from billhook.heal.combining.gains import branch_gains
+from billhook.heal.combining.merge import merge
+from billhook.heal.combining.restore import restore, scale_updates
 from billhook.heal.healing import UNTOUCHED, Healing, healed
-from billhook.heal.mask_tuning import mask_tuning
-from billhook.heal.merge import merge
-from billhook.heal.restore import restore, scale_updates
+from billhook.heal.refit.closed_form import closed_form, require_healable
+from billhook.heal.refit.mask_tuning import mask_tuning
 
 __all__ = [
     "UNTOUCHED",

@@ -12,7 +12,7 @@ from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.heal.healing import UNTOUCHED, Healing, carried_out
 from billhook.heal.held import parted
-from billhook.heal.student import Student
+from billhook.heal.training.student import Student
 from billhook.plan.plan import Plan
 
 Progress = Callable[[str, int, int], None]

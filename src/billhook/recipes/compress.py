@@ -15,7 +15,7 @@ from billhook.evaluate.causal import require_causal
 from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED
-from billhook.heal.eora import size_of
+from billhook.heal.refit.eora import size_of
 from billhook.measure.cost import CostModel
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan import processes
@@ -44,7 +44,7 @@ from billhook.recipes.together import of_the_first, shared
 from billhook.surgery import apply
 
 if TYPE_CHECKING:
-    from billhook.heal.select import Selection
+    from billhook.heal.selecting.select import Selection
 
 Progress = Callable[[str, int, int], None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from billhook.heal.side_by_side import pairs
+from billhook.heal.combining.side_by_side import pairs
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.recipes.opened import Opened

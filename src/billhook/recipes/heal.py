@@ -29,16 +29,16 @@ from billhook.heal import (
     merge,
     require_healable,
 )
-from billhook.heal.bias import bias_compensation
-from billhook.heal.data_free import data_free
-from billhook.heal.eora import eora, require_only_masks
-from billhook.heal.features import merged_features
+from billhook.heal.combining.features import merged_features
 from billhook.heal.gaps import require_own_weights
 from billhook.heal.healing import carried_out, require_no_masks
 from billhook.heal.held import parted
 from billhook.heal.judge import judged_apart
-from billhook.heal.low_rank import rejoined, require_linears
-from billhook.heal.widths import original_names, whole
+from billhook.heal.refit.bias import bias_compensation
+from billhook.heal.refit.data_free import data_free
+from billhook.heal.refit.eora import eora, require_only_masks
+from billhook.heal.refit.low_rank import rejoined, require_linears
+from billhook.heal.refit.widths import original_names, whole
 from billhook.models import building, check_out, dtype_of, fingerprint, stored_as
 from billhook.plan import processes
 from billhook.plan.errors import InputError
@@ -111,14 +111,14 @@ def heal(
     closed form, unless masks have zeros to keep, before it is trained on ``tokens`` tokens. Of all that comes by,
     ``source`` as it is included, the best on held-back text is kept.
 
-    ``select`` says which of the text is read: all of it (``none``), or selected by a word of ``heal.select``, with
+    ``select`` says which of the text is read: all of it (``none``), or selected by a word of ``heal.selecting``, with
     the text it is to be like where the word needs one (``dsir:SOURCE``); else that is the text of the record.
 
     An interrupted training goes on from its last look at held-back text when the same call is made again. Under
-    ``accelerate launch`` its processes share the training (see ``heal.train``) and the refit (see ``closed_form``); the
-    first one alone proves and writes the result, and what the others return is without proof.
+    ``accelerate launch`` its processes share the training (see ``heal.training.train``) and the refit (see
+    ``closed_form``); the first one alone proves and writes the result, and what the others return is without proof.
     """
-    from billhook.heal.select import Selection
+    from billhook.heal.selecting.select import Selection
     from billhook.recipes import training  # with peft and accelerate: seconds that others need not wait
 
     device = processes.local(device)

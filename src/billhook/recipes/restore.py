@@ -16,7 +16,7 @@ from billhook.evaluate.probes import posed
 from billhook.export.huggingface import save
 from billhook.heal import Healing, scale_updates
 from billhook.heal import restore as put_back
-from billhook.heal.restore import require_same, shares
+from billhook.heal.combining.restore import require_same, shares
 from billhook.measure.characters import QUESTIONS, spellings
 from billhook.models import building, check_out, fingerprint, stored_as
 from billhook.plan.errors import InputError

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 
 from billhook.heal import require_healable
-from billhook.heal.gains import require_gains
-from billhook.heal.mask_tuning import NOTHING
+from billhook.heal.combining.gains import require_gains
+from billhook.heal.refit.mask_tuning import NOTHING
 from billhook.plan.budget import Budget
 from billhook.plan.errors import InputError
 from billhook.plan.heals import TRAINED, Heal

@@ -22,10 +22,10 @@ from billhook.data.windows import spread
 from billhook.heal import Healing, closed_form
 from billhook.heal.held import parted
 from billhook.heal.judge import divergences
-from billhook.heal.select import Selection, select
-from billhook.heal.state import keep, kept
-from billhook.heal.train import train
-from billhook.heal.training import METHODS
+from billhook.heal.selecting.select import Selection, select
+from billhook.heal.training.methods import METHODS
+from billhook.heal.training.state import keep, kept
+from billhook.heal.training.train import train
 from billhook.models import fingerprint
 from billhook.plan.plan import Plan
 from billhook.plan.record import Graft, HealRecord, HealStep, Refit, SelectionRecord

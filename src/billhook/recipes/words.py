@@ -17,11 +17,11 @@ from billhook.heal import (
     restore,
     scale_updates,
 )
-from billhook.heal.bias import bias_compensation
-from billhook.heal.data_free import data_free
-from billhook.heal.eora import eora
-from billhook.heal.features import merged_features
-from billhook.heal.training import METHODS
+from billhook.heal.combining.features import merged_features
+from billhook.heal.refit.bias import bias_compensation
+from billhook.heal.refit.data_free import data_free
+from billhook.heal.refit.eora import eora
+from billhook.heal.training.methods import METHODS
 from billhook.measure.ablation import Kind
 from billhook.recipes.choices import (
     Bandit,

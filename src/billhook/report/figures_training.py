@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 
-from billhook.heal.training import METHODS
+from billhook.heal.training.methods import METHODS
 from billhook.plan.record import Run
 from billhook.report.figures import RING, Picture, picture
 from billhook.report.numbers import number, percent

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from billhook.anatomy.low_rank import matrix
 from billhook.anatomy.types import Anatomy, Block
 from billhook.data import Windows
-from billhook.heal.places import at_once
-from billhook.heal.stepping import Stepper
+from billhook.heal.refit.places import at_once
+from billhook.heal.refit.stepping import Stepper
 from billhook.measure.batches import Batch, batches_of
 from billhook.measure.spectrum import Spectrum, spectrum
 from billhook.plan.address import Address

@@ -13,7 +13,7 @@ from torch.nn.functional import log_softmax, nll_loss
 from billhook.anatomy.types import Anatomy
 from billhook.anatomy.undo import Undo, frozen
 from billhook.data import Windows
-from billhook.heal.loop import split
+from billhook.heal.training.loop import split
 from billhook.plan.errors import InputError
 
 Goal = Literal["loss", "kl"]

@@ -16,9 +16,9 @@ from billhook.anatomy.types import Anatomy, Block
 from billhook.anatomy.undo import Undo
 from billhook.data import Windows
 from billhook.heal.healing import Healing, put
-from billhook.heal.moments import moments
-from billhook.heal.places import at_once
-from billhook.heal.stepping import Stepper
+from billhook.heal.refit.moments import moments
+from billhook.heal.refit.places import at_once
+from billhook.heal.refit.stepping import Stepper
 from billhook.measure.batches import batches_of
 from billhook.measure.cost import CostModel, Costs
 from billhook.plan.address import Address

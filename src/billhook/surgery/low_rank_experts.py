@@ -33,8 +33,8 @@ def take_apart(model: nn.Module, mixtures: Iterable[tuple[str, int]], swap: Swap
 
     The first ``rank`` neurons of an expert stay as they are. For the others, gate and up W [2 (n - r), hidden] in one
     and down W [hidden, n - r] become U U'W, the nearest matrix of that rank (Eckart-Young), U being their first left
-    singular vectors. So whoever knows which neurons matter puts these first (see ``heal.condense``), and weights that
-    are of that rank already stay what they are. Cost: a singular value decomposition of each, in float32.
+    singular vectors. So whoever knows which neurons matter puts these first (see ``heal.combining.condense``), and
+    weights that are of that rank already stay what they are. Cost: a singular value decomposition of each, in float32.
     """
     for path, rank in mixtures:
         experts: Any = model.get_submodule(path)

@@ -1,0 +1,1 @@
+"""Which text a training reads."""

@@ -1,0 +1,64 @@
+"""Full weights, a few blocks at a time: who is trained in each period."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.heal.training.fpf import fpf
+from billhook.heal.training.ist import ist, most_important
+from billhook.heal.training.lisa import lisa
+from billhook.heal.training.methods import Training
+from billhook.heal.training.student import Student
+from billhook.heal.training.weights import Weights
+
+
+class Layers:
+    """The weights of the blocks of a student; ``choose`` says which are trained from now on. ``facts`` is what it must
+    remember across a crash."""
+
+    def __init__(self, student: Student, weights: Weights, before: Mapping[str, Tensor], training: Training) -> None:
+        """``before``: for fpf the tensors that the training began with, by name."""
+        self.facts: dict[str, Any] = {"chosen": [], "importance": [0.0] * len(student.blocks)}
+        self._student, self._weights, self._before, self._training = student, weights, before, training
+        prefixes = [f"{path}." for path in student.paths]
+        self._of = [[name for name in weights.parameters if name.startswith(prefix)] for prefix in prefixes]
+
+    def choose(self, period: int, ids: Tensor) -> None:
+        """``ids`` are windows to look at."""
+        training, blocks = self._training, len(self._of)
+        if training.trains == "lisa":
+            names = self._in(lisa(blocks, training.blocks, period, training.seed))
+        elif training.trains == "ist":
+            self.facts["importance"] = ist(
+                self.facts["importance"],
+                self._student.blocks,
+                lambda: self._loss(ids),
+                training.blocks,
+                f"{training.seed}.{period}",
+            )
+            names = self._in(most_important(self.facts["importance"], training.blocks))
+        elif period == 0:
+            names = list(self._weights.parameters)
+        elif period == 1:
+            names = fpf(
+                self._before, self._weights.parameters, len(self._weights.parameters) * training.blocks // blocks
+            )
+        else:
+            return
+        self.resume({**self.facts, "chosen": names})
+
+    def resume(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+        self._weights.choose(facts["chosen"])
+
+    def _in(self, blocks: list[int]) -> list[str]:
+        return [name for block in blocks for name in self._of[block]]
+
+    @torch.no_grad()
+    def _loss(self, ids: Tensor) -> float:
+        with self._student.computing():
+            return self._student.parts(ids)[0].item()

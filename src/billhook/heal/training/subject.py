@@ -1,0 +1,114 @@
+"""What of a student is trained: found once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.anatomy.types import Anatomy, Stack
+from billhook.heal.training.damage import Damage, damage, feature_weights, sample
+from billhook.heal.training.layers import Layers
+from billhook.heal.training.lora import Adapters, linears, ranks_by_loss
+from billhook.heal.training.methods import Training
+from billhook.heal.training.sharding import part
+from billhook.heal.training.student import Student
+from billhook.heal.training.tune import least_expressive, subsets
+from billhook.heal.training.weights import Weights
+from billhook.plan.errors import InputError
+
+PROBE = 4  # steps with which the subsets of tune are told apart
+
+
+@dataclass(frozen=True)
+class Subject:
+    """``holder`` has the parameters that the optimizer sees; ``layers`` says, where blocks take turns, whose turn it
+    is; ``ranks`` are those of the adapters by block that stays."""
+
+    holder: Adapters | Weights
+    layers: Layers | None = None
+    ranks: tuple[int, ...] = field(default=())
+
+    @property
+    def count(self) -> int:
+        return sum(parameter.numel() for parameter in self.holder.parameters.values())
+
+
+def subject_of(
+    student: Student,
+    taught: Student,
+    anatomy: Anatomy,
+    stack: Stack,
+    left: list[int],
+    ids: Tensor,
+    training: Training,
+    shard: Callable[[str], None] | None = None,
+) -> Subject:
+    """Make ready what ``training`` trains, and give the student its feature terms. ``taught`` is the same student
+    learning from the dense model; ``left`` are the original numbers of its blocks; ``ids`` windows to measure on.
+    ``shard`` is called for the path of each block of the student as soon as it has what is trained (see ``Shards``).
+
+    InputError where the model has nothing of the kind."""
+    few = sample(ids, range(len(ids)))
+    found = damage(taught, few) if training.features != "none" or training.trains == "lora" else None
+    if found is not None:
+        student.weights = feature_weights(found, training.features)
+    if training.trains == "lora":
+        assert found is not None
+        return _adapted(student, anatomy, stack, left, found, training, shard)
+    if training.trains == "tune":
+        options = subsets(student.model, student.paths)
+        if not options:
+            raise InputError("no biases or norms are left to tune; train with lora or distill")
+        names = least_expressive(options, lambda subset: _gain(student, subset, few, training))
+        return Subject(Weights(student.model, student.paths, names, shard))
+    names = [f"{path}.{name}" for path in student.paths for name in _names(student, path)]
+    before = {name: student.model.get_parameter(name).detach() for name in names} if training.trains == "fpf" else {}
+    weights = Weights(student.model, student.paths, names, shard)
+    before = {name: part(tensor, weights.parameters[name]) for name, tensor in before.items()}
+    return Subject(weights, Layers(student, weights, before, training))
+
+
+def _adapted(
+    student: Student,
+    anatomy: Anatomy,
+    stack: Stack,
+    left: list[int],
+    found: Damage,
+    training: Training,
+    shard: Callable[[str], None] | None,
+) -> Subject:
+    ranks = ranks_by_loss(found.errors, training.rank)
+    by_path: dict[str, int] = {}
+    for old, new, rank in zip(left, student.paths, ranks, strict=True):
+        block = stack.blocks[old]
+        by_path |= dict.fromkeys(linears(student.model, block, block.path, new), rank)
+    if not by_path:
+        raise InputError(f"a {anatomy.family} model cut like this has no linears left that adapters go on")
+    adapters = Adapters(student.model, student.paths, by_path, training.seed, shard)
+    return Subject(adapters, ranks=tuple(ranks))
+
+
+def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -> float:
+    """By how much a few steps with these parameters lower the loss on the windows that they were made on."""
+    weights = Weights(student.model, student.paths, names)
+    try:
+        optimizer = torch.optim.AdamW(list(weights.parameters.values()), lr=training.rate, weight_decay=0.0)
+        losses: list[float] = []
+        for _ in range(PROBE + 1):
+            loss = student(ids)
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return losses[0] - losses[-1]
+    finally:
+        weights.remove()
+
+
+def _names(student: Student, path: str) -> list[str]:
+    module: Any = student.model.get_submodule(path)
+    return [name for name, _ in module.named_parameters()]
