@@ -43,6 +43,7 @@ JOBS = {
     "llama": Job("llama", poor="model.layers.0.mlp.down_proj"),
     "gpt2": Job("gpt2", poor="transformer.h.0.mlp.c_proj"),
     "t5": Job("t5"),
+    "gemma2": Job("gemma2"),  # norms are refitted
     "narrow": Job("llama_bias", plan=NARROW),
     "few": Job("llama", rows=9),  # one is held back, and the second process has none
     "channels": Job("llama", plan=Plan.of([], channels=[HiddenChannels(stack="decoder", indices=tuple(range(2, 32)))])),
