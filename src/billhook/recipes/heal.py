@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def heal(
             raise InputError(
                 f"{error} (the dense model, says the record; --against names it where it is now)"
             ) from error
-    if plan.provenance.model not in ("", fingerprint(model.model), checkpoint_fingerprint(model.loaded.folder)):
+    if plan.provenance.model and plan.provenance.model not in names_of(model):
         raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
     require_causal(model.model, "heal")
     require_healable(model.anatomy)
@@ -225,6 +225,12 @@ def heal(
             write_down(run, Path(folder))
         shutil.rmtree(place, ignore_errors=True)
     return run
+
+
+def names_of(model: Opened) -> Iterator[str]:
+    """The fingerprints of a model: as it was loaded, and, since float16 rounds otherwise, as it is stored."""
+    yield fingerprint(model.model)
+    yield checkpoint_fingerprint(model.loaded.folder)
 
 
 def in_vain(known: HealRecord | None, step: HealStep) -> HealRecord | None:

@@ -53,8 +53,8 @@ def closed_form(
     70.5.)
 
     Behind the first gap the reads (q, k, v; gate, up) come before that, together: with x what they are given in the cut
-    model and z what the dense sublayer was given, the D that minimises the error of x D against z - x, with the same
-    weights and a penalty, is folded into each of them, so that they read x + x D.
+    model and z what the dense sublayer was given, the D that minimises the error of x D against z - x, with
+    w = 1 / |z|^2 and a penalty, is folded into each of them, so that they read x + x D.
 
     Penalties are chosen on the last eighth of the windows, which no fit ever sees, so that what is said about them
     stays honest down to the last block; where no penalty helps there, the old weights stay. Refitting what is left of a
@@ -63,7 +63,7 @@ def closed_form(
 
     Where a norm stands between the writes and the stream (sandwich norms), it is what is refitted, channel by channel:
     with y what it puts out, its gain g becomes g (1 + d) with the d that minimises the error of d y against r, with the
-    same weights and a penalty. (Tried on the demo model, which has no such norms, by a throwaway script: blocks 12 to
+    weights of writes and a penalty. (Tried on the demo model, which has no such norms, by a throwaway script: blocks 12 to
     17 gone, 4,096 tokens, reads refitted and all that is written only so, without grafts: divergence 0.77 as cut, 0.63
     healed; 1.23, so refused, with reads alone.)
 
@@ -89,7 +89,7 @@ def closed_form(
     Cost: the dense blocks once, those behind the first gap twice more, and for each regression on i inputs and each
     penalty i^3 / 3 multiplications; for each MLP that offers n neurons 8 n^3 or so. Memory: the model, two streams
     [tokens, hidden], what the linears of one place are given, and as much as a stream for each MLP of the gap that is
-    being crossed (six at most). Raises InputError for cuts in more than one stack, blocks that read the keys and values
+    being crossed (six at most); new weights lie in files (``on_disk``). Raises InputError for cuts in more than one stack, blocks that read the keys and values
     of others, fewer than two windows, and where a stream is not finite.
 
     Under ``accelerate launch`` all processes call this together, each with the model on its device, and each walks its
