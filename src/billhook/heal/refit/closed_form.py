@@ -63,9 +63,9 @@ def closed_form(
 
     Where a norm stands between the writes and the stream (sandwich norms), it is what is refitted, channel by channel:
     with y what it puts out, its gain g becomes g (1 + d) with the d that minimises the error of d y against r, with the
-    weights of writes and a penalty. (Tried on the demo model, which has no such norms, by a throwaway script: blocks 12 to
-    17 gone, 4,096 tokens, reads refitted and all that is written only so, without grafts: divergence 0.77 as cut, 0.63
-    healed; 1.23, so refused, with reads alone.)
+    weights of writes and a penalty. (Tried on the demo model, which has no such norms, by a throwaway script: blocks 12
+    to 17 gone, 4,096 tokens, reads refitted and all that is written only so, without grafts: divergence 0.77 as cut,
+    0.63 healed; 1.23, so refused, with reads alone.)
 
     MLPs beside a gap may take neurons of dropped ones (``graft``): of the neurons of both, as many are kept as there
     were, those with which the write does best (the optimal brain surgeon's choice), where that lowers the held-back
@@ -89,8 +89,8 @@ def closed_form(
     Cost: the dense blocks once, those behind the first gap twice more, and for each regression on i inputs and each
     penalty i^3 / 3 multiplications; for each MLP that offers n neurons 8 n^3 or so. Memory: the model, two streams
     [tokens, hidden], what the linears of one place are given, and as much as a stream for each MLP of the gap that is
-    being crossed (six at most); new weights lie in files (``on_disk``). Raises InputError for cuts in more than one stack, blocks that read the keys and values
-    of others, fewer than two windows, and where a stream is not finite.
+    being crossed (six at most); new weights lie in files (``on_disk``). Raises InputError for cuts in more than one
+    stack, blocks that read the keys and values of others, fewer than two windows, and where a stream is not finite.
 
     Under ``accelerate launch`` all processes call this together, each with the model on its device, and each walks its
     share of the windows: of those to fit on as of those held back every n-th. The sums of a regression are added over
