@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: every xdist worker has one core
@@ -12,7 +13,7 @@ import torch
 from families import build, randomise
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, dynamic_module_utils
 from transformers.utils import logging
 
 from billhook.models import locate
@@ -26,6 +27,15 @@ logging.disable_progress_bar()
 # a crowded machine must not fail a property
 settings.register_profile("billhook", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("billhook")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Remote code of the checkpoints that tests load stays out of the user's own cache. One place for a whole process:
+    Python remembers where it found a package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 def make_tokenizer(add_bos: bool = False, vocab_size: int = 300) -> PreTrainedTokenizerFast:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from families import NO_END, VOCABULARY, randomise, tokens
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, build, params
-from modules_cache import modules_cache  # noqa: F401
 from surgery.live import generate, inputs_of, logits, stock_load
 
 from billhook.anatomy import discover

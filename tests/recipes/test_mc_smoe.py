@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from modules_cache import modules_cache  # noqa: F401
 
 import billhook
 from billhook.anatomy import discover

@@ -12,7 +12,6 @@ import torch
 from apart import plan_of
 from families import FAMILIES, build, params
 from live import assert_cache_is_exact, generate, inputs_of, logits, possible, snapshot, stock_load
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 

@@ -12,7 +12,6 @@ import torch
 import transformers
 from families import FAMILIES, build
 from live import assert_cache_is_exact, generate, inputs_of, logits, snapshot
-from modules_cache import modules_cache  # noqa: F401
 from transformers import PreTrainedModel
 
 from billhook import export

@@ -14,7 +14,6 @@ from families import FAMILIES, build, params
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from live import drops, generate, inputs_of, logits, stock_load
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from families import build, params
 from live import inputs_of, logits, snapshot
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 from sparsified import sparse
 from test_width_saved import mixed, same, saved, stock_load

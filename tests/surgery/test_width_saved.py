@@ -13,7 +13,6 @@ import torch
 import transformers
 from families import FAMILIES, build, params
 from live import generate, inputs_of, logits, stock_load
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from widths import narrowings

@@ -11,7 +11,6 @@ import torch
 import transformers
 from families import FAMILIES, build
 from heal.refit.test_narrower import narrowed, windows
-from modules_cache import modules_cache  # noqa: F401
 from safetensors.torch import load_file
 
 import billhook
