@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from example import example_run, healed_run
 from test_page import specs, words
 
 from billhook.plan.record import Run
-from billhook.report import healing, provenance
+from billhook.report import figures_training, healing, provenance
 from billhook.report.card import card
 from billhook.report.page import page
 
@@ -100,3 +101,29 @@ def test_what_was_tried_in_vain_is_told() -> None:
     run = run.model_copy(update={"healing": run.healing.model_copy(update={"in_vain": (step,)})})
     assert "(bias tried later, in vain)" in healing.sentence(run)
     assert "(bias tried later, in vain)" in dict(provenance.facts(run))["healing"]
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("distill", "the divergence from the dense model on held-back text"),
+        ("skips", "the divergence from the dense model with blocks missing on held-back text"),
+        ("kv-routing", "the divergence from the dense model with borrowed keys and values on held-back text"),
+    ],
+)
+def test_a_training_is_said_to_be_judged_as_it_was(method: str, what: str) -> None:
+    run = healed_run()
+    assert run.healing is not None and run.healing.training is not None
+    step = run.healing.steps[-1].model_copy(update={"method": method})
+    training = run.healing.training.model_copy(update={"goal": "dense"})
+    told = run.healing.model_copy(update={"steps": (step,), "training": training})
+    assert what in figures_training.sentence(run.model_copy(update={"healing": told}))
+
+
+def test_where_no_refit_read_text_none_is_told() -> None:
+    run = healed_run()
+    assert run.healing is not None
+    told = run.healing.model_copy(update={"tokens": 0, "work": 0})
+    assert {"healing tokens", "work of the healing"} <= dict(provenance.facts(run)).keys()
+    found = dict(provenance.facts(run.model_copy(update={"healing": told})))
+    assert not {"healing tokens", "work of the healing"} & found.keys()

@@ -45,7 +45,9 @@ def sentence(run: Run) -> str:
     training = healing.training if healing else None
     if healing is None or training is None:
         return ""
-    what = "divergence from the dense model" if training.goal == "dense" else "loss"
+    way = METHODS[healing.method]
+    missing = " with blocks missing" if way.skips else " with borrowed keys and values" if way.routes else ""
+    what = f"divergence from the dense model{missing}" if training.goal == "dense" else "loss"
     first, best = training.curve[0].held, min(look.held for look in training.curve)
     if training.best == 0:
         begun = f"{number(first)} nats a token"

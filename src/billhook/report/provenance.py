@@ -45,8 +45,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
             ("paths of low rank", _ranks(healing.paths)),
             ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
             ("healed on", ", then ".join(dict.fromkeys(step.text for step in healing.steps))),
-            ("healing tokens", f"{healing.tokens:,}"),
-            ("work of the healing", quantity(healing.work, "block-token forwards")),
+            ("healing tokens", f"{healing.tokens:,}" if healing.tokens else ""),
+            ("work of the healing", quantity(healing.work, "block-token forwards") if healing.work else ""),
         ]
         if training := healing.training:
             found += [
