@@ -10,6 +10,7 @@ from billhook.cli import options
 from billhook.cli.progress import bars
 from billhook.cli.results import show
 from billhook.plan.heals import Method
+from billhook.recipes.settings import TRAINING_TOKENS
 
 _DIR = "A cut model that Billhook wrote."
 _METHOD = (
@@ -31,7 +32,7 @@ def heal(
     against: Annotated[str | None, typer.Option(metavar="MODEL", show_default=False, help=_AGAINST)] = None,
     calibration: Annotated[str | None, typer.Option(metavar="SOURCE", show_default=False, help=_CALIBRATION)] = None,
     select: options.Select = "none",
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to train on.")] = 49152,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to train on.")] = TRAINING_TOKENS,
     max_new_tokens: options.MaxNewTokens = 40,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
