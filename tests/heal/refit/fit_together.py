@@ -48,7 +48,7 @@ JOBS = {
     "few": Job("llama", rows=9),  # one is held back, and the second process has none
     "channels": Job("llama", plan=Plan.of([], channels=[HiddenChannels(stack="decoder", indices=tuple(range(2, 32)))])),
 }
-TROUBLES = [(rank, call) for rank in (0, 1) for call in (0, 3, 8, 20)]  # whose, and at which look
+TROUBLES = [(rank, call) for rank in (0, 1) for call in (0, 3, 8, 15)]  # whose, and at which look
 
 
 def windows(rows: int) -> Windows:

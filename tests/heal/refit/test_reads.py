@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from families import build
-from torch import nn
+from families import FAMILIES, build
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.anatomy import discover
+from billhook.heal.refit.places import places
 from billhook.heal.refit.reads import folded, reads_of, same_inputs
+from billhook.heal.refit.stepping import Stepper
+from billhook.heal.refit.watch import keep_input
+from billhook.measure.batches import batches_of
+from billhook.measure.patch import hooked
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(6, 4), Conv1D(4, 6)])
@@ -30,3 +37,26 @@ def test_reads_of_other_things_are_left_alone() -> None:
         model = build(name)
         blocks = discover(model).stack("decoder").blocks
         assert not reads_of(model, next(s for s in blocks[1].sublayers if s.kind == kind))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_reads_are_given_is_known_before_the_rest_is_computed(name: str) -> None:
+    model = build(name)
+    stack = discover(model).stacks[-1]
+    stepper = Stepper(model, stack, list(batches_of([FAMILIES[name].inputs(model, 2, None)], model)))
+    stream = stepper.enter(0)
+    for place in places(stack):
+        reads: dict[str, nn.Module] = {}
+        for sublayer in place.sublayers:
+            reads |= reads_of(model, sublayer)
+        whole: dict[str, list[Tensor]] = {read: [] for read in reads}
+        hooks = [(linear, partial(keep_input, whole[read])) for read, linear in reads.items()]
+        after = stepper.run(0, place, stream, (), hooks)
+        computed: list[Tensor] = []
+        with hooked((linear, partial(keep_input, computed)) for linear in reads.values()):
+            seen = stepper.given(0, place, stream, (), reads)
+        asked = {read: inputs for read, inputs in whole.items() if inputs}
+        assert seen.keys() == asked.keys()
+        assert all(torch.equal(seen[read], inputs) for read, (inputs,) in asked.items())
+        assert len(computed) == max(0, len(seen) - (asked == whole)), "not even the last of the reads"
+        stream = after

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from billhook.measure.patch import (
     Tail,
     hand_on,
     hooked,
+    hooked_before,
     lending,
     observing,
     on_stream,
@@ -136,6 +137,34 @@ class Stepper(Batches):
         if place.block.lends and any(sublayer.kind == "attention" for sublayer in place.sublayers):
             self._lent[batch][place.number] = stream
         return self._finite(batch, stream_out(output), f"out of {place.block.address}")
+
+    def given(
+        self,
+        batch: int,
+        place: Place,
+        stream: Tensor,
+        silent: Iterable[Sublayer],
+        linears: Mapping[str, nn.Module],
+    ) -> dict[str, Tensor]:
+        """What these linears of a place are given, by name, as far as they are asked; nothing behind the last of them
+        is computed."""
+        block = self._blocks[place.number]
+        own = block.forward
+        seen: dict[str, Tensor] = {}
+
+        def look(name: str, module: nn.Module, args: Any) -> None:
+            seen[name] = args[0]
+            if len(seen) == len(linears):
+                raise Reached
+
+        def visit(*args: Any, **kwargs: Any) -> Any:
+            looks = [(linear, partial(look, name)) for name, linear in linears.items()]
+            with overridden(silencers(self.model, silent)), hooked_before(looks):
+                on_stream(*args, own=own, stream=stream, **kwargs)
+            raise Reached
+
+        self._forward(batch, [*self._before(batch, place.number), (block, visit)])
+        return seen
 
     def _before(self, batch: int, number: int) -> Iterator[tuple[nn.Module, Forward]]:
         """What stands in the place of the blocks before one."""

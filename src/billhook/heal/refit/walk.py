@@ -150,9 +150,12 @@ class Walk:
         now: Seen = {address: (reads, {name: [] for name in reads}) for address, reads in here.items()}
         if now:
             self._count("reads", place)
-            silent, hooks = place.silent(self._drops), watching(now)
+            silent = place.silent(self._drops)
+            linears = {name: linear for reads, _ in now.values() for name, linear in reads.items()}
+            into = {name: inputs for _, given in now.values() for name, inputs in given.items()}
             for i, stream in enumerate(cut):
-                self._stepper.run(i, place, stream, silent, hooks)
+                for name, inputs in self._stepper.given(i, place, stream, silent, linears).items():
+                    into[name].append(inputs)
         new: dict[str, Tensor] = {}
         for address, (reads, given) in now.items():
             x, goal = same_inputs(given), same_inputs(seen[address][1])
@@ -209,7 +212,8 @@ class Walk:
         try:
             for name, tensor in pool.chosen(torch.arange(n, 2 * n)).items():
                 put(self._model, name, tensor, undo)
-            _, other, _ = self._values(place, reads, write, cut)
+            silent, wanted = place.silent(self._drops), {write.weight: write.linear}
+            other = [self._stepper.given(i, place, s, silent, wanted)[write.weight] for i, s in enumerate(cut)]
         finally:
             undo.restore()
         h = [torch.cat(pair, -1) for pair in zip(own, other, strict=True)]
