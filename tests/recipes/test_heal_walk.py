@@ -163,7 +163,7 @@ def test_the_whole_walk(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path, m
     assert "trained on little text" in (out / "README.md").read_text()
     assert len(load(out).model.model.layers) == 4
 
-    with pytest.raises(InputError, match=r"was trained \(distill\), and closed-form starts from the dense weights"):
+    with pytest.raises(InputError, match=r"was trained \(distill\), and closed-form has its place before that"):
         heal(out, out=tmp_path / "again", method="closed-form", calibration=str(words))
 
 

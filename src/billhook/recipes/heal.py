@@ -144,8 +144,8 @@ def heal(
         raise InputError(f"{source} has paths beside its linears already; heal the one from before")
     if known.healing and known.healing.training and method not in TRAINED:
         raise InputError(
-            f"{source} was trained ({known.healing.method}), and {method} starts from the dense weights, so nothing of "
-            f"that would be left; heal the one from before, or train further"
+            f"{source} was trained ({known.healing.method}), and {method} has its place before that: heal the one from "
+            f"before, or train further"
         )
     if plan.factors and method != "closed-form":
         raise InputError(f"{source} has linears in two parts, which {method} cannot train; use closed-form")
