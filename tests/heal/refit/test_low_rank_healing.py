@@ -49,7 +49,7 @@ def test_simulated_applied_and_reloaded_agree_and_the_second_parts_are_those_of_
 ) -> None:
     model, plan = build(name), plan_of(name)
     anatomy = discover(model)
-    healing = closed_form(model, anatomy, plan, windows(64))
+    healing = closed_form(model, anatomy, plan, windows())
     assert any(refit.taken for refit in healing.refits)
     assert healing.cut is not None and healing.healed is not None and healing.healed < healing.cut
     inputs = FAMILIES[name].inputs(model, 2, None)

@@ -79,8 +79,6 @@ def gains_of(
 ) -> tuple[Healing, dict[Address, float]]:
     """The new write weights, and the gains by address in the cut model; all 1 where they do not lower the loss on what
     is held back."""
-    if len(source.ids) < 2:
-        raise InputError("gains need at least two windows of text: some are held back")
     small = apply(model, anatomy, plan)
     inside = discover(small)
     fitted, ids = parted(source)

@@ -263,10 +263,11 @@ class Walk:
         return found
 
     def _norms(self, place: Place, stream: Tensor, writes: list[tuple[Write, Tensor]]) -> list[tuple[Norm, Tensor]]:
-        """The norms that are refitted in the place of writes behind which they stand, as ``_scales``."""
+        """The norms that are refitted in the place of writes behind which they stand, as ``_scales``. None where
+        linears are taken apart: what those write lacks direction, and least squares would only shrink it."""
         refitted = {write.weight for write, _ in writes}
         found = []
-        for sublayer in () if place.mixed else place.kept(self._drops):
+        for sublayer in () if place.mixed or self._apart(place) else place.kept(self._drops):
             norm = norm_behind(self._model, sublayer) if refitted.isdisjoint(sublayer.writes) else None
             scale = None if norm is None else self._scale(place, stream, norm.weight, norm.module)
             if norm is not None and scale is not None:
