@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,23 @@ def sharing(place: Path, jobs: list[dict[str, Any]], **more: str) -> list[subpro
     return begun(["-m", "heal.training.share", str(place), json.dumps(jobs)], **more)
 
 
-def ended(pair: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
-    """What both wrote to standard output, when they have ended with this exit status."""
+def ended(pair: list[subprocess.Popen[str]]) -> list[str]:
+    """What both wrote to standard output, when they have ended well."""
     written = []
     for process in pair:
         output, errors = process.communicate(timeout=600)
-        assert process.returncode == code, errors[-3000:]
+        assert process.returncode == 0, errors[-3000:]
         written.append(output)
     return written
+
+
+def killed(pair: list[subprocess.Popen[str]]) -> None:
+    """When one has killed itself the other is killed too, as a launcher does; it may have failed by then for want of
+    its peer."""
+    while all(process.poll() is None for process in pair):
+        time.sleep(0.05)
+    for process in pair:
+        process.kill()
+    said = [process.communicate(timeout=600)[1][-3000:] for process in pair]
+    codes = [process.returncode for process in pair]
+    assert -signal.SIGKILL in codes and 0 not in codes, said

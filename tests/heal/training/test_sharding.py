@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build
-from heal.training.pairs import SHARDED, ended, sharing
+from heal.training.pairs import SHARDED, ended, killed, sharing
 from heal.training.training_bed import PLAN, TOKENS, quick, text
 from safetensors.torch import load_file
 
@@ -72,7 +71,7 @@ def same_curve(place: Path, name: str, record: TrainingRecord) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two did all jobs, and the last of them in two runs: they were killed and started again."""
     place = tmp_path_factory.mktemp("shared")
-    ended(sharing(place, [job("killed", "lisa", dies=10)], **SHARDED), code=-signal.SIGKILL)
+    killed(sharing(place, [job("killed", "lisa", dies=10)], **SHARDED))
     assert not list(place.glob("*.part")) and not list(place.glob("killed-0*"))
     (place / "left").write_bytes((place / "killed-state").read_bytes())
     ended(sharing(place, [*JOBS, job("killed", "lisa")], **SHARDED))
