@@ -24,6 +24,7 @@ from billhook.recipes import heal as walk
 from billhook.recipes import proof, texts, training
 from billhook.recipes.apply import apply
 from billhook.recipes.compress import compress
+from billhook.recipes.evaluate import evaluate
 from billhook.recipes.heal import heal
 from billhook.recipes.workplace import workplace
 from billhook.surgery.reopen import load
@@ -322,3 +323,44 @@ def test_the_dense_model_is_not_replaced_by_what_is_healed(tiny_lm: Path, tmp_pa
     compress(dense, budget="blocks=4", out=tmp_path / "cut", recipe="last", heal="none")
     with pytest.raises(InputError, match="dense"):
         heal(tmp_path / "cut", out=dense, method="closed-form", overwrite=True)
+
+
+def test_bridged_then_trained_then_only_run(cut: Path, tiny_lm: Path, words: Path, tmp_path: Path) -> None:
+    """The record counts what stands beside; a training leaves it as it is; what cuts models refuses such a one."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "bench", lambda *_, **__: ())
+        patch.setattr(proof, "probes", lambda *_, **__: ())
+        run = heal(cut, out=one, method="bridge", calibration=str(words), max_new_tokens=2)
+    before = Run.model_validate_json((cut / "billhook.json").read_text()).costs["params"]
+    healing = run.healing
+    assert healing is not None and healing.bridges.keys() == {"model.layers.0"}
+    (rank,) = healing.bridges.values()
+    width = run.outline.stacks[0].hidden_size
+    assert run.costs["params"].compressed == before.compressed + 2 * rank * width
+    assert run.realised["params"] == run.costs["params"].compressed / before.dense
+    assert f"1, of rank {rank}" in (one / "report.html").read_text()
+    assert "trust_remote_code=True" in (one / "README.md").read_text()
+    assert evaluate(one).costs["params"].compressed == run.costs["params"].compressed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk, "proven", lambda run, *_: run)
+        for method in ("lisa", "distill"):
+            taught = heal(one, out=two, method=method, calibration=str(words), tokens=512, overwrite=True)
+            assert taught.healing is not None and taught.healing.bridges == healing.bridges
+            assert taught.costs == run.costs
+            first, second = load_file(one / WEIGHTS), load_file(two / WEIGHTS)
+            assert first.keys() == second.keys() and any(not torch.equal(first[key], second[key]) for key in first)
+            assert all(torch.equal(first[key], second[key]) for key in first if ".bridge." in key)
+        again = heal(one, out=two, method="closed-form", calibration=str(words), overwrite=True)
+        assert again.healing is not None
+        assert again.costs["params"] == (run.costs["params"] if again.healing.bridges else before)
+
+    with pytest.raises(InputError, match="has bridges behind blocks, with which it can only be run, or healed further"):
+        compress(one, budget="blocks=3", out=tmp_path / "no")
+    with pytest.raises(InputError, match="--heal bridge adds parameters"):
+        compress(tiny_lm, budget="blocks=3", out=tmp_path / "no", heal="bridge")
+    apply(tiny_lm, Plan.of(["decoder.1"], target="uniform"), out=tmp_path / "uniform")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="which target uniform asks for; cut with target remote"):
+        heal(tmp_path / "uniform", out=tmp_path / "no", method="bridge", calibration=str(words))
+    assert not (tmp_path / "no").exists()

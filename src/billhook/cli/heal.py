@@ -14,7 +14,8 @@ from billhook.recipes.settings import TRAINING_TOKENS
 
 _DIR = "A cut model that Billhook wrote."
 _METHOD = (
-    "[bold]closed-form[/]: least squares; [bold]bias[/], [bold]data-free[/], [bold]scales[/]: for what got narrower; "
+    "[bold]closed-form[/]: least squares; [bold]bridge[/]: besides, maps of low rank across gaps; [bold]bias[/], "
+    "[bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]eora[/]: paths of low rank beside linears with zeros; "
     "[bold]distill[/]: adapters learn from the dense model; [bold]tail[/]: of its stream only the end; [bold]lora[/]: "
     "they learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few "

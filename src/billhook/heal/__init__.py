@@ -7,7 +7,7 @@ from billhook.heal.combining.gains import branch_gains
 from billhook.heal.combining.merge import merge
 from billhook.heal.combining.restore import restore, scale_updates
 from billhook.heal.healing import UNTOUCHED, Healing, healed
-from billhook.heal.refit.closed_form import closed_form, require_healable
+from billhook.heal.refit.closed_form import bridge, closed_form, require_healable
 from billhook.heal.refit.mask_tuning import mask_tuning
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Healing",
     "average",
     "branch_gains",
+    "bridge",
     "closed_form",
     "flatten",
     "fuse",

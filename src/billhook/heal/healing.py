@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
+from billhook.anatomy.bridge import BRIDGE, build_bridge
 from billhook.anatomy.undo import Undo
 from billhook.models.adapter import Paths, attach
 from billhook.plan.errors import InputError
@@ -30,7 +32,7 @@ class Healing:
     ``cut`` and ``healed`` are the distances of the cut and of the healed model from the dense one on the windows that
     no fit saw (see ``divergence``); None where nothing was refitted. A healing that made the model no better is
     ``refused``: its refits are on record, its tensors are gone. ``paths`` of low rank stand beside linears of what is
-    left, which keeps their names."""
+    left, which keeps their names; ``bridges`` behind blocks are among the tensors."""
 
     tensors: Mapping[str, Tensor]
     refits: tuple[Refit, ...]
@@ -50,12 +52,24 @@ class Healing:
     def refused(self) -> bool:
         return self.cut is not None and self.healed is not None and not self.healed < self.cut
 
+    @property
+    def bridges(self) -> dict[str, int]:
+        """The path of each block that gets a bridge, and its rank."""
+        return {name.removesuffix(_FIRST): len(a) for name, a in self.tensors.items() if name.endswith(_FIRST)}
+
+    @property
+    def beside(self) -> int:
+        """Parameters that come in addition to those that the plan leaves."""
+        added = [tensor for name, tensor in self.tensors.items() if f".{BRIDGE}." in name]
+        return sum(tensor.numel() for tensor in (*added, *(t for pair in self.paths.values() for t in pair)))
+
     def judged(self, cut: float, healed: float) -> Healing:
         """With its distances from the dense model; without its tensors where it is no nearer."""
         found = replace(self, cut=cut, healed=healed)
         return replace(found, tensors={}) if found.refused else found
 
 
+_FIRST = f".{BRIDGE}.reduce.weight"
 UNTOUCHED = Healing({}, (), {}, 0, 0)
 
 
@@ -70,6 +84,10 @@ def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
     undo = Undo()
     try:
         before = dict(model.named_parameters(remove_duplicate=False))
+        for path, rank in healing.bridges.items():
+            block = model.get_submodule(path)
+            undo.then(build_bridge(block, healing.tensors[f"{path}{_FIRST}"].shape[1], rank).remove)
+            undo.then(partial(delattr, block, BRIDGE))
         for name, tensor in healing.tensors.items():
             put(model, name, tensor, undo)
         new = {id(before[name]): model.get_parameter(name) for name in healing.tensors if name in before}

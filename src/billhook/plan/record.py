@@ -255,7 +255,8 @@ class HealRecord(_Record):
     with the reason; ``work`` counts block-token forwards; ``unhealed`` is the evidence of the cut alone.
     ``divergence`` is how far the cut and the healed model are from the dense one on windows that no fit saw;
     ``refused``: the healed one was no nearer, so the model is left as cut. ``training`` came after the refits, if any.
-    ``paths``: the ranks of those that stand beside linears, by the path of the linear.
+    ``paths``: the ranks of those that stand beside linears, by the path of the linear; ``bridges``: of those behind
+    blocks, by the path of the block in the original model.
     ``steps``: all that was done one after the other, at least one; the rest is said of the last. ``in_vain``: what was
     tried later and brought the model no nearer, so nothing of it is left."""
 
@@ -265,6 +266,7 @@ class HealRecord(_Record):
     left_alone: dict[str, str] = {}
     grafts: tuple[Graft, ...] = ()
     paths: dict[str, int] = {}
+    bridges: dict[str, int] = {}
     divergence: tuple[float | None, float | None] | None = None  # null in JSON where not finite
     refused: bool = False
     steps: tuple[HealStep, ...]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from billhook.anatomy import Anatomy
+from billhook.anatomy.bridge import BRIDGE
 from billhook.data import Windows
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
@@ -22,6 +23,7 @@ from billhook.heal import (
     Healing,
     average,
     branch_gains,
+    bridge,
     closed_form,
     flatten,
     fuse,
@@ -60,6 +62,7 @@ from billhook.surgery.biases import note_biases
 from billhook.surgery.checkpoint import checkpoint_fingerprint
 from billhook.surgery.factorise import factors_of
 from billhook.surgery.live import channels_of, drops_of, keeps_of
+from billhook.surgery.ranks import note_bridges
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,6 +78,7 @@ def _merge(model: Any, anatomy: Anatomy, plan: Plan, windows: Windows, progress:
 
 METHODS: Mapping[str, Callable[[Any, Anatomy, Plan, Windows, Progress | None], Healing]] = {
     "closed-form": closed_form,
+    "bridge": bridge,
     "bias": judged_apart(bias_compensation),
     "data-free": judged_apart(data_free),
     "scales": mask_tuning,
@@ -212,7 +216,8 @@ def heal(
                 compressed, healing = applied(model, plan, best), record_of(best, *steps)
                 if best is start:
                     healing = in_vain(known.healing, step) or healing.model_copy(update={"refused": True})
-                known = known.model_copy(update=cost_fields(plan, known.outline, best)) if best.paths else known
+                if best.beside or start.beside:
+                    known = known.model_copy(update=cost_fields(plan, known.outline, best))
         run = known.model_copy(
             update={"model": os.fspath(origin), "healing": healing, "environment": environment(model)}
         )
@@ -240,7 +245,7 @@ def in_vain(known: HealRecord | None, step: HealStep) -> HealRecord | None:
 
 def require_sharable(method: str) -> None:
     """InputError where several processes were started for a way to heal that they cannot share."""
-    if processes.count() > 1 and method not in ("closed-form", *TRAINED):
+    if processes.count() > 1 and method not in ("closed-form", "bridge", *TRAINED):
         raise InputError(
             f"several processes were started, and they share a healing by training or in closed form, which {method} "
             f"is not; start one"
@@ -253,6 +258,10 @@ def require_units(method: str, plan: Plan) -> None:
         raise InputError(f"the plan cuts hidden channels, which {method} knows nothing of; use closed-form")
     if method in ("scales", "bias", "data-free") and not plan.keeps:
         raise InputError(f"{method} is for what a narrowing leaves, and this plan narrows nothing; use closed-form")
+    if method == "bridge" and plan.target in (Target.UNIFORM, Target.DECI):
+        raise InputError(
+            f"a bridge is no part of the model's own class, which target {plan.target} asks for; cut with target remote"
+        )
     if method == "bias" and plan.target in (Target.UNIFORM, Target.DECI):
         raise InputError(f"bias gives linears a bias of their own, which target {plan.target} cannot carry")
 
@@ -263,7 +272,7 @@ def differing(small: Any, model: Opened, plan: Plan, name: object) -> Healing:
     cut = apply(model.model, model.anatomy, plan)
     factors = factors_of(plan, model.anatomy)
     old, new = (dict(side.named_parameters()) for side in (cut, small))
-    more = {name for name in new.keys() - old.keys() if name.endswith(".bias")}
+    more = {name for name in new.keys() - old.keys() if name.endswith(".bias") or f".{BRIDGE}." in name}
     if old.keys() != new.keys() - more or any(old[key].shape != new[key].shape for key in old):
         raise InputError(f"{name} has other weights than its plan leaves of {model.loaded.source}")
     names = original_names(model.anatomy, drops_of(plan, model.anatomy), new)
@@ -293,7 +302,9 @@ def applied(model: Opened, plan: Plan, healing: Healing) -> Any:
     healing = storable(model, healing)
     known = dict(model.model.named_parameters(remove_duplicate=False))
     compressed = carried_out(model.model, model.anatomy, plan, healing)
-    note_biases(compressed.config, model.anatomy, [name for name in healing.tensors if name not in known])
+    added = [name for name in healing.tensors if name not in known and name.endswith(".bias")]
+    note_biases(compressed.config, model.anatomy, added)
+    note_bridges(compressed.config, model.anatomy, healing.bridges)
     return compressed
 
 
@@ -308,8 +319,7 @@ def storable(model: Opened, healing: Healing) -> Healing:
 
 def cost_fields(plan: Plan, outline: Outline, healing: Healing) -> dict[str, Any]:
     """The fields of a record that say what a model costs, with its paths."""
-    beside = sum(a.numel() + b.numel() for a, b in healing.paths.values())
-    costs = costs_of(plan, outline, beside=beside)
+    costs = costs_of(plan, outline, beside=healing.beside)
     return {"costs": costs, "realised": of_dense(costs)}
 
 
@@ -324,5 +334,6 @@ def record_of(healing: Healing, *steps: HealStep) -> HealRecord:
         divergence=None if healing.cut is None or healing.healed is None else (healing.cut, healing.healed),
         grafts=healing.grafts,
         paths={name: len(a) for name, (a, _) in healing.paths.items()},
+        bridges=healing.bridges,
         refused=healing.refused,
     )

@@ -19,6 +19,7 @@ from billhook.models import Loaded, dtype_of, emulated, locate
 from billhook.models.adapter import require_none
 from billhook.plan.errors import InputError
 from billhook.runtime.clock import now
+from billhook.surgery.ranks import bridges_of
 from billhook.surgery.reopen import load
 
 
@@ -62,13 +63,19 @@ def opened(
 
     Without a ``dtype`` it is that of the checkpoint, computed in float32 where the processor would only emulate it:
     the same weights, several times as fast. ``like`` another model: in the dtypes of that one.
-    One with paths of low rank ``beside`` its linears can be run; what cuts models or runs them otherwise refuses it.
+    One with paths of low rank ``beside`` its linears, or bridges behind its blocks, can be run; what cuts models or
+    runs them otherwise refuses it.
     """
     wanted = like.stored if like else dtype
     if not beside:
         require_none(locate(source, trust_remote_code))
     loaded = load(source, dtype=wanted, device=device, trust_remote_code=trust_remote_code)
     found = Opened(loaded, discover(loaded.model), dtype_of(loaded.model))
+    if not beside and bridges_of(loaded.model.config, found.anatomy):
+        raise InputError(
+            f"{source} has bridges behind blocks, with which it can only be run, or healed further; give the model "
+            f"from before"
+        )
     if (dtype_of(like.model) != like.stored) if like else (dtype is None and emulated(loaded.model)):
         loaded.model.float()
     return found

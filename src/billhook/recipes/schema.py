@@ -122,6 +122,8 @@ class Recipe(Words):
             raise ValueError(
                 "masks go with heal none or eora and act drop: what stays gets new weights by the choice alone"
             )
+        if self.heal == "bridge":
+            raise ValueError("a bridge adds to what a cut leaves, and is no heal of a recipe")
         if self.heal == "eora" and self.unit != "weight":
             raise ValueError(
                 f"heal eora puts paths beside linears that lost single weights: unit must be weight, not {self.unit}"

@@ -37,6 +37,11 @@ def way_of(recipe: Recipe, heal: Heal | None) -> str:
         raise InputError(
             f"--heal eora puts paths beside linears that lost single weights; recipe {recipe.name} takes none"
         )
+    if heal == "bridge":
+        raise InputError(
+            "--heal bridge adds parameters that the budget would have to know before; cut with --target remote and "
+            "--heal none, then run billhook heal DIR --method bridge"
+        )
     if (recipe.trains or recipe.learns_ranks) and heal not in (None, "none"):
         raise InputError(f"recipe {recipe.name} trains what is left itself; leave out --heal {heal}")
     if heal == "scales" and not recipe.wide:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from billhook.heal import (
     average,
     branch_gains,
+    bridge,
     closed_form,
     flatten,
     fuse,
@@ -46,6 +47,7 @@ from billhook.search import share
 
 HEALS = {
     "closed-form": closed_form,
+    "bridge": bridge,
     "bias": bias_compensation,
     "data-free": data_free,
     "scales": mask_tuning,

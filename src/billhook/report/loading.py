@@ -32,7 +32,8 @@ def is_language_model(outline: Outline) -> bool:
 def is_ordinary(run: Run) -> bool:
     """Whether the result is a checkpoint of the stock class: only whole blocks are gone and the rest are alike, as wide
     as the config can say, each with weights of its own."""
-    if tied(run) or (run.healing is not None and run.healing.method == "bias" and not run.healing.refused):
+    healing = run.healing
+    if tied(run) or (healing and (healing.bridges or (healing.method == "bias" and not healing.refused))):
         return run.plan.target is Target.UNIFORM
     alike = all(len({tuple(block.sublayers) for block in stack.blocks}) <= 1 for stack in run.outline.stacks)
     alike = alike and all(a.sublayer is None for a in dropped(run))

@@ -43,6 +43,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         found += [
             ("act" if healing.combined else "healing", f"{way(healing)}{refitted}"),
             ("paths of low rank", _ranks(healing.paths)),
+            ("bridges across gaps", _ranks(healing.bridges)),
             ("neurons grafted", f"{grafted:,}" if grafted and not healing.refused else ""),
             ("healed on", ", then ".join(dict.fromkeys(step.text for step in healing.steps))),
             ("healing tokens", f"{healing.tokens:,}" if healing.tokens else ""),

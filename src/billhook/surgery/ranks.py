@@ -1,15 +1,17 @@
 """What a config says about linears that are in two parts.
 
 ``linear_ranks`` {stack: {block: {path in the block: rank}}}, beside ``inner_units``. Block numbers are those of the
-model that the config describes.
+model that the config describes. The path ``bridge`` is that of one which the stock class does not have (see
+``anatomy.bridge``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from billhook.anatomy import Anatomy
+from billhook.anatomy.bridge import BRIDGE
 from billhook.plan.address import Address
 from billhook.plan.check import survivors
 from billhook.plan.errors import InputError
@@ -76,3 +78,16 @@ def write_ranks(config: Any, anatomy: Anatomy, ranks: Ranks) -> None:
                 table.setdefault(block.stack, {}).setdefault(str(block.block), {})[path] = rank
         if table:
             setattr(part, PER_STACK_RANKS, table)
+
+
+def note_bridges(config: Any, anatomy: Anatomy, bridges: Mapping[str, int]) -> None:
+    """Add bridges, by the path of their block in the model that ``anatomy`` describes, to what its config lists."""
+    blocks = {block.path: block.address for stack in anatomy.stacks for block in stack.blocks}
+    if bridges:
+        added = {(blocks[path], BRIDGE): rank for path, rank in bridges.items()}
+        write_ranks(config, anatomy, read_ranks(config, anatomy) | added)
+
+
+def bridges_of(config: Any, anatomy: Anatomy) -> Ranks:
+    """The bridges among the ranks that a model's config lists."""
+    return {key: rank for key, rank in read_ranks(config, anatomy).items() if key[1] == BRIDGE}

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from billhook import models
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.bridge import BRIDGE, build_bridge
 from billhook.anatomy.undo import Undo
 from billhook.models.checks import read_config
 from billhook.models.load import config_of
 from billhook.models.quiet import quiet
+from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import Keep
 from billhook.surgery.biases import add_biases
@@ -96,6 +98,9 @@ def as_cut(stock: type) -> type:
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
             add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
+            for (block, path), rank in form.ranks.items():
+                if path == BRIDGE:
+                    build_bridge(self.get_submodule(anatomy.block(block).path), _width(anatomy, block), rank)
             linears, mixtures = _in_two(form, anatomy)
             empty(self, linears)
             empty_experts(self, mixtures)
@@ -125,13 +130,18 @@ def _in_two(form: Form, anatomy: Anatomy) -> tuple[list[tuple[str, int]], list[t
     found: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
     for (block, path), rank in form.ranks.items():
         parts = outlines[block].sublayers.values()
-        useful = {name: most for part in parts for name, most in part.useful.items()}
+        useful = {name: most for part in parts for name, most in part.useful.items()} | {BRIDGE: _width(anatomy, block)}
         if rank > useful.get(path, 0):
             raise InputError(
                 f"config.json gives {path} of {block} rank {rank}; this {anatomy.family} model cannot have it"
             )
-        found[any(path in part.mixtures for part in parts)].append((f"{anatomy.block(block).path}.{path}", rank))
+        if path != BRIDGE:
+            found[any(path in part.mixtures for part in parts)].append((f"{anatomy.block(block).path}.{path}", rank))
     return found
+
+
+def _width(anatomy: Anatomy, block: Address) -> int:
+    return anatomy.outline.stack(block.stack).hidden_size
 
 
 @contextmanager

@@ -63,14 +63,13 @@ class Batches:
     def last(self, batch: int) -> Tensor:
         """The stream after the last block that the model has now, whatever has been done to it."""
         block = next(reversed(list(self.model.get_submodule(self.stack.path).children())))
-        own = block.forward
         seen: list[Tensor] = []
 
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            seen.append(stream_out(own(*args, **kwargs)))
+        def stop(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+            seen.append(stream_out(output))
             raise Reached
 
-        self._forward(batch, [(block, stop)])
+        self._forward(batch, (), [(block, stop)])
         return seen[0]
 
     def logits(self, ids: Tensor, stream: Tensor) -> Tensor:

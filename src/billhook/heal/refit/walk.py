@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear as multiply
 
+from billhook.anatomy.bridge import BRIDGE
 from billhook.anatomy.types import Anatomy, Sublayer
 from billhook.anatomy.undo import Undo
 from billhook.heal.healing import put
+from billhook.heal.refit.bridge import fitted
 from billhook.heal.refit.graft import choose, donors
 from billhook.heal.refit.low_rank import onto, projected
 from billhook.heal.refit.norms import Norm, norm_behind
@@ -47,14 +50,16 @@ class Walk:
         keeps: Iterable[Keep],
         peers: Peers,
         factors: Iterable[Factor] = (),
+        gaps: Set[Place] = frozenset(),
     ) -> None:
+        """``gaps``: the places behind which a bridge is to stand."""
         self.tensors: dict[str, Tensor] = {}
         self.refits: list[Refit] = []
         self.grafts: list[Graft] = []
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
         self._model, self._anatomy, self._stepper, self._drops = model, anatomy, stepper, drops
-        self._peers = peers
+        self._peers, self._gaps = peers, gaps
         self._dense_model, self._dense_stepper = model, stepper
         self._kept: Tensor | slice = slice(None)  # the channels of the dense stream that the cut one has
         self._keeps = {keep.unit: keep for keep in keeps}
@@ -135,7 +140,7 @@ class Walk:
                 self._grafts(place, mlp, cut, target, undo)
             wanted = {donor.address for of_it in self._donors.values() for donor in of_it}
             self._donated = {address: given for address, given in self._donated.items() if address in wanted}
-            return self._writes(place, cut, target)
+            return self._across(place, self._writes(place, cut, target), target)
         finally:
             undo.restore()
 
@@ -218,7 +223,7 @@ class Walk:
             undo.restore()
         h = [torch.cat(pair, -1) for pair in zip(own, other, strict=True)]
         old = pool.columns[:n].float() * scale
-        lacks = [end.float() - now.float() for end, now in zip(target, after, strict=True)]
+        lacks = _lacks(after, target)
         lacks = [r + (mine.float() @ old).reshape(r.shape) for r, mine in zip(lacks, own, strict=True)]
         fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
         neurons = self._peers.first(lambda: choose(fit, held, pool.columns.float() * scale, n))
@@ -247,6 +252,19 @@ class Walk:
         for write, scale in scales:
             after = self._refit(write, scale, inputs.pop(write.weight), after, target)
         return after
+
+    def _across(self, place: Place, after: list[Tensor], target: list[Tensor]) -> list[Tensor]:
+        """The stream behind a place, on the far side of its bridge where it has one."""
+        if place not in self._gaps:
+            return after
+        first, second = (f"{place.block.path}.{BRIDGE}.{part}.weight" for part in ("reduce", "expand"))
+        found, refit = fitted(first, *self._moments(after, _lacks(after, target), target), self._peers)
+        self.refits.append(refit)
+        if found is None:
+            return after
+        a, b = (factor.to(after[0].dtype).contiguous() for factor in found)
+        self.tensors |= {first: on_disk(a), second: on_disk(b)}
+        return [now + multiply(multiply(now, a), b) for now in after]
 
     def _scales(self, place: Place, stream: Tensor) -> list[tuple[Write, Tensor]]:
         """The writes of a place that can be refitted, with what they are multiplied with on the way to the stream."""
@@ -289,7 +307,7 @@ class Walk:
         self, write: Write | Norm, scale: Tensor, inputs: list[Tensor], after: list[Tensor], target: list[Tensor]
     ) -> list[Tensor]:
         """Refit one write; the stream with what it writes now."""
-        lacks = [goal.float() - now.float() for now, goal in zip(after, target, strict=True)]
+        lacks = _lacks(after, target)
         factor = self._factors.get(write.weight)
         within = None if factor is None else partial(onto, factor.basis, scale)
         solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target, within, write.sums)
@@ -342,3 +360,7 @@ class Walk:
         if (side, place.number) not in self._counted:
             self._counted.add((side, place.number))
             self.work += self.tokens
+
+
+def _lacks(now: list[Tensor], goal: list[Tensor]) -> list[Tensor]:
+    return [end.float() - stream.float() for stream, end in zip(now, goal, strict=True)]

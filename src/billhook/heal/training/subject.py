@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook.anatomy.bridge import BRIDGE
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.heal.training.damage import Damage, damage, feature_weights, sample
 from billhook.heal.training.layers import Layers
@@ -111,4 +112,4 @@ def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -
 
 def _names(student: Student, path: str) -> list[str]:
     module: Any = student.model.get_submodule(path)
-    return [name for name, _ in module.named_parameters()]
+    return [name for name, _ in module.named_parameters() if not name.startswith(f"{BRIDGE}.")]
