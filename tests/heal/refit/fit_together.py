@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from billhook.anatomy import discover
 from billhook.data import Windows
-from billhook.heal import Healing, closed_form
+from billhook.heal import Healing, bridge, closed_form
 from billhook.heal.refit import peers, walk
 from billhook.heal.refit.stepping import Batches
 from billhook.plan.address import Address
@@ -31,12 +31,13 @@ NARROW = Plan.of([], keeps=[Keep(unit="decoder.2.mlp", inner="neuron", indices=t
 
 @dataclass(frozen=True)
 class Job:
-    """``poor``: the write before the gap does next to nothing, so that it takes what the gap offers."""
+    """``poor``: the write before the gap does next to nothing, so that it takes what the gap offers. ``way``: how."""
 
     family: str
     rows: int = 40
     plan: Plan = GONE
     poor: str = ""
+    way: Callable[..., Healing] = closed_form
 
 
 JOBS = {
@@ -44,6 +45,7 @@ JOBS = {
     "gpt2": Job("gpt2", poor="transformer.h.0.mlp.c_proj"),
     "t5": Job("t5"),
     "gemma2": Job("gemma2"),  # norms are refitted
+    "bridge": Job("bloom_post_norm", way=bridge),
     "narrow": Job("llama_bias", plan=NARROW),
     "few": Job("llama", rows=9),  # one is held back, and the second process has none
     "channels": Job("llama", plan=Plan.of([], channels=[HiddenChannels(stack="decoder", indices=tuple(range(2, 32)))])),
@@ -61,7 +63,7 @@ def result(job: Job) -> Healing:
     if job.poor:
         with torch.no_grad():
             model.get_submodule(job.poor).weight.mul_(0.01)
-    return closed_form(model, discover(model), job.plan, windows(job.rows))
+    return job.way(model, discover(model), job.plan, windows(job.rows))
 
 
 def nobody_asks(*args: Any) -> Any:
