@@ -231,12 +231,10 @@ def test_a_file_that_is_no_recipe(tiny_lm, here, text):
 
 
 def test_a_recipe_over_sublayers_for_the_target_uniform_is_refused_before_the_search(tiny_lm, monkeypatch):
-    import billhook.data
-
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the calibration has begun")
 
-    monkeypatch.setattr(billhook.data, "calibration", never)
+    monkeypatch.setattr("billhook.recipes.compress.calibration_text", never)
     refused(compress(tiny_lm, "--recipe", "sublayer-greedy", "--target", "uniform"), "uniform", "sublayer")
 
 
