@@ -125,6 +125,7 @@ def test_an_unknown_name_gets_the_list() -> None:
             GOOD + "heal: hope\n",
             "heal: Input should be 'none', 'closed-form', ",
         ),
+        (GOOD + "heal: bridge\n", "a bridge adds to what a cut leaves, and is no heal of a recipe"),
         (GOOD + "act: quantise\n", "act: Input should be 'drop'"),
         (GOOD + "paper: {citation: Me, link: 'file:///etc/passwd'}\n", "paper.link: String should match"),
         ("- a\n- b\n", "the top level: should be words with values, such as unit: block"),

@@ -34,6 +34,7 @@ from billhook.recipes.generate import generate as recipes_generate
 from billhook.recipes.heal import heal
 from billhook.recipes.learned_weights import after, kept_of
 from billhook.recipes.schema import Recipe
+from billhook.recipes.settled import way_of
 from billhook.recipes.training import _edits
 from billhook.recipes.words import explained, needs, passes
 from billhook.report.numbers import percent
@@ -183,6 +184,11 @@ def test_what_is_asked_in_vain_is_refused(tiny_lm: Path, tmp_path: Path) -> None
 def test_words_that_do_not_go_together(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.model_validate({**load("wanda").model_dump(), **changed})
+
+
+def test_a_recipe_of_masks_can_tune_norms() -> None:
+    tuned = Recipe.model_validate({**load("sparsegpt").model_dump(), "heal": "tune"})
+    assert way_of(tuned, None) == "tune" and way_of(tuned, "none") == "none"
 
 
 def test_what_is_said_of_them() -> None:

@@ -91,6 +91,11 @@ def test_commands_name_every_healing_in_turn() -> None:
     cut, first, second = lines(other, own)
     assert "--heal none" in cut and first.endswith("--out HEALED1") and second.startswith("billhook heal HEALED1 ")
     assert second.endswith("--method closed-form --calibration wiki_calib --seed 0 --out DIR")
+    masked = HealStep(method="second-order", text="wiki_calib", seed=0)
+    (cut,) = lines(masked, own.model_copy(update={"method": "tune"}))
+    assert "--heal tune" in cut
+    cut, bridged = lines(own.model_copy(update={"method": "bridge"}))
+    assert "--heal none" in cut and bridged.startswith("billhook heal CUT --method bridge"), "compress makes none"
     assert other.read == ("mine.txt", "like.txt") and own.read == ("wiki_calib",)
 
 

@@ -118,10 +118,8 @@ class Recipe(Words):
                 "single weights go with the choices masks, learned-masks and sparse-training, and masks with the unit "
                 "weight"
             )
-        if self.unit == "weight" and (self.heal not in ("none", "eora") or self.act != "drop"):
-            raise ValueError(
-                "masks go with heal none or eora and act drop: what stays gets new weights by the choice alone"
-            )
+        if self.unit == "weight" and (self.heal not in ("none", "eora", "tune") or self.act != "drop"):
+            raise ValueError("masks go with heal none, eora or tune, which leave zeros alone, and with act drop")
         if self.heal == "bridge":
             raise ValueError("a bridge adds to what a cut leaves, and is no heal of a recipe")
         if self.heal == "eora" and self.unit != "weight":

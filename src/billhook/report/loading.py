@@ -98,10 +98,7 @@ def commands(run: Run) -> str:
     calibration = run.measures.calibration if run.measures else ""
     seed = run.plan.provenance.seed
     steps = run.healing.steps if run.healing else ()
-    # the first healing in one go with the cut, where compress does the same
-    together = bool(steps) and (steps[0].text, steps[0].seed, steps[0].tokens) == (calibration, seed or 0, None)
-    beside = next((i for i, step in enumerate(steps[:2]) if step.method == "eora"), None)
-    count = int(together) if beside is None else beside + steps[beside].counted
+    count = _in_one_go(steps, calibration, seed or 0)
     later = steps[count:]
     folders = [*("CUT" if n == 0 else f"HEALED{n}" for n in range(len(later))), "DIR"]
     cut = {
@@ -119,6 +116,17 @@ def commands(run: Run) -> str:
         asked = {"method": step.method, "select": step.select, "tokens": tokens, "calibration": step.text}
         lines.append(f"billhook heal {source} {_options(asked | {'seed': str(step.seed)})} --out {out}")
     return "\n".join(lines)
+
+
+def _in_one_go(steps: tuple[HealStep, ...], calibration: str, seed: int) -> int:
+    """How many of them compress takes together with the cut: an act of the recipe, and a healing."""
+    for number, step in enumerate(steps):
+        apart = step.method == "bridge" or (step.method == "eora" and not step.counted)
+        if apart or (step.text, step.seed, step.tokens) != (calibration, seed, None):
+            return number
+        if not step.combined:
+            return number + 1
+    return len(steps)
 
 
 def _way(step: HealStep) -> dict[str, str]:
