@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from billhook.plan.record import TrainingRecord
 
-METHODS = {"distill": "distill", "lisa": "lisa", "lisa-killed": "lisa"}
+METHODS = {"distill": "distill", "lisa": "lisa", "ist": "ist", "fpf": "fpf", "lisa-killed": "lisa"}
 
 
 class Killed(Exception):
@@ -26,13 +26,13 @@ def stop(_: str, done: int, __: int) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Also where they end what one began, and other blocks take their turn then."""
-    changes = {"rate": 3e-3}
+    """Also where they end what one began, and other blocks take their turn then: six turns, so that some come again."""
+    changes = {"rate": 3e-3, "period": 2}
     with pytest.raises(Killed):
         run("llama", quick("lisa", **changes), tmp_path / "lisa-killed-state", progress=stop)
     jobs = [{"name": name, "method": method, "family": "llama", "changes": changes} for name, method in METHODS.items()]
     pair = sharing(tmp_path, jobs)
-    alone = {method: run("llama", quick(method, **changes), tmp_path / method)[1:] for method in ("distill", "lisa")}
+    alone = {method: run("llama", quick(method, **changes), tmp_path / method)[1:] for method in set(METHODS.values())}
     ended(pair)
     for name, method in METHODS.items():
         healing, record = alone[method]

@@ -145,7 +145,7 @@ def test_in_bfloat16_what_is_judged_is_what_is_saved(tmp_path: Path) -> None:
     """Masters in float32; the figures are those of the rounded weights."""
     from billhook.heal.training.train import train
 
-    for method in ("distill", "fpf"):
+    for method in ("distill", "fpf", "lisa", "ist"):
         model = build("mixtral").to(torch.bfloat16)
         anatomy = discover(model)
         healing, record = train(

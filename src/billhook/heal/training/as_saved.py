@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,6 +19,12 @@ class Holder(Protocol):
 
     model: nn.Module
     paths: list[str]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of what is trained, as far as the weights to be saved follow from it."""
+
+    def outcome(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The new weights that follow from it, whole, as ``merged_in`` has them."""
 
     def merged_in(self, path: str) -> dict[str, Tensor]:
         """The new weights of one block as they are to be saved, by name in the model as it will be, in its dtype."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class Layers:
         self.facts: dict[str, Any] = {"chosen": [], "importance": [0.0] * len(student.blocks)}
         self._student, self._weights, self._before, self._training = student, weights, before, training
         prefixes = [f"{path}." for path in student.paths]
-        self._of = [[name for name in weights.parameters if name.startswith(prefix)] for prefix in prefixes]
+        self._of = [[name for name in weights.names if name.startswith(prefix)] for prefix in prefixes]
 
     def choose(self, period: int, ids: Tensor) -> None:
         """``ids`` are windows to look at."""
@@ -42,16 +42,20 @@ class Layers:
             )
             names = self._in(most_important(self.facts["importance"], training.blocks))
         elif period == 0:
-            names = list(self._weights.parameters)
+            names = self._weights.names
         elif period == 1:
-            names = fpf(
-                self._before, self._weights.parameters, len(self._weights.parameters) * training.blocks // blocks
-            )
+            names = fpf(self._before, self._weights.parameters, len(self._weights.names) * training.blocks // blocks)
         else:
             return
-        self.resume({**self.facts, "chosen": names})
+        self.facts = {**self.facts, "chosen": names}
+        self._weights.choose(names)
 
-    def resume(self, facts: dict[str, Any]) -> None:
+    def resume(self, facts: dict[str, Any], trained: Container[str]) -> None:
+        """As when these were the ``facts`` and every block with weights that are ``trained`` had had a turn; what came
+        of it is to be put in their place."""
+        for names in self._of:
+            if any(name in trained for name in names):
+                self._weights.choose(names)
         self.facts = facts
         self._weights.choose(facts["chosen"])
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from billhook.heal.held import held_windows
-from billhook.heal.training.as_saved import merged
 from billhook.heal.training.damage import sample
 from billhook.heal.training.drawing import lap, lap_length
 from billhook.heal.training.kv_routing import Routes
@@ -29,8 +30,10 @@ from billhook.plan.errors import InputError
 from billhook.plan.record import Look, TrainingRecord
 
 Progress = Callable[[str, int, int], None]
+Moments = MutableMapping[Tensor, dict[str, Tensor]]  # by parameter that is trained
 HELD_BACK_TOKENS = 4096  # enough to tell two states of one model apart
 LONGEST = 1.0  # norm of a gradient; longer ones are shortened
+FORMAT = 2  # of the state; one in another format is refused
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -51,18 +54,17 @@ class Loop:
         weights: Tensor | None = None,
         routes: Routes | None = None,
     ) -> None:
-        some = training.trains in ("lisa", "ist", "fpf") or training.skips > 0 or routes is not None
-        layered = DistributedDataParallelKwargs(find_unused_parameters=some)
         on_cpu = ids.device.type == "cpu"
         require_precision(student.dense.dtype)
         self._sharded = sharded()
-        self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[layered])
+        self.accelerator = Accelerator(cpu=on_cpu, device_placement=False)
         self._student, self._training, self._state, self._progress = student, training, state, progress
         self.fit, self._held = split(ids)
         self._weights, self._routes = weights, routes
+        self._wrapped: nn.Module = student
         self._steps = max(1, tokens // (training.rows * ids.shape[1]))
         self._every = math.ceil(self._steps / training.checks)
-        self._facts = dict(facts)
+        self._facts = {"format": FORMAT, **facts}
         self.curve: list[Look] = []
         if training.rows % self.accelerator.num_processes:
             raise InputError(
@@ -78,29 +80,30 @@ class Loop:
     def through(self, subject: Subject) -> tuple[dict[str, Tensor], TrainingRecord]:
         """Go on to the end; the new tensors by name in the smaller model (none where the untouched model was the best),
         and the record."""
-        parameters = subject.holder.parameters
-        optimizer = torch.optim.AdamW(list(parameters.values()), lr=self._training.rate, weight_decay=0.0)
-        wrapped, stepping = self._student, optimizer
-        if not self._sharded:  # before blocks wait for their turn: only what asks for a gradient now is ever averaged
-            wrapped, stepping = self.accelerator.prepare(wrapped, stepping)
-        best = self._resume(subject, optimizer)
+        holder, layers = subject.holder, subject.layers
+        best, moments = self._resume(subject)
         if not self.curve:
             self.curve.append(Look(step=0, loss=None, held=self._look(subject)))
-            best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+            best = holder.snapshot()
         losses: list[float] = []
+        optimizer: torch.optim.Optimizer | None = None
         for step in range(self.curve[-1].step, self._steps):
             if self._ended():
                 break
-            if subject.layers is not None and step % self._training.period == 0:
-                subject.layers.choose(step // self._training.period, sample(self.fit, self._rows(step)))
+            if layers is not None and step % self._training.period == 0:
+                layers.choose(step // self._training.period, sample(self.fit, self._rows(step)))
+                optimizer = None
+            if optimizer is None:
+                optimizer = self._begun(subject, moments)
+                moments = optimizer.state
             for group in optimizer.param_groups:
                 group["lr"] = self._rate(step)
             with self._disturbed(f"step {step}"):
-                loss = wrapped(self.fit[self._mine(self._rows(step))])
-            stepping.zero_grad()
+                loss = self._wrapped(self.fit[self._mine(self._rows(step))])
+            optimizer.zero_grad()
             self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_([p for p in parameters.values() if p.grad is not None], LONGEST)
-            stepping.step()
+            self.accelerator.clip_grad_norm_([p for p in holder.parameters.values() if p.grad is not None], LONGEST)
+            optimizer.step()
             losses.append(self._mean(loss.detach()))
             if self._progress is not None:
                 self._progress("training", step + 1, self._steps)
@@ -108,14 +111,24 @@ class Loop:
                 look = Look(step=step + 1, loss=sum(losses) / len(losses), held=self._look(subject))
                 losses = []
                 if look.held < min(seen.held for seen in self.curve):
-                    best = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+                    best = holder.snapshot()
                 self.curve.append(look)
-                self._keep(subject, optimizer, best)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(best[name])
+                self._keep(subject, moments, best)
         record = self._record(subject)
-        return merged(subject.holder) if record.best else {}, record
+        return holder.outcome(best) if record.best else {}, record
+
+    def _begun(self, subject: Subject, moments: Moments) -> torch.optim.Optimizer:
+        """An optimizer for what is trained from now on; what was trained until now goes on with its ``moments``."""
+        asking = [parameter for parameter in subject.holder.parameters.values() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(asking, lr=self._training.rate, weight_decay=0.0)
+        optimizer.state.update({parameter: moments[parameter] for parameter in asking if parameter in moments})
+        if self.accelerator.num_processes > 1 and not self._sharded:
+            some = subject.layers is not None or self._training.skips > 0 or self._routes is not None
+            self._wrapped = self._student
+            gc.collect()  # the last one, which lies in a cycle with a copy of its gradients
+            # averages gradients of what asks for one now, and of nothing that comes later
+            self._wrapped = DistributedDataParallel(self._student, find_unused_parameters=some, init_sync=False)
+        return optimizer
 
     def _record(self, subject: Subject) -> TrainingRecord:
         best = min(self.curve, key=lambda look: look.held)
@@ -184,12 +197,12 @@ class Loop:
         held = [look.held for look in self.curve]
         return len(held) - 1 - held.index(min(held)) >= self._training.patience
 
-    def _keep(self, subject: Subject, optimizer: torch.optim.Optimizer, best: Mapping[str, Tensor]) -> None:
+    def _keep(self, subject: Subject, moments: Moments, best: Mapping[str, Tensor]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, parameter in subject.holder.parameters.items():
-            moments = optimizer.state.get(parameter, {})
-            found = {"best": best[name], "now": parameter.detach()}
-            found |= {key: moments[key] for key in _MOMENTS if key in moments}
+            found = {"now": parameter.detach(), **moments.get(parameter, {})}
+            if name in best:
+                found["best"] = best[name]
             for key, tensor in found.items():
                 gathered = whole(tensor)
                 if self.accelerator.is_main_process:
@@ -200,24 +213,29 @@ class Loop:
         layers = subject.layers.facts if subject.layers is not None else None
         keep(self._state, tensors, {**self._facts, "curve": curve, "layers": layers})
 
-    def _resume(self, subject: Subject, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def _resume(self, subject: Subject) -> tuple[dict[str, Tensor], Moments]:
+        """The best state so far, and the moments."""
         found = kept(self._state, self._facts)
         if found is None:
-            return {}
+            return {}, {}
         tensors, facts = found
-        parameters = subject.holder.parameters
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(part(tensors[f"now {name}"], parameter))
-                if f"step {name}" in tensors:
-                    moments = {key: tensors[f"{key} {name}"] for key in _MOMENTS}
-                    optimizer.state[parameter] = {
-                        key: tensor if key == "step" else part(tensor, parameter) for key, tensor in moments.items()
-                    }
         if subject.layers is not None:
-            subject.layers.resume(facts["layers"])
+            trained = {key.removeprefix("now ") for key in tensors if key.startswith("now ")}
+            subject.layers.resume(facts["layers"], trained)
+        best: dict[str, Tensor] = {}
+        moments: Moments = {}
+        with torch.no_grad():
+            for name, parameter in subject.holder.parameters.items():
+                parameter.copy_(part(tensors[f"now {name}"], parameter))
+                if f"best {name}" in tensors:
+                    best[name] = part(tensors[f"best {name}"], parameter)
+                if f"step {name}" in tensors:
+                    kinds = {key: tensors[f"{key} {name}"] for key in _MOMENTS}
+                    moments[parameter] = {
+                        key: tensor if key == "step" else part(tensor, parameter) for key, tensor in kinds.items()
+                    }
         self.curve = [Look(**look) for look in facts["curve"]]
-        return {name: part(tensors[f"best {name}"], parameter) for name, parameter in parameters.items()}
+        return best, moments
 
 
 def split(ids: Tensor) -> tuple[Tensor, Tensor]:

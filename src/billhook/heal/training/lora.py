@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Block
-from billhook.heal.training.as_saved import saved
+from billhook.heal.training.as_saved import merged, saved
 
 LEAST = 4  # rank of a block that lost nothing
 _NAME = "default"  # how peft calls an adapter
@@ -62,6 +62,7 @@ class Adapters:
         if shard is not None:
             for path in paths:
                 shard(path)
+        self.names = adapters
         self.parameters = {name: model.get_parameter(name) for name in adapters}
 
     def merged_in(self, path: str) -> dict[str, Tensor]:
@@ -76,6 +77,15 @@ class Adapters:
     def place(self, name: str) -> str:
         linear, _, leaf = name.rpartition(".")
         return f"{linear}.base_layer.{leaf}"
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def outcome(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot[name])
+        return merged(self)
 
     @contextmanager
     def saved(self) -> Iterator[None]:

@@ -26,8 +26,8 @@ PROBE = 4  # steps with which the subsets of tune are told apart
 
 @dataclass(frozen=True)
 class Subject:
-    """``holder`` has the parameters that the optimizer sees; ``layers`` says, where blocks take turns, whose turn it
-    is; ``ranks`` are those of the adapters by block that stays."""
+    """``holder`` has the parameters that are trained; ``layers`` says, where blocks take turns, whose turn it is;
+    ``ranks`` are those of the adapters by block that stays."""
 
     holder: Adapters | Weights
     layers: Layers | None = None
@@ -35,7 +35,8 @@ class Subject:
 
     @property
     def count(self) -> int:
-        return sum(parameter.numel() for parameter in self.holder.parameters.values())
+        """Of all parameters that may be trained."""
+        return sum(self.holder.model.get_parameter(name).numel() for name in self.holder.names)
 
 
 def subject_of(
@@ -67,8 +68,9 @@ def subject_of(
         names = least_expressive(options, lambda subset: _gain(student, subset, few, training))
         return Subject(Weights(student.model, student.paths, names, shard))
     names = [f"{path}.{name}" for path in student.paths for name in _names(student, path)]
-    before = {name: student.model.get_parameter(name).detach() for name in names} if training.trains == "fpf" else {}
-    weights = Weights(student.model, student.paths, names, shard)
+    first = names if training.trains == "fpf" else []
+    before = {name: student.model.get_parameter(name).detach() for name in first}
+    weights = Weights(student.model, student.paths, names, shard, first)
     before = {name: part(tensor, weights.parameters[name]) for name, tensor in before.items()}
     return Subject(weights, Layers(student, weights, before, training))
 

@@ -64,8 +64,9 @@ def train(
     both models, of what is trained and of its moments; the model itself rests in the memory of the host meanwhile. The
     state is the same file either way: what several processes began one can end.
 
-    Memory of one process alone: the model once, float32 copies of what is trained with two moments and the best state,
-    the activations of a step. Cost a token: a forward of the dense model (not where the text is the goal) and about two
+    Memory of one process alone: the model once; of what is trained just then a copy, a gradient and two moments in
+    float32; of blocks that had their turn, and of the best state, as much as in the model (of adapters, float32); the
+    activations of a step. Cost a token: a forward of the dense model (not where the text is the goal) and about two
     to three of what is left. Raises InputError for drops in several stacks, too little text, no keys and
     values to share where they are to be, and a launch that asks for what would not be done (see ``launch``).
     """
