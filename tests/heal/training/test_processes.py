@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from billhook.plan.record import TrainingRecord
 
-METHODS = {"distill": "distill", "lisa": "lisa", "lisa-killed": "lisa"}
+METHODS = {"distill": "distill", "tune": "tune", "lisa": "lisa", "lisa-killed": "lisa"}
 
 
 class Killed(Exception):
@@ -32,7 +32,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         run("llama", quick("lisa", **changes), tmp_path / "lisa-killed-state", progress=stop)
     jobs = [{"name": name, "method": method, "family": "llama", "changes": changes} for name, method in METHODS.items()]
     pair = sharing(tmp_path, jobs)
-    alone = {method: run("llama", quick(method, **changes), tmp_path / method)[1:] for method in ("distill", "lisa")}
+    alone = {method: run("llama", quick(method, **changes), tmp_path / method)[1:] for method in set(METHODS.values())}
     ended(pair)
     for name, method in METHODS.items():
         healing, record = alone[method]
