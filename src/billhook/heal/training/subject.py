@@ -106,13 +106,14 @@ def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -
     try:
         optimizer = torch.optim.AdamW(list(weights.parameters.values()), lr=training.rate, weight_decay=0.0)
         losses: list[float] = []
-        for _ in range(PROBE + 1):
+        for _ in range(PROBE):
             loss = student(ids)
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return losses[0] - losses[-1]
+        with torch.no_grad():
+            return losses[0] - float(student(ids).item())
     finally:
         weights.remove()
 
