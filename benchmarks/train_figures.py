@@ -83,6 +83,7 @@ def trained(
     )
     seconds = time.perf_counter() - begun
     print("held back: " + " ".join(f"{look.step}:{look.held:.4f}" for look in record.curve), f"best {record.best}")
+    print(f"{record.parameters} parameters trained")
     state.unlink(missing_ok=True)
     return healing, f"{record.tokens} tokens, {seconds:.0f} s"
 

@@ -267,8 +267,10 @@ def test_paths_beside_an_earlier_result(tiny_lm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_norms_are_tuned_around_masks(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later, and at once: every other weight is as the masks left it, and the model is nearer to the dense one."""
+def test_norms_and_scales_are_tuned_around_masks(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later, and at once: the zeros are where the masks left them, and the model is nearer to the dense one."""
     monkeypatch.setattr("billhook.recipes.compress.TRAINING_TOKENS", 1024)
     monkeypatch.setattr("billhook.recipes.training.TRAINING_LENGTH", 64)
     monkeypatch.setattr("billhook.recipes.texts.HEALING_TOKENS", 2048)
@@ -284,7 +286,8 @@ def test_norms_are_tuned_around_masks(tiny_lm: Path, tmp_path: Path, monkeypatch
         assert run.healing.training is not None and run.healing.training.best > 0
         one, two = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (cut, out))
         changed = [key for key in one if not torch.equal(one[key], two[key])]
-        assert changed and all(one[key].ndim == 1 for key in changed)
+        assert {one[key].ndim for key in changed} == {1, 2} and one.keys() == two.keys()
+        assert all(torch.equal(one[key] == 0, two[key] == 0) for key in changed)
     with pytest.raises(InputError, match="distill would count on weights"):
         heal(cut, method="distill", out=tmp_path / "no")
 

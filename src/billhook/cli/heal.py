@@ -18,9 +18,10 @@ _METHOD = (
     "[bold]data-free[/], [bold]scales[/]: for what got narrower; "
     "[bold]eora[/]: paths of low rank beside linears with zeros; "
     "[bold]distill[/]: adapters learn from the dense model; [bold]tail[/]: of its stream only the end; [bold]lora[/]: "
-    "they learn the text; [bold]tune[/]: norms and biases only; [bold]lisa[/], [bold]ist[/], [bold]fpf[/]: a few "
-    "blocks at a time; [bold]skips[/]: adapters, with blocks missing at random, so that skipping hurts less; "
-    "[bold]kv-routing[/]: adapters, with keys and values of earlier blocks at random, so that kv-share hurts less."
+    "they learn the text; [bold]tune[/]: norms, biases and scales of rows only; [bold]lisa[/], [bold]ist[/], "
+    "[bold]fpf[/]: a few blocks at a time; [bold]skips[/]: adapters, with blocks missing at random, so that skipping "
+    "hurts less; [bold]kv-routing[/]: adapters, with keys and values of earlier blocks at random, so that kv-share "
+    "hurts less."
 )
 _AGAINST = "The dense model, where it is not where DIR's record says."
 _CALIBRATION = f"{options.CALIBRATION_HELP} Else the one DIR was made with."

@@ -142,7 +142,7 @@ def heal(
     require_own_weights(plan)
     if method == "eora":
         require_only_masks(plan)
-    elif method != "tune":  # norms and biases are no weights that masks are about
+    elif method != "tune":  # what it does to linears leaves zeros as they are
         require_no_masks(plan, method)
     if known.healing and known.healing.paths:
         raise InputError(f"{source} has paths beside its linears already; heal the one from before")

@@ -82,6 +82,10 @@ def test_subsets_grow() -> None:
     biases, norms, both = kinds("gpt2")
     assert set(biases) | set(norms) == set(both) and not set(biases) & set(norms)
     assert any("ln_1.bias" in name for name in biases) and all(name.endswith("weight") for name in norms)
+    model = build("llama")
+    paths = [block.path for block in discover(model).stacks[0].blocks]
+    norms, most = subsets(model, paths, ["a.scale"])
+    assert most == [*norms, "a.scale"]
 
 
 def test_the_least_that_suffices() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from billhook.plan.record import TrainingRecord
 
-METHODS = {"distill": "distill", "lisa": "lisa", "ist": "ist", "fpf": "fpf", "lisa-killed": "lisa"}
+METHODS = {"distill": "distill", "tune": "tune", "lisa": "lisa", "ist": "ist", "fpf": "fpf", "lisa-killed": "lisa"}
 
 
 class Killed(Exception):

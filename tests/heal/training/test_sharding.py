@@ -40,6 +40,7 @@ JOBS = [
     job("tail", "tail"),
     job("lisa", "lisa"),
     job("tune", "tune", "llama_bias", plan=NARROW),
+    job("scales", "tune", "phi3"),
     job("ist", "ist", "deepseek_v3"),
     job("fpf", "fpf", "gpt2"),
     job("skips", "skips", "qwen3_moe"),
@@ -89,6 +90,8 @@ def test_two_that_share_out_the_blocks_are_one(work: dict[str, Any], place: Path
         assert torch.equal(first[key], second[key])
     same_curve(place, work["name"], record)
     assert record.curve[-1].held < record.curve[0].held
+    if work["method"] == "tune":
+        assert any(tensor.ndim == 2 for tensor in healing.tensors.values()), "scales among them"
 
 
 @pytest.mark.parametrize("name", ["distill", "lora", "lisa"])

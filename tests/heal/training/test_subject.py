@@ -13,8 +13,9 @@ from billhook.anatomy import discover
 from billhook.heal.training import loop
 from billhook.heal.training.damage import damage, feature_weights, sample
 from billhook.heal.training.loop import split
-from billhook.heal.training.lora import LEAST, ranks_by_loss
+from billhook.heal.training.lora import LEAST, linears, ranks_by_loss
 from billhook.heal.training.methods import METHODS, Training
+from billhook.heal.training.scales import scales_of
 from billhook.heal.training.student import Student, ends_of, frozen
 from billhook.heal.training.subject import _gain
 from billhook.heal.training.tune import SUFFICES, subsets
@@ -71,9 +72,11 @@ def test_the_stream_counts_as_the_damage_says(begun: Any) -> None:
 
 def test_tune_takes_the_least_that_suffices(begun: Any) -> None:
     """In short steps all that there is, in longer ones the biases."""
-    for rate, number in ((1e-3, 2), (2e-2, 0)):
+    for rate, number in ((1e-3, 3), (2e-2, 0)):
         both, training = untrained("gpt2"), quick("tune", rate=rate)
-        options = subsets(both.model, both.paths)
+        blocks = discover(both.model).stacks[0].blocks
+        linear = [path for block in blocks for path in linears(both.model, block, block.path, block.path)]
+        options = subsets(both.model, both.paths, scales_of(both.model, linear))
         with frozen(both):
             gains = [_gain(both, subset, FEW, training) for subset in options]
         assert number == [gain >= SUFFICES * gains[-1] for gain in gains].index(True)

@@ -14,9 +14,10 @@ Features = Literal["none", "all", "tail"]
 class Training:
     """One way to train a cut model. Every number is a default that can be replaced with ``dataclasses.replace``.
 
-    ``trains``: LoRA adapters; norms and biases only; or all weights of blocks chosen anew each ``period`` of steps.
-    ``goal``: the next token of the text, or the dense model's distribution over it. ``features``: whether the stream
-    after the blocks that stay is to match the dense one as well, everywhere or in the last quarter of them only.
+    ``trains``: LoRA adapters; biases, norms and scales, as few as suffice; or all weights of blocks chosen anew each
+    ``period`` of steps. ``goal``: the next token of the text, or the dense model's distribution over it.
+    ``features``: whether the stream after the blocks that stay is to match the dense one as well, everywhere or in the
+    last quarter of them only.
 
     A step takes ``rows`` windows; AdamW with ``rate`` as its highest rate, reached after ``warmup`` of all steps and
     falling to a tenth along a cosine. The held-back windows are looked at ``checks`` times; after ``patience`` looks
@@ -53,7 +54,7 @@ class Training:
 
 _WHAT = {
     "lora": "low-rank adapters on every linear, merged",
-    "tune": "only norms and biases",
+    "tune": "as few as suffice of biases, norms and scales of linears, merged",
     "lisa": "all weights of a few blocks at a time, drawn at random",
     "ist": "all weights of the few blocks that matter most just then",
     "fpf": "the weights that a first short training of all changed most",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from billhook.heal.training.damage import Damage, damage, feature_weights, sampl
 from billhook.heal.training.layers import Layers
 from billhook.heal.training.lora import Adapters, linears, ranks_by_loss
 from billhook.heal.training.methods import Training
+from billhook.heal.training.scales import Scaled, scales_of
 from billhook.heal.training.sharding import part
 from billhook.heal.training.student import Student
 from billhook.heal.training.tune import least_expressive, subsets
@@ -62,11 +64,12 @@ def subject_of(
         assert found is not None
         return _adapted(student, anatomy, stack, left, found, training, shard)
     if training.trains == "tune":
-        options = subsets(student.model, student.paths)
+        scales = scales_of(student.model, chain(*_linears(student, stack, left)))
+        options = subsets(student.model, student.paths, scales)
         if not options:
-            raise InputError("no biases or norms are left to tune; train with lora or distill")
+            raise InputError("no biases, norms or linears are left to tune; train with lisa")
         names = least_expressive(options, lambda subset: _gain(student, subset, few, training))
-        return Subject(Weights(student.model, student.paths, names, shard))
+        return Subject(Scaled(student.model, student.paths, names, shard))
     names = [f"{path}.{name}" for path in student.paths for name in _names(student, path)]
     first = names if training.trains == "fpf" else []
     before = {name: student.model.get_parameter(name).detach() for name in first}
@@ -86,28 +89,34 @@ def _adapted(
 ) -> Subject:
     ranks = ranks_by_loss(found.errors, training.rank)
     by_path: dict[str, int] = {}
-    for old, new, rank in zip(left, student.paths, ranks, strict=True):
-        block = stack.blocks[old]
-        by_path |= dict.fromkeys(linears(student.model, block, block.path, new), rank)
+    for of_block, rank in zip(_linears(student, stack, left), ranks, strict=True):
+        by_path |= dict.fromkeys(of_block, rank)
     if not by_path:
         raise InputError(f"a {anatomy.family} model cut like this has no linears left that adapters go on")
     adapters = Adapters(student.model, student.paths, by_path, training.seed, shard)
     return Subject(adapters, ranks=tuple(ranks))
 
 
+def _linears(student: Student, stack: Stack, left: list[int]) -> list[list[str]]:
+    """Of each block that stays."""
+    pairs = ((stack.blocks[old], new) for old, new in zip(left, student.paths, strict=True))
+    return [linears(student.model, block, block.path, new) for block, new in pairs]
+
+
 def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -> float:
     """By how much a few steps with these parameters lower the loss on the windows that they were made on."""
-    weights = Weights(student.model, student.paths, names)
+    weights = Scaled(student.model, student.paths, names)
     try:
         optimizer = torch.optim.AdamW(list(weights.parameters.values()), lr=training.rate, weight_decay=0.0)
         losses: list[float] = []
-        for _ in range(PROBE + 1):
+        for _ in range(PROBE):
             loss = student(ids)
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return losses[0] - losses[-1]
+        with torch.no_grad():
+            return losses[0] - float(student(ids).item())
     finally:
         weights.remove()
 

@@ -1,4 +1,4 @@
-"""The smallest parts of a model that can be trained: its biases and norms."""
+"""The smallest parts of a model that can be trained: its biases, its norms, the scales of its linears."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 SUFFICES = 0.9  # of what the largest subset gains, a smaller one is taken for
 
 
-def subsets(model: nn.Module, paths: Iterable[str]) -> list[list[str]]:
-    """Names of the vectors in the blocks at ``paths``, least expressive first: the biases, the norms, both; a subset
-    that is empty or equals another is left out.
+def subsets(model: nn.Module, paths: Iterable[str], scales: Sequence[str] = ()) -> list[list[str]]:
+    """Names of the vectors in the blocks at ``paths``, least expressive first: the biases, the norms, both, and these
+    with the ``scales`` (see ``scales_of``); a subset that is empty or equals another is left out.
 
     Source: PERP (arXiv 2312.15230), section 3: training biases and norms alone, well under 1% of the parameters,
     restores most of what pruning took.
@@ -25,7 +25,7 @@ def subsets(model: nn.Module, paths: Iterable[str]) -> list[list[str]]:
     biases = [name for name in names if name.endswith("bias")]
     norms = [name for name in names if not name.endswith("bias")]
     found: list[list[str]] = []
-    for subset in (biases, norms, names):
+    for subset in (biases, norms, names, [*names, *scales]):
         if subset and subset not in found:
             found.append(subset)
     return found
