@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from billhook.anatomy.low_rank import LowRank
+from billhook.plan.errors import InputError
 
 BRIDGE = "bridge"  # its name in the block
+BRIDGED = (f"{BRIDGE}.reduce", f"{BRIDGE}.expand")
 
 
 def build_bridge(block: nn.Module, width: int, rank: int) -> Any:
@@ -18,6 +20,16 @@ def build_bridge(block: nn.Module, width: int, rank: int) -> Any:
     with like.device:
         block.add_module(BRIDGE, LowRank(width, rank, width, False).to(like.dtype))
     return block.register_forward_hook(across, prepend=True)
+
+
+def require_no_bridges(model: nn.Module, name: str = "the model") -> None:
+    """InputError for one that has bridges: what runs parts of a block, or something else in its place, would step
+    around them."""
+    if any(path.endswith(f".{BRIDGE}") and isinstance(part, LowRank) for path, part in model.named_modules()):
+        raise InputError(
+            f"{name} has bridges behind blocks, with which it can only be run, or healed further; give the model from "
+            f"before"
+        )
 
 
 def across(block: Any, _: Any, output: Any) -> Any:

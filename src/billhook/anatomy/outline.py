@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.anatomy.bridge import BRIDGE
 from billhook.anatomy.config import hidden_size, owner_of
 from billhook.anatomy.families import NOT_SHORTER
 from billhook.anatomy.linears import linears
@@ -59,7 +60,8 @@ def _block(
         outline = _sublayer(model, part, causal, config, sizes)
         more = {"linear_params": weights, "linears": apart, "mixtures": mixtures(model, part, block.path)}
         drawn[part.kind] = outline.model_copy(update=more)
-    return BlockOutline(sublayers=drawn, rest_params=whole - sum(s.params for s in drawn.values()))
+    rest = whole - sum(s.params for s in drawn.values())
+    return BlockOutline(sublayers=drawn, rest_params=rest, bridge_params=_count(sizes, [f"{block.path}.{BRIDGE}"]))
 
 
 def _sublayer(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from billhook.anatomy.bridge import BRIDGE
+from billhook.anatomy.bridge import BRIDGED
 from billhook.anatomy.families import ambiguous_norms, post_norm
 from billhook.anatomy.low_rank import LowRank, is_conv
 from billhook.anatomy.low_rank_experts import WRITES as EXPERTS_WRITE
@@ -159,7 +159,7 @@ def _wrapped(layers: nn.ModuleList) -> _Parts:
 
 def _account(block: nn.Module, parts: _Parts) -> None:
     """Every parameter of the block belongs to a sublayer or stays with the block; anything else is not understood."""
-    known = [name for group in (*parts.work.values(), *parts.branch.values(), parts.stays, (BRIDGE,)) for name in group]
+    known = [name for group in (*parts.work.values(), *parts.branch.values(), parts.stays, BRIDGED) for name in group]
     left = [name for name, _ in block.named_parameters() if not any(name.startswith(f"{prefix}.") for prefix in known)]
     if left:
         raise NotUnderstood(f"parameters of no known sublayer: {', '.join(left[:6])}{', ...' if left[6:] else ''}")

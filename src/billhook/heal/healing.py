@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.anatomy import Anatomy
-from billhook.anatomy.bridge import BRIDGE, build_bridge
+from billhook.anatomy.bridge import BRIDGE, build_bridge, require_no_bridges
 from billhook.anatomy.undo import Undo
 from billhook.models.adapter import Paths, attach
 from billhook.plan.errors import InputError
@@ -84,6 +84,8 @@ def healed(model: nn.Module, healing: Healing) -> Iterator[nn.Module]:
     undo = Undo()
     try:
         before = dict(model.named_parameters(remove_duplicate=False))
+        if healing.bridges:
+            require_no_bridges(model)
         for path, rank in healing.bridges.items():
             block = model.get_submodule(path)
             undo.then(build_bridge(block, healing.tensors[f"{path}{_FIRST}"].shape[1], rank).remove)

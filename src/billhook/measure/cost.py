@@ -123,11 +123,16 @@ class CostModel:
         for part, sublayer in parts.items():
             self._shares[part] = self._share(sublayer, part.sublayer == "cross_attention", stack)
             total = _plus(total, self._shares[part], 1)
+        if block.bridge_params:
+            rest["flops"] = 2.0 * block.bridge_params * self._queries(stack)
         self._shares[address] = _plus(total, rest, 1)
         self._parts[address] = frozenset(parts)
 
+    def _queries(self, stack: StackOutline) -> int:
+        return self._new if _crosses(stack) else self.positions if stack.causal else self._prompt
+
     def _share(self, sublayer: SublayerOutline, cross: bool, stack: StackOutline) -> Costs:
-        queries = self._new if _crosses(stack) else self.positions if stack.causal else self._prompt
+        queries = self._queries(stack)
         keys = self._prompt if cross else queries
         causal = stack.causal and not cross
         # Cross-attention makes the keys and values of the prompt once, not again for every token.

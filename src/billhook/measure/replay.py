@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.anatomy.types import Anatomy, Stack
 from billhook.data import Windows
 from billhook.measure.batches import Batch, batches_of, for_the_head, real_tokens
@@ -68,6 +69,7 @@ class Replay:
         stack: str | None = None,
         progress: Progress | None = None,
     ) -> None:
+        require_no_bridges(model)
         """Runs the dense model once over the inputs. ``stack`` is the decoder unless told, or the only stack there is.
 
         Raises InputError for a stack that is not there, and where the stream is not finite.

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.anatomy.types import Anatomy, Block, Stack
 from billhook.data import Windows
 from billhook.measure.batches import Batch, batches_of, real_tokens
@@ -50,6 +51,7 @@ def trace(
     Memory: the inputs, and for one batch the stream at all blocks. Sums are in float64. Raises InputError where the
     stream is not finite, and if nothing is reached at all.
     """
+    require_no_bridges(model)
     asked = frozenset(statistics)
     unknown = sorted(asked - set(get_args(Statistic)))
     if unknown:

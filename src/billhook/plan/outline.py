@@ -180,10 +180,11 @@ class SublayerOutline(_Record):
 class BlockOutline(_Record):
     """One block: its sublayers in order of execution, and the parameters that belong to no single one of them
     (norms on the stream itself, or shared by both sublayers); ``rest_channel_params`` of those are for each channel of
-    the stream."""
+    the stream, ``bridge_params`` those of a bridge behind it, which every token takes."""
 
     sublayers: dict[str, SublayerOutline]
     rest_params: int = 0
+    bridge_params: int = 0
     rest_channel_params: int = 0
 
     def thinned(self, gone: int) -> BlockOutline:

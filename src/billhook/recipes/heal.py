@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from billhook.anatomy import Anatomy
-from billhook.anatomy.bridge import BRIDGE
+from billhook.anatomy.bridge import BRIDGE, require_no_bridges
 from billhook.data import Windows
 from billhook.evaluate import PROMPTS, prepared
 from billhook.evaluate.causal import require_causal
@@ -178,6 +178,7 @@ def heal(
             ) from error
     if plan.provenance.model and plan.provenance.model not in names_of(model):
         raise InputError(f"{source} was cut from another model than {origin}: their fingerprints differ")
+    require_no_bridges(model.model, str(origin))
     require_causal(model.model, "heal")
     require_healable(model.anatomy)
     require_linears(plan, model.anatomy)
@@ -260,7 +261,8 @@ def require_units(method: str, plan: Plan) -> None:
         raise InputError(f"{method} is for what a narrowing leaves, and this plan narrows nothing; use closed-form")
     if method == "bridge" and plan.target in (Target.UNIFORM, Target.DECI):
         raise InputError(
-            f"a bridge is no part of the model's own class, which target {plan.target} asks for; cut with target remote"
+            f"a bridge is no part of the model's own class, which target {plan.target} asks for; cut with target "
+            f"remote or any"
         )
     if method == "bias" and plan.target in (Target.UNIFORM, Target.DECI):
         raise InputError(f"bias gives linears a bias of their own, which target {plan.target} cannot carry")

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.data import check_tokenizer
 from billhook.evaluate.causal import positions
 from billhook.models import Loaded, dtype_of, emulated, locate
 from billhook.models.adapter import require_none
 from billhook.plan.errors import InputError
 from billhook.runtime.clock import now
-from billhook.surgery.ranks import bridges_of
 from billhook.surgery.reopen import load
 
 
@@ -71,11 +71,8 @@ def opened(
         require_none(locate(source, trust_remote_code))
     loaded = load(source, dtype=wanted, device=device, trust_remote_code=trust_remote_code)
     found = Opened(loaded, discover(loaded.model), dtype_of(loaded.model))
-    if not beside and bridges_of(loaded.model.config, found.anatomy):
-        raise InputError(
-            f"{source} has bridges behind blocks, with which it can only be run, or healed further; give the model "
-            f"from before"
-        )
+    if not beside:
+        require_no_bridges(loaded.model, str(source))
     if (dtype_of(like.model) != like.stored) if like else (dtype is None and emulated(loaded.model)):
         loaded.model.float()
     return found

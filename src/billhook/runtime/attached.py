@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.anatomy.undo import Undo
 from billhook.plan.errors import InputError
 from billhook.runtime.counts import Counts
@@ -36,6 +37,7 @@ class Attached:
         refused."""
         if _MARK in vars(model):
             raise InputError(f"a policy is attached to this model already ({vars(model)[_MARK].name}); detach it first")
+        require_no_bridges(model)
         self.model, self.policy, self.counts = model, policy, counts
         self._undo = Undo()
         self._undo.guard_hooks(model)

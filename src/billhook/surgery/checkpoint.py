@@ -14,6 +14,7 @@ from typing import Any, cast
 from safetensors import safe_open
 
 from billhook.anatomy import Anatomy, discover
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.models import building, copy_extras, fingerprint, locate
 from billhook.models.adapter import require_none
 from billhook.models.checks import read_config, weight_files
@@ -74,6 +75,7 @@ def rewrite(source: Path, plan: Plan | Iterable[Address], folder: Path) -> Rewri
     with stock_view(source, read_config(source)) as view:
         files = weight_files(view)
         dense = skeleton(view)
+        require_no_bridges(dense, str(source))
         anatomy = discover(dense)
         drops, keeps, factors = drops_of(plan, anatomy), keeps_of(plan, anatomy), factors_of(plan, anatomy)
         order = orders_of(plan, anatomy)

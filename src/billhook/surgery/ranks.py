@@ -33,7 +33,7 @@ def read_ranks(config: Any, anatomy: Anatomy) -> Ranks:
                 for block, linears in blocks.items()
                 for path, rank in linears.items()
             }
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"config.json: {owner}.{PER_STACK_RANKS} is not a map of stack -> block -> linear -> rank"
             ) from error
@@ -86,8 +86,3 @@ def note_bridges(config: Any, anatomy: Anatomy, bridges: Mapping[str, int]) -> N
     if bridges:
         added = {(blocks[path], BRIDGE): rank for path, rank in bridges.items()}
         write_ranks(config, anatomy, read_ranks(config, anatomy) | added)
-
-
-def bridges_of(config: Any, anatomy: Anatomy) -> Ranks:
-    """The bridges among the ranks that a model's config lists."""
-    return {key: rank for key, rank in read_ranks(config, anatomy).items() if key[1] == BRIDGE}

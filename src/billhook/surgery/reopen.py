@@ -98,10 +98,10 @@ def as_cut(stock: type) -> type:
             form = read_form(config, anatomy)
             narrow(self, anatomy, _any_units(form, anatomy), setattr)
             add_biases(self, [f"{anatomy.block(block).path}.{path}" for block, path in sorted(form.biases)])
+            linears, mixtures = _in_two(form, anatomy)
             for (block, path), rank in form.ranks.items():
                 if path == BRIDGE:
                     build_bridge(self.get_submodule(anatomy.block(block).path), _width(anatomy, block), rank)
-            linears, mixtures = _in_two(form, anatomy)
             empty(self, linears)
             empty_experts(self, mixtures)
             drop(self, anatomy, form.skips, Undo())

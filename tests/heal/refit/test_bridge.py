@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,25 @@ from billhook.anatomy import discover
 from billhook.anatomy.bridge import BRIDGE
 from billhook.export.huggingface import save
 from billhook.heal import UNTOUCHED, Healing, bridge, closed_form, healed
+from billhook.heal.healing import carried_out
+from billhook.heal.held import parted
 from billhook.heal.refit.bridge import SHARE, before_gaps, fitted
 from billhook.heal.refit.peers import ALONE
 from billhook.heal.refit.places import places
 from billhook.heal.refit.ridge import Moments
-from billhook.measure.cost import CostModel
+from billhook.measure.cost import CostModel, path_costs
+from billhook.measure.replay import Replay
+from billhook.measure.trace import trace
 from billhook.plan.address import Address
 from billhook.plan.errors import InputError
 from billhook.plan.plan import HiddenChannels, Plan
 from billhook.recipes.heal import applied, differing
 from billhook.recipes.opened import Opened
+from billhook.runtime.attached import Attached
+from billhook.runtime.counts import Counts
 from billhook.surgery import simulate
+from billhook.surgery.checkpoint import apply_to_checkpoint
+from billhook.surgery.ranks import note_bridges
 from billhook.surgery.reopen import load
 
 PLAN = Plan.of(["decoder.1", "decoder.3"], target="remote")
@@ -83,8 +92,8 @@ def test_simulated_applied_and_reloaded_agree(name: str, tmp_path: Path) -> None
     for loaded in (ours, stock_load(tmp_path)):
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
         assert_cache_is_exact(name, loaded)
-    cost = CostModel(anatomy.outline).of(PLAN.drops)["params"] + healing.beside
-    assert CostModel(discover(ours).outline).dense["params"] == cost, "bridges are counted"
+    costs, beside = CostModel(anatomy.outline).of(PLAN.drops), path_costs(anatomy.outline, healing.beside)
+    assert CostModel(discover(ours).outline).dense == pytest.approx({k: v + beside.get(k, 0) for k, v in costs.items()})
     again = differing(ours, open_, PLAN, tmp_path)
     assert again.tensors.keys() == healing.tensors.keys() and again.bridges == healing.bridges
     torch.testing.assert_close(applied(open_, PLAN, again)(**inputs).logits, expected)
@@ -160,6 +169,93 @@ def test_other_stacks_have_them_too(name: str) -> None:
     tried = [refit for refit in healing.refits if f".{BRIDGE}." in refit.weight]
     assert [refit.weight for refit in tried] == [f"{stack.blocks[0].path}.{BRIDGE}.reduce.weight"]
     assert healing.refused or bool(healing.bridges) == tried[0].taken
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "bloom_post_norm"])
+def test_in_bfloat16_they_are_that_too(name: str, tmp_path: Path) -> None:
+    open_ = bed(name)
+    model, anatomy = open_.model.bfloat16(), open_.anatomy
+    found = bridge(model, anatomy, PLAN, windows(32))
+    assert {tensor.dtype for tensor in found.tensors.values()} <= {torch.bfloat16}
+    small = carried_out(model, anatomy, PLAN, made_up(open_))
+    assert small.get_submodule(anatomy.stack("decoder").blocks[0].path).bridge.reduce.weight.dtype == torch.float32
+    healing = replace(made_up(open_), tensors={k: v.bfloat16() for k, v in made_up(open_).tensors.items()})
+    small = applied(open_, PLAN, healing)
+    save(small, anatomy, PLAN, tmp_path)
+    block = load(tmp_path).model.get_submodule(anatomy.stack("decoder").blocks[0].path)
+    assert block.bridge.reduce.weight.dtype == torch.bfloat16
+    for loaded in (small, load(tmp_path).model, stock_load(tmp_path)):
+        with torch.no_grad():
+            assert loaded(**FAMILIES[name].inputs(model, 2, None)).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["olmo2", "bloom_post_norm"])
+def test_the_verdict_is_of_the_model_with_its_bridge(name: str) -> None:
+    """Also behind the last block that is left, after which nothing reads the stream but the head."""
+    model, text = build(name), windows(32)
+    anatomy = discover(model)
+    plan = Plan.of([Address("decoder", len(anatomy.stacks[0].blocks) - 1)])
+    healing = bridge(model, anatomy, plan, text)
+    assert healing.bridges.keys() == {anatomy.stacks[0].blocks[-2].path}
+    held = parted(text)[1]
+    dense, now = (m(held).logits.log_softmax(-1) for m in (model, carried_out(model, anatomy, plan, healing)))
+    assert healing.healed == pytest.approx(float((dense.exp() * (dense - now)).sum(-1).mean()), rel=1e-3)
+
+
+def test_what_is_seen_of_the_stream_is_behind_the_bridge() -> None:
+    """Also by who looked before there was one."""
+    open_ = bed("llama")
+    model, healing = open_.model, made_up(open_)
+    inputs = FAMILIES["llama"].inputs(model, 2, None)
+    model(**inputs, output_hidden_states=True)
+    small = applied(open_, PLAN, healing)
+    with healed(model, healing):
+        seen = model(**inputs, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(seen, small(**inputs, output_hidden_states=True).hidden_states[1])
+
+
+@pytest.mark.parametrize("rank", [0, -1, 37, 10**30, float("inf"), "wide", None, [3]])
+def test_a_damaged_config_is_one_line(rank: Any, tmp_path: Path) -> None:
+    open_ = bed("llama")
+    save(applied(open_, PLAN, made_up(open_)), open_.anatomy, PLAN, tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for block in ("0", "99"):
+        content["linear_ranks"] = {"decoder": {block: {BRIDGE: 3 if block == "99" else rank}}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"config\.json") as error:
+            load(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_bridges_stand_beside_other_ranks() -> None:
+    model = build("llama")
+    anatomy = discover(model)
+    model.config.linear_ranks = {"decoder": {"0": {"mlp.up_proj": 5}, "2": {"mlp.up_proj": 7}}}
+    note_bridges(model.config, anatomy, {"model.layers.0": 4})
+    assert model.config.linear_ranks == {"decoder": {"0": {"mlp.up_proj": 5, BRIDGE: 4}, "2": {"mlp.up_proj": 7}}}
+
+
+def test_what_would_step_around_them_refuses(tmp_path: Path) -> None:
+    open_ = bed("llama")
+    (tmp_path / "one").mkdir()
+    save(applied(open_, PLAN, made_up(open_)), open_.anatomy, PLAN, tmp_path / "one")
+    model = load(tmp_path / "one").model
+    anatomy = discover(model)
+    again = Plan.of(["decoder.1"], target="remote")
+    for refused in (
+        lambda: closed_form(model, anatomy, again, windows()),
+        lambda: bridge(model, anatomy, again, windows()),
+        lambda: healed(model, made_up(open_)).__enter__(),
+        lambda: trace(model, anatomy, windows(), ["block"]),
+        lambda: Replay(model, anatomy, windows()),
+        lambda: Attached(model, "some", Counts(), lambda _: None),
+        lambda: apply_to_checkpoint(tmp_path / "one", again, tmp_path / "two"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(InputError, match="has bridges behind blocks"):
+            refused()
+        assert snapshot(model) == before
+    assert not (tmp_path / "two").exists()
 
 
 def test_refusals() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.anatomy.bridge import require_no_bridges
 from billhook.anatomy.types import Stack, Sublayer
 from billhook.heal.refit.places import Place
 from billhook.measure.batches import for_the_head, real_tokens
@@ -37,6 +38,7 @@ class Batches:
     arguments are the model's business."""
 
     def __init__(self, model: nn.Module, stack: Stack, batches: list[dict[str, Any]]) -> None:
+        require_no_bridges(model)
         self.model, self.stack, self.batches = model, stack, batches
         self._blocks = [model.get_submodule(block.path) for block in stack.blocks]
         self.tails: list[dict[int, Tail]] = [{} for _ in batches]  # what each block returned beside the stream

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from billhook.anatomy.low_rank import is_conv
-from billhook.heal.training.as_saved import saved
+from billhook.heal.training.as_saved import merged, saved
 from billhook.heal.training.weights import Weights
 
 _END = ".scale"
@@ -55,6 +55,12 @@ class Scaled(Weights):
                     dtype = self._dtypes.get(f"{linear}.{leaf}", old.dtype)
                     new[f"{linear}.{leaf}"] = (old.detach().float() * factors[leaf]).to(dtype)
         return new
+
+    @torch.no_grad()
+    def outcome(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(snapshot[name])
+        return merged(self)
 
     @contextmanager
     def saved(self) -> Iterator[None]:

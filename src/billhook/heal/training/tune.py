@@ -22,8 +22,8 @@ def subsets(model: nn.Module, paths: Iterable[str], scales: Sequence[str] = ()) 
         for name, parameter in model.get_submodule(path).named_parameters()
     }
     names = [name for name, vector in vectors.items() if vector]
-    biases = [name for name in names if name.endswith("bias")]
-    norms = [name for name in names if not name.endswith("bias")]
+    biases = [name for name in names if name.endswith("bias") and f"{name.removesuffix('bias')}weight" not in names]
+    norms = [name for name in names if name not in biases]
     found: list[list[str]] = []
     for subset in (biases, norms, names, [*names, *scales]):
         if subset and subset not in found:

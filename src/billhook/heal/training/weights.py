@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,8 @@ class Weights:
     differ in dtype do not run everywhere. When it comes to rest they are rounded to the model's dtype, in which it is
     judged and saved (LISA, arXiv 2403.17919, trains in it). A block that was never awake has the weights that it
     shares. ``parameters`` are those of blocks that have ever been awake, by name.
+
+    Whatever its weights are in, a module puts out the model's dtype: not all take a stream in float32.
 
     Shards keep their dtype, so with ``shard`` all blocks are copies in float32 all along; those at rest are rounded.
     """
@@ -44,6 +48,10 @@ class Weights:
         self._sharded = shard is not None
         self._awake: set[str] = set()
         self._undo = Undo()
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+            module = model.get_submodule(owner)
+            dtype = next(module.parameters()).dtype
+            self._undo.then(module.register_forward_hook(partial(_in_dtype, dtype)).remove)
         self.parameters: dict[str, nn.Parameter] = {}
         if shard is not None:
             for path in paths:
@@ -109,3 +117,7 @@ class Weights:
     def remove(self) -> None:
         """Put the old parameters back."""
         self._undo.restore()
+
+
+def _in_dtype(dtype: torch.dtype, _module: nn.Module, _args: Any, output: Any) -> Any:
+    return output.to(dtype) if isinstance(output, Tensor) else output
