@@ -32,6 +32,7 @@ from billhook.plan.errors import InputError
 from billhook.plan.plan import Plan
 from billhook.surgery import apply, checkpoint
 from billhook.surgery.checkpoint import apply_to_checkpoint, checkpoint_fingerprint, rewrite
+from billhook.surgery.reopen import load, skeleton
 
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 PLAN = Plan.of(["decoder.1", "decoder.3.mlp", "decoder.0.attention"])
@@ -113,6 +114,13 @@ def test_the_fingerprint_of_weights_that_are_computed_on_loading(tmp_path: Path)
     model.save_pretrained(tmp_path / "source")
     assert any("weights_in" in name for name in load_file(tmp_path / "source" / WEIGHTS))
     assert checkpoint_fingerprint(tmp_path / "source") == models.fingerprint(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_structure_is_in_the_dtype_of_the_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    build("llama").to(dtype).save_pretrained(tmp_path)
+    of_file, of_model = (discover(model).outline for model in (skeleton(tmp_path), load(tmp_path).model))
+    assert of_file == of_model and of_file.bytes_per_param == dtype.itemsize
 
 
 def test_the_empty_plan_copies(source: Path, tmp_path: Path) -> None:

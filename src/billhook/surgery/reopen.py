@@ -61,7 +61,8 @@ def load(
 
 
 def skeleton(folder: Path) -> Any:
-    """The model of a folder on the meta device: all of its structure, missing sublayers included, and no weights.
+    """The model of a folder on the meta device, in its dtype: all of its structure, missing sublayers included, and no
+    weights.
 
     ``folder`` must be in a form that transformers knows (see ``stock_view``)."""
     settings = read_config(folder)
@@ -73,7 +74,9 @@ def skeleton(folder: Path) -> Any:
         )
     try:
         with quiet():
-            return on_meta(stock, config_of(folder))
+            config = config_of(folder)
+            model = on_meta(stock, config)
+            return model if getattr(config, "dtype", None) is None else model.to(config.dtype)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be understood: {error}") from error
 

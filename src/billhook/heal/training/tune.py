@@ -10,8 +10,9 @@ SUFFICES = 0.9  # of what the largest subset gains, a smaller one is taken for
 
 
 def subsets(model: nn.Module, paths: Iterable[str], scales: Sequence[str] = ()) -> list[list[str]]:
-    """Names of the vectors in the blocks at ``paths``, least expressive first: the biases, the norms, both, and these
-    with the ``scales`` (see ``scales_of``); a subset that is empty or equals another is left out.
+    """Names of the vectors in the blocks at ``paths``, least expressive first: the biases of linears, the norms (and
+    whatever else is a vector), both, and these with the ``scales`` (see ``scales_of``); a subset that is empty or
+    equals another is left out.
 
     Source: PERP (arXiv 2312.15230), section 3: training biases and norms alone, well under 1% of the parameters,
     restores most of what pruning took.
