@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,14 +18,19 @@ from billhook.anatomy import discover
 from billhook.data import Windows
 from billhook.heal import UNTOUCHED
 from billhook.heal.selecting.clusters import clusters
+from billhook.heal.selecting.harm import harmed
 from billhook.heal.selecting.paser import concepts_of, paser
-from billhook.heal.selecting.reweighting import by_alignment, by_loss
+from billhook.heal.selecting.reweighting import by_alignment, by_loss, losses
 from billhook.heal.selecting.select import Selection, select
 from billhook.heal.training.drawing import lap, lap_length
+from billhook.heal.training.head import halves
 from billhook.heal.training.loop import split
+from billhook.heal.training.student import Student, ends_of
 from billhook.heal.training.train import train
 from billhook.plan.errors import InputError
 from billhook.plan.record import Select, SelectionRecord
+from billhook.surgery import apply
+from billhook.surgery.live import drops_of
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40).filter(lambda w: sum(w) > 1e-3), st.integers(0, 99))
@@ -95,6 +101,21 @@ def test_known_concepts_that_never_met_are_a_conflict() -> None:
 def test_concepts_are_what_a_window_says_often_and_others_seldom() -> None:
     ids = np.array([[1, 1, 2, 2, 3, 9], [1, 1, 3, 3, 4, 2], [1, 1, 4, 4, 8, 3], [1, 1, 5, 5, 5, 7]])
     assert concepts_of(ids) == [{2}, {3}, {4}, set()]
+
+
+def test_harm_and_what_the_dense_model_sees_come_of_one_forward_each() -> None:
+    dense, ids = build("llama"), text(3).ids
+    anatomy = discover(dense)
+    ends = ends_of(anatomy, drops_of(PLAN, anatomy), anatomy.stacks[0])
+    student = Student(apply(dense, anatomy, PLAN), dense, ends, "dense")
+    forwards = Counter[str]()
+    for name, model in (("dense", dense), ("cut", student.model)):
+        model.get_decoder().layers[0].register_forward_hook(lambda *_, name=name: forwards.update([name]))
+    harm, points = harmed(student, ids)
+    assert forwards == {"dense": 3, "cut": 3}
+    np.testing.assert_array_equal(harm, losses(student, ids).numpy())
+    seen = [halves(dense, row[None])[0][0].detach().double().mean(0).numpy() for row in ids]
+    np.testing.assert_array_equal(points, np.stack(seen))
 
 
 def selection(word: Select, rows: int = 24, count: int = 6, **target: Any) -> Selection:

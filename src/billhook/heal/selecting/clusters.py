@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 from scipy.linalg import eigh
 from scipy.spatial.distance import pdist, squareform
-from torch import Tensor
-
-from billhook.heal.training.head import halves
 
 MOST = 12
-
-
-@torch.no_grad()
-def embedded(dense: Any, ids: Tensor) -> NDArray[np.float64]:
-    """The mean over tokens of what the head of the dense model reads, for windows ``ids`` [n, length]: [n, hidden].
-    Cost: a forward of the dense model."""
-    return np.stack([halves(dense, row[None])[0][0].double().mean(0).cpu().numpy() for row in ids])
 
 
 def clusters(points: NDArray[np.float64], seed: int) -> NDArray[np.int64]:

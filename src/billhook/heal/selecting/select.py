@@ -14,7 +14,8 @@ from billhook.anatomy.types import Anatomy
 from billhook.data import Windows
 from billhook.data.resampling import log_ratios, resampled
 from billhook.heal.healing import Healing, healed
-from billhook.heal.selecting.clusters import clusters, embedded
+from billhook.heal.selecting.clusters import clusters
+from billhook.heal.selecting.harm import harmed
 from billhook.heal.selecting.paser import concepts_of, paser
 from billhook.heal.selecting.reweighting import alignments, by_alignment, by_loss, losses
 from billhook.heal.training.loop import split
@@ -72,8 +73,8 @@ def select(
     record. The windows held back play no part in it, so a state of the training is judged on text as it comes.
 
     Losses and gradients are those of what ``plan`` leaves of ``model`` with the tensors of ``start``. Cost: no
-    forward for distinct and dsir; two of all windows (dense and cut) for loss, twice that and more for gradient, three
-    for paser. The same call gives the same weights on one machine.
+    forward for distinct and dsir; two of all windows (dense and cut) for paser, and for loss where the dense model is
+    the goal (else one), twice that and more for gradient. The same call gives the same weights on one machine.
     """
     ids = split(selection.windows.ids)[0].to(model.device)
     groups: tuple[Group, ...] = ()
@@ -88,8 +89,8 @@ def select(
             elif selection.word == "gradient":
                 weights = by_alignment(alignments(student, ids, _target(selection).to(ids.device), progress))
             else:
-                harm = losses(student, ids, progress).numpy()
-                kinds = clusters(embedded(model, ids), seed)
+                harm, points = harmed(student, ids, progress)
+                kinds = clusters(points, seed)
                 choice = paser(kinds, harm, concepts_of(ids.cpu().numpy()), selection.count)
                 weights, screened = _equal(choice.chosen, len(ids)), choice.screened
                 groups = tuple(
