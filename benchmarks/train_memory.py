@@ -90,7 +90,7 @@ def measured(source: str, method: str) -> Held:
             highest = max(highest, resident())
             time.sleep(0.002)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with tempfile.TemporaryDirectory() as place:
         train(

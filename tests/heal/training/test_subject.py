@@ -79,5 +79,6 @@ def test_tune_takes_the_least_that_suffices(begun: Any) -> None:
         options = subsets(both.model, both.paths, scales_of(both.model, linear))
         with frozen(both):
             gains = [_gain(both, subset, FEW, training) for subset in options]
+        assert not any(module._forward_hooks for module in both.model.modules()), "nothing is left of a probe"
         assert number == [gain >= SUFFICES * gains[-1] for gain in gains].index(True)
         assert set(begun("gpt2", training)[0]) == set(options[number])

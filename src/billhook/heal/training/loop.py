@@ -211,7 +211,12 @@ class Loop:
             return
         curve = [look.model_dump() for look in self.curve]
         layers = subject.layers.facts if subject.layers is not None else None
-        keep(self._state, tensors, {**self._facts, "curve": curve, "layers": layers})
+        keep(self._state, tensors, {**self._facts, "curve": curve, "layers": layers, "names": subject.holder.names})
+
+    def names(self) -> list[str] | None:
+        """Of what a training that is gone on with trains; None for one that has not begun."""
+        found = kept(self._state, self._facts)
+        return None if found is None else found[1]["names"]
 
     def _resume(self, subject: Subject) -> tuple[dict[str, Tensor], Moments]:
         """The best state so far, and the moments."""

@@ -61,7 +61,7 @@ _WHAT = {
 }
 
 METHODS = {
-    "tune": Training("tune", "dense", rate=3e-3, patience=9),  # its first steps may lead away: to its end
+    "tune": Training("tune", "dense", rate=3e-3, patience=9),  # its first steps may lead away
     "lora": Training("lora", "text"),
     "distill": Training("lora", "dense", "all"),
     "tail": Training("lora", "dense", "tail"),

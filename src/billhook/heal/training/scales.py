@@ -50,10 +50,10 @@ class Scaled(Weights):
             scale = new.pop(linear + _END)
             layer = self.model.get_submodule(linear)
             factors = {"weight": scale if is_conv(layer) else scale[:, None], "bias": scale}
-            for leaf, old in ((leaf, getattr(layer, leaf)) for leaf in factors):
+            for leaf, factor in factors.items():
+                old = new.get(f"{linear}.{leaf}", getattr(layer, leaf))  # rounded, as a snapshot has it
                 if old is not None:
-                    dtype = self._dtypes.get(f"{linear}.{leaf}", old.dtype)
-                    new[f"{linear}.{leaf}"] = (old.detach().float() * factors[leaf]).to(dtype)
+                    new[f"{linear}.{leaf}"] = (old.detach().float() * factor).to(old.dtype)
         return new
 
     @torch.no_grad()

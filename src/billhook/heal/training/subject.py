@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from billhook.anatomy.bridge import BRIDGE
@@ -21,6 +22,7 @@ from billhook.heal.training.sharding import part
 from billhook.heal.training.student import Student
 from billhook.heal.training.tune import least_expressive, subsets
 from billhook.heal.training.weights import Weights
+from billhook.plan import processes
 from billhook.plan.errors import InputError
 
 PROBE = 4  # steps with which the subsets of tune are told apart
@@ -50,10 +52,12 @@ def subject_of(
     ids: Tensor,
     training: Training,
     shard: Callable[[str], None] | None = None,
+    known: list[str] | None = None,
 ) -> Subject:
     """Make ready what ``training`` trains, and give the student its feature terms. ``taught`` is the same student
     learning from the dense model; ``left`` are the original numbers of its blocks; ``ids`` windows to measure on.
     ``shard`` is called for the path of each block of the student as soon as it has what is trained (see ``Shards``).
+    ``known`` are the names that tune chose when it began, if this is not the beginning.
 
     InputError where the model has nothing of the kind."""
     few = sample(ids, range(len(ids)))
@@ -68,7 +72,7 @@ def subject_of(
         options = subsets(student.model, student.paths, scales)
         if not options:
             raise InputError("no biases, norms or linears are left to tune; train with lisa")
-        names = least_expressive(options, lambda subset: _gain(student, subset, few, training))
+        names = known or _agreed(least_expressive(options, lambda subset: _gain(student, subset, few, training)))
         return Subject(Scaled(student.model, student.paths, names, shard))
     names = [f"{path}.{name}" for path in student.paths for name in _names(student, path)]
     first = names if training.trains == "fpf" else []
@@ -103,9 +107,19 @@ def _linears(student: Student, stack: Stack, left: list[int]) -> list[list[str]]
     return [linears(student.model, block, block.path, new) for block, new in pairs]
 
 
+def _agreed(names: list[str]) -> list[str]:
+    """What the first of several processes chose."""
+    found = [names]
+    if processes.count() > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
 def _gain(student: Student, names: list[str], ids: Tensor, training: Training) -> float:
-    """By how much a few steps with these parameters on some of the windows lower the loss on the others."""
-    seen, others = ids[: (len(ids) + 1) // 2], ids[len(ids) // 2 :]
+    """By how much a few steps with these parameters on half of the windows lower the loss on the others (on the same
+    one, if there is but one)."""
+    half = (len(ids) + 1) // 2
+    seen, others = ids[:half], ids[half:] if len(ids) > 1 else ids
     weights = Scaled(student.model, student.paths, names)
 
     @torch.no_grad()

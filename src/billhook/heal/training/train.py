@@ -72,6 +72,8 @@ def train(
     """
     require_own_weights(plan)
     require_no_channels(plan, "training")
+    if isinstance(plan, Plan) and plan.factors:
+        raise InputError("the plan has linears in two parts, which cannot be trained; closed-form heals them")
     stack = _stack(anatomy)
     drops = drops_of(plan, anatomy)
     ends, left = ends_of(anatomy, drops, stack), survivors(drops, anatomy.outline, stack.name)
@@ -94,7 +96,8 @@ def train(
         mesh = loop.mesh()
         shards = None if mesh is None else _shards(student, model, anatomy, mesh)
         shard = None if shards is None else (lambda path: shards.take(path, blocks[path]))
-        subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training, shard)
+        known = loop.names() if training.trains == "tune" else None
+        subject = subject_of(student, taught, anatomy, stack, left, loop.fit, training, shard, known)
         if shards is None:
             found, record = loop.through(subject)
         else:
