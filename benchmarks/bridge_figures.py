@@ -5,7 +5,7 @@ whose norms stand on the stream (all-MiniLM-L6-v2), each pair of neighbouring bl
 
 FOLDER is an ordinary transformers folder of the model. Fitted on Wikipedia text, judged on other text of it and on C4,
 windows of 128 tokens, each mean-pooled to one vector: the mean cosine with the dense model's vector, and the share of
-windows whose vector is nearest to the dense model's of the same window among those of all. Three minutes on one core.
+windows whose vector is nearest to the dense model's of the same window among those of all. A minute or two on one core.
 """
 
 from __future__ import annotations

@@ -69,11 +69,11 @@ class Replay:
         stack: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        require_no_bridges(model)
         """Runs the dense model once over the inputs. ``stack`` is the decoder unless told, or the only stack there is.
 
         Raises InputError for a stack that is not there, and where the stream is not finite.
         """
+        require_no_bridges(model)
         self.model = model
         self.anatomy = anatomy
         self.stack = _choose(anatomy, stack)

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from billhook.heal import (
     average,
     branch_gains,
-    bridge,
     closed_form,
     flatten,
     fuse,
@@ -47,7 +46,6 @@ from billhook.search import share
 
 HEALS = {
     "closed-form": closed_form,
-    "bridge": bridge,
     "bias": bias_compensation,
     "data-free": data_free,
     "scales": mask_tuning,

@@ -125,6 +125,15 @@ def test_zeros_stay_and_what_is_judged_is_what_is_saved_in_bfloat16(tmp_path: Pa
     assert now == pytest.approx(min(look.held for look in record.curve), rel=1e-6)
 
 
+class Killed(Exception):
+    pass
+
+
+def stop(_: str, done: int, __: int) -> None:
+    if done == 10:
+        raise Killed
+
+
 @pytest.mark.usefixtures("all_of_them")
 @pytest.mark.parametrize("name", ["llama_bias", "gpt2", "opt_post_norm", "falcon_alibi"])
 def test_with_biases_too_what_is_judged_is_what_is_saved_in_bfloat16(name: str, tmp_path: Path) -> None:
@@ -140,14 +149,6 @@ def test_with_biases_too_what_is_judged_is_what_is_saved_in_bfloat16(name: str, 
 
 def test_what_was_chosen_at_first_stays_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever would be chosen when the training goes on; nothing is probed again."""
-
-    class Killed(Exception):
-        pass
-
-    def stop(_: str, done: int, __: int) -> None:
-        if done == 10:
-            raise Killed
-
     _, whole, expected = run("gpt2", quick("tune"), tmp_path / "whole")
     with pytest.raises(Killed):
         run("gpt2", quick("tune"), tmp_path / "state", progress=stop)
@@ -159,14 +160,6 @@ def test_what_was_chosen_at_first_stays_chosen(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.usefixtures("all_of_them")
 def test_interrupted_they_go_on(tmp_path: Path) -> None:
     """To the same bits."""
-
-    class Killed(Exception):
-        pass
-
-    def stop(_: str, done: int, __: int) -> None:
-        if done == 10:
-            raise Killed
-
     _, whole, expected = run("gpt2", quick("tune"), tmp_path / "whole")
     with pytest.raises(Killed):
         run("gpt2", quick("tune"), tmp_path / "state", progress=stop)

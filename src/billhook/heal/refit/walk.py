@@ -22,7 +22,8 @@ from billhook.heal.refit.peers import Peers
 from billhook.heal.refit.places import Place
 from billhook.heal.refit.pool import Pool
 from billhook.heal.refit.reads import folded, reads_of, same_inputs
-from billhook.heal.refit.ridge import PENALTIES, Moments, Solution
+from billhook.heal.refit.regressions import Regressions
+from billhook.heal.refit.ridge import PENALTIES
 from billhook.heal.refit.stepping import Stepper
 from billhook.heal.refit.watch import Seen, keep_input, watching
 from billhook.heal.refit.writes import NOT_ADDED, Write, scale_of, writes_of
@@ -34,7 +35,6 @@ from billhook.surgery.factorise import Factor
 from billhook.surgery.narrow import narrow
 
 Progress = Callable[[str, int, int], None]
-_SMALLEST = 1e-12  # energy of a token, against division by zero
 
 
 class Walk:
@@ -54,7 +54,6 @@ class Walk:
     ) -> None:
         """``gaps``: the places behind which a bridge is to stand."""
         self.tensors: dict[str, Tensor] = {}
-        self.refits: list[Refit] = []
         self.grafts: list[Graft] = []
         self.left_alone: dict[str, str] = {}
         self.tokens = self.work = 0
@@ -69,13 +68,17 @@ class Walk:
         self._donors: dict[Address, list[Sublayer]] = {}
         self._donated: Seen = {}
         self._reach: dict[str, Tensor | None] = {}
-        self._near: dict[torch.Size, float] = {}  # the penalty that did best for the last regression of that shape
+
+    @property
+    def refits(self) -> list[Refit]:
+        return self._regressions.refits
 
     def through(self, places: list[Place], progress: Progress | None) -> None:
         """From the first block to the last. A place that stays waits until the dense stream is where the next one reads
         it; as long as nothing is missing, the streams are one and the same."""
         dense = [self._dense_stepper.enter(i) for i in range(len(self._dense_stepper.batches))]
         self.held = self._peers.held_back([len(stream) for stream in dense])
+        self._regressions = Regressions(self._stepper, self.held, self._peers)
         self.tokens = int(*self._peers.added(sum(stream.shape[0] * stream.shape[1] for stream in dense)))
         waiting, gap = None, self._model is not self._dense_model
         cut = [self._stepper.enter(i) for i in range(len(dense))] if gap else dense
@@ -170,7 +173,7 @@ class Walk:
             lacks = [there.to(torch.float32, copy=True) for there in goal]
             for lack, read in zip(lacks, x, strict=True):
                 lack[..., self._kept] -= read.float()
-            solution = self._solve(list(reads), x, lacks, goal)
+            solution = self._regressions.solve(list(reads), x, lacks, goal)
             if solution is not None:
                 new |= folded(reads, solution.change, self._whole(reads))
         return new
@@ -208,7 +211,7 @@ class Walk:
         if not x or not goal:
             return None, {}
         x, goal = ([t.reshape(s.shape) for t, s in zip(ts, cut, strict=True)] for ts in (x, goal))
-        sums = self._moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal)
+        sums = self._regressions.moments(x, [z.float() - y.float() for y, z in zip(x, goal, strict=True)], goal)
         guess = self._peers.solved(*sums, PENALTIES[0])
         changed = {} if guess is None else folded(theirs, guess.change)
         source = self._model.get_submodule(donor.writes[0].removesuffix(".weight"))
@@ -225,7 +228,7 @@ class Walk:
         old = pool.columns[:n].float() * scale
         lacks = _lacks(after, target)
         lacks = [r + (mine.float() @ old).reshape(r.shape) for r, mine in zip(lacks, own, strict=True)]
-        fit, held = self._moments([write.inputs(values) for values in h], lacks, target)
+        fit, held = self._regressions.moments([write.inputs(values) for values in h], lacks, target)
         neurons = self._peers.first(lambda: choose(fit, held, pool.columns.float() * scale, n))
         if neurons is None:
             return None, {}
@@ -258,8 +261,8 @@ class Walk:
         if place not in self._gaps:
             return after
         first, second = (f"{place.block.path}.{BRIDGE}.{part}.weight" for part in ("reduce", "expand"))
-        found, refit = fitted(first, *self._moments(after, _lacks(after, target), target), self._peers)
-        self.refits.append(refit)
+        found, refit = fitted(first, *self._regressions.moments(after, _lacks(after, target), target), self._peers)
+        self._regressions.refits.append(refit)
         if found is None:
             return after
         a, b = (factor.to(after[0].dtype).contiguous() for factor in found)
@@ -310,51 +313,15 @@ class Walk:
         lacks = _lacks(after, target)
         factor = self._factors.get(write.weight)
         within = None if factor is None else partial(onto, factor.basis, scale)
-        solution = self._solve([write.weight], [write.inputs(h) for h in inputs], lacks, target, within, write.sums)
+        solution = self._regressions.solve(
+            [write.weight], [write.inputs(h) for h in inputs], lacks, target, within, write.sums
+        )
         if solution is None:
             return after
         new = write.changed(solution.change / scale)
         self.tensors |= {name: on_disk(tensor) for name, tensor in new.items()}
         more = (write.written(h, new).reshape(now.shape) for h, now in zip(inputs, after, strict=True))
         return [(now.float() + scale * step).to(now.dtype) for now, step in zip(after, more, strict=True)]
-
-    def _solve(
-        self,
-        names: list[str],
-        h: list[Tensor],
-        r: list[Tensor],
-        dense: list[Tensor],
-        within: Callable[[Tensor], Tensor] | None = None,
-        sums: type[Moments] = Moments,
-    ) -> Solution | None:
-        """Guess r from h, both for each batch, with a small error relative to ``dense``; what came of it goes on record
-        under these names. The guess is linear in r, so where changes must lie ``within`` a space, r may be put there
-        first."""
-        fit, held = self._moments(h, r, dense, sums)
-        if within is not None:
-            fit.cross = within(fit.cross)
-        shape = fit.cross.shape
-        solution = self._peers.solved(fit, held, self._near.get(shape, PENALTIES[0]))
-        if solution is not None:
-            self._near[shape] = solution.penalty
-        before = held.energy / held.tokens
-        after, penalty = (before, None) if solution is None else (solution.error / held.tokens, solution.penalty)
-        self.refits += [Refit(weight=name, before=before, after=after, penalty=penalty) for name in names]
-        return solution
-
-    def _moments(
-        self, h: list[Tensor], r: list[Tensor], dense: list[Tensor], sums: type[Moments] = Moments
-    ) -> tuple[Moments, Moments]:
-        """Of the windows to fit on, and of those held back, of all processes."""
-        fit, held = sums(), sums()
-        for i, (inputs, lacks, goal) in enumerate(zip(h, r, dense, strict=True)):
-            real = self._stepper.real(i, lacks)
-            back = self.held[i].to(real.device)[:, None]
-            for moments, chosen in ((fit, real & ~back), (held, real & back)):
-                energy = goal[chosen].float().square().sum(-1)
-                rows = inputs.reshape(*real.shape, -1)[chosen]
-                moments.add(rows, lacks[chosen], 1 / energy.clamp(min=_SMALLEST))
-        return self._peers.summed(fit), self._peers.summed(held)
 
     def _count(self, side: str, place: Place) -> None:
         if (side, place.number) not in self._counted:

@@ -19,6 +19,7 @@ class Holder(Protocol):
 
     model: nn.Module
     paths: list[str]
+    parameters: dict[str, nn.Parameter]
 
     def snapshot(self) -> dict[str, Tensor]:
         """A copy of what is trained, as far as the weights to be saved follow from it."""
@@ -41,6 +42,14 @@ def merged(holder: Holder) -> dict[str, Tensor]:
         with gathered(holder.model.get_submodule(path)):
             new |= {name: tensor.detach().clone() for name, tensor in holder.merged_in(path).items()}
     return new
+
+
+@torch.no_grad()
+def merged_from(holder: Holder, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As ``merged``, of what was trained as it was then."""
+    for name, parameter in holder.parameters.items():
+        parameter.copy_(snapshot[name])
+    return merged(holder)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from billhook.anatomy.low_rank import is_conv
 from billhook.anatomy.types import Block
-from billhook.heal.training.as_saved import merged, saved
+from billhook.heal.training.as_saved import merged_from, saved
 
 LEAST = 4  # rank of a block that lost nothing
 _NAME = "default"  # how peft calls an adapter
@@ -81,11 +81,8 @@ class Adapters:
     def snapshot(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    @torch.no_grad()
     def outcome(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot[name])
-        return merged(self)
+        return merged_from(self, snapshot)
 
     @contextmanager
     def saved(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from billhook.anatomy.low_rank import is_conv
-from billhook.heal.training.as_saved import merged, saved
+from billhook.heal.training.as_saved import merged_from, saved
 from billhook.heal.training.weights import Weights
 
 _END = ".scale"
@@ -56,11 +56,8 @@ class Scaled(Weights):
                     new[f"{linear}.{leaf}"] = (old.detach().float() * factor).to(old.dtype)
         return new
 
-    @torch.no_grad()
     def outcome(self, snapshot: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(snapshot[name])
-        return merged(self)
+        return merged_from(self, snapshot)
 
     @contextmanager
     def saved(self) -> Iterator[None]:
